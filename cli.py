@@ -1,0 +1,72 @@
+"""What the scripts share at the command line: one-line errors, whole files or none, a progress bar on a terminal."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake the user can mend: its text is one line that names the file or option and what to do."""
+
+
+def run(main):
+    """Calls `main()` and exits with what it returns (None is 0); a UserError becomes one line on stderr and status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def warn(text):
+    """Prints a one-line warning, past a progress bar if one is shown."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def check_writable(path):
+    """Raises UserError unless a file `path` can be made; called before the long work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+    target = path if path.exists() else path.parent
+    if not os.access(target, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission; choose another output")
+
+
+def make_folder(path):
+    """Creates the folder `path` (and its parents) and returns it as a Path; raises UserError if that cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {path}: {error.strerror}; choose another --output") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {path}: no permission; choose another --output")
+    return path
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary path beside `path` to write to; renames it to `path` on success, removes it on any failure."""
+    path = Path(path)
+    # The suffix stays last: some writers choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def progress(items, **options):
+    """tqdm over `items`, shown on a terminal only."""
+    return tqdm(items, disable=not sys.stderr.isatty(), leave=False, **options)

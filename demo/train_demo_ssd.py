@@ -1,0 +1,335 @@
+"""Trains the demo's small SSD on synthetic shapes and exports it as TFOD exports its own models.
+
+    python demo/train_demo_ssd.py --output demo            # 10 minutes on 2 cores
+    python demo/train_demo_ssd.py --output /tmp/x --steps 20
+
+Writes OUTPUT/ssd_mobilenet_v1_shapes/ (saved_model/, pipeline.config, labels.txt), OUTPUT/images/*.jpg and
+OUTPUT/instances_shapes.json (COCO format). The network is an SSD MobileNet v1 (Liu et al., 2016; Howard et al., 2017)
+at a quarter of the width: the graph, its signature and its outputs are those of a zoo model, in 2 MB.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from cli import progress, run
+from image_batcher import resize_image
+
+CLASSES = ("circle", "square", "triangle", "star", "ring")
+SIZE = 160  # the network's input, pixels
+GRIDS = (10, 5, 3, 2)  # feature maps of the four levels
+SCALES = (0.15, 0.3, 0.5, 0.72, 0.95)  # anchor size per level, relative to the image; the last closes the series
+RATIOS = (1.0, 2.0, 0.5)
+BOX_SCALES = np.float32([10, 10, 5, 5])  # of the box coder
+SCORE_THRESHOLD, IOU_THRESHOLD, MAX_DETECTIONS = 1e-8, 0.6, 100
+
+
+def draw_scene(rng, width, height):
+    """Draws 1 to 6 shapes on a made-up background. Returns (RGB [H, W, 3] uint8, boxes [N, 4] yxyx pixels, classes [N])."""
+    corners = rng.integers(0, 256, (2, 3, 3)).astype(np.uint8)
+    image = Image.fromarray(corners).resize((width, height), Image.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.integers(0, 30)):  # clutter: blurred strokes
+        ends = rng.uniform(0, 1, 4) * [width, height, width, height]
+        draw.line(list(ends), fill=tuple(rng.integers(0, 256, 3)), width=int(rng.integers(1, 12)))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
+    boxes, classes = [], []
+    for _ in range(rng.integers(1, 7)):
+        side = min(width, height) * rng.uniform(0.14, 0.55)
+        w, h = side * rng.uniform(0.8, 1.25), side
+        x, y = rng.uniform(0, max(1, width - w)), rng.uniform(0, max(1, height - h))
+        box = np.array([y, x, y + h, x + w])
+        if any(_overlap(box, other) > 0.1 for other in boxes):
+            continue
+        kind = int(rng.integers(len(CLASSES)))
+        _draw_shape(image, kind, box, rng)
+        boxes.append(box)
+        classes.append(kind)
+    pixels = np.asarray(image).astype(np.float32) + rng.normal(0, rng.uniform(0, 8), (height, width, 1))
+    return pixels.clip(0, 255).astype(np.uint8), np.array(boxes).reshape(-1, 4), np.array(classes, int)
+
+
+def _overlap(a, b):
+    """Intersection over the smaller area."""
+    inter = np.prod((np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(min=0))
+    return inter / min(np.prod(a[2:] - a[:2]), np.prod(b[2:] - b[:2]))
+
+
+def _draw_shape(image, kind, box, rng):
+    """Draws at four times the size and scales down, for smooth edges."""
+    y0, x0, y1, x1 = box
+    w, h = round((x1 - x0) * 4), round((y1 - y0) * 4)
+    mask = Image.new("L", (w, h), 0)
+    draw = ImageDraw.Draw(mask)
+    if kind in (0, 4):
+        draw.ellipse([0, 0, w - 1, h - 1], fill=255)
+        if kind == 4:
+            draw.ellipse([w * 0.27, h * 0.27, w * 0.73, h * 0.73], fill=0)
+    elif kind == 1:
+        draw.rectangle([0, 0, w, h], fill=255)
+    elif kind == 2:
+        draw.polygon([(w / 2, 0), (w, h), (0, h)], fill=255)
+    else:
+        angle = np.arange(10) * np.pi / 5 - np.pi / 2
+        radius = np.where(np.arange(10) % 2, 0.42, 1.0)
+        points = np.stack([np.cos(angle) * radius, np.sin(angle) * radius], axis=1)
+        points = (points - points.min(0)) / np.ptp(points, axis=0) * [w - 1, h - 1]
+        draw.polygon([tuple(p) for p in points], fill=255)
+    mask = mask.resize((max(1, w // 4), max(1, h // 4)), Image.LANCZOS)
+    image.paste(tuple(int(v) for v in rng.integers(0, 256, 3)), (round(x0), round(y0)), mask)
+
+
+def make_anchors():
+    """Anchors [N, 4] yxyx, normalised: per cell three ratios at the level's scale and a square between two scales."""
+    anchors = []
+    for grid, scale, following in zip(GRIDS, SCALES, SCALES[1:], strict=False):
+        shapes = [(scale / np.sqrt(r), scale * np.sqrt(r)) for r in RATIOS] + [(np.sqrt(scale * following),) * 2]
+        centre = (np.arange(grid) + 0.5) / grid
+        for y in centre:
+            for x in centre:
+                anchors += [(y - h / 2, x - w / 2, y + h / 2, x + w / 2) for h, w in shapes]
+    return np.float32(anchors)
+
+
+def encode(boxes, classes, anchors):
+    """Matches boxes [N, 4] (normalised) to anchors: (encodings [A, 4], one-hot classes [A, C], matched [A])."""
+    top, bottom = np.maximum(anchors[:, None, :2], boxes[None, :, :2]), np.minimum(anchors[:, None, 2:], boxes[None, :, 2:])
+    inter = (bottom - top).clip(min=0).prod(2)
+    areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (anchors, boxes)]
+    iou = inter / (areas[0][:, None] + areas[1][None] - inter)
+    best = iou.argmax(1)
+    matched = iou.max(1) >= 0.5
+    force = iou.argmax(0)
+    best[force], matched[force] = np.arange(len(boxes)), True
+    size, box_size = anchors[:, 2:] - anchors[:, :2], (boxes[:, 2:] - boxes[:, :2])[best]
+    shift = ((boxes[best, :2] + box_size / 2) - (anchors[:, :2] + size / 2)) / size
+    codes = np.concatenate([shift, np.log(box_size / size)], axis=1) * BOX_SCALES
+    target = np.zeros((len(anchors), len(CLASSES)), np.float32)
+    target[matched, classes[best[matched]]] = 1
+    return codes.astype(np.float32), target, matched.astype(np.float32)
+
+
+def training_set(count, anchors, seed=1):
+    rng = np.random.default_rng(seed)
+    images, codes, targets, matched = [], [], [], []
+    for _ in progress(range(count), desc="drawing"):
+        width, height = rng.integers(160, 480, 2)
+        pixels, boxes, classes = draw_scene(rng, int(width), int(height))
+        images.append(np.rint(resize_image(pixels, SIZE, SIZE)).astype(np.uint8))
+        values = encode(boxes / np.array([height, width] * 2), classes, anchors)
+        for store, value in zip((codes, targets, matched), values, strict=True):
+            store.append(value)
+    return np.stack(images), np.stack(codes), np.stack(targets), np.stack(matched)
+
+
+def build_network(tf):
+    """Images [B, 160, 160, 3] in -1..1 -> (encodings [B, A, 1, 4], logits [B, A, classes + 1]) as TFOD's predictor."""
+    layers = tf.keras.layers
+    base = tf.keras.applications.MobileNet((SIZE, SIZE, 3), alpha=0.25, include_top=False, weights=None)
+    features = [base.get_layer("conv_pw_11_relu").output, base.get_layer("conv_pw_13_relu").output]
+    for level, depth in enumerate((128, 96)):
+        x = layers.Conv2D(depth // 2, 1, use_bias=False, name=f"extra_{level}_squeeze")(features[-1])
+        x = layers.ReLU(6.0)(layers.BatchNormalization(momentum=0.97)(x))
+        x = layers.Conv2D(depth, 3, strides=2, padding="same", use_bias=False, name=f"extra_{level}")(x)
+        features.append(layers.ReLU(6.0)(layers.BatchNormalization(momentum=0.97)(x)))
+    per_cell, columns = len(RATIOS) + 1, len(CLASSES) + 1
+    encodings, logits = [], []
+    for level, x in enumerate(features):
+        box = layers.Conv2D(per_cell * 4, 3, padding="same", name=f"box_{level}")(x)
+        encodings.append(layers.Reshape((-1, 1, 4))(box))
+        bias = tf.keras.initializers.Constant(-4.6)
+        score = layers.Conv2D(per_cell * columns, 3, padding="same", bias_initializer=bias, name=f"class_{level}")(x)
+        logits.append(layers.Reshape((-1, columns))(score))
+    join = layers.Concatenate(axis=1)
+    return tf.keras.Model(base.input, [join(encodings), layers.Concatenate(axis=1)(logits)])
+
+
+def train(tf, network, data, steps, batch=32):
+    """Focal loss on classes (background column unused, as with encode_background_as_zeros), smooth L1 on boxes."""
+    images, codes, targets, matched = data
+    schedule = tf.keras.optimizers.schedules.CosineDecay(1e-3, steps, warmup_target=4e-3, warmup_steps=steps // 20 + 1)
+    optimizer = tf.keras.optimizers.Adam(schedule)
+
+    @tf.function
+    def step(x, code, target, match):
+        with tf.GradientTape() as tape:
+            box, logit = network(x, training=True)
+            box, logit = box[:, :, 0], logit[:, :, 1:]
+            cross = tf.nn.sigmoid_cross_entropy_with_logits(target, logit)
+            p = tf.abs(target - tf.sigmoid(logit))
+            weight = tf.where(target > 0, 0.25, 0.75) * p**2
+            count = tf.reduce_sum(match) + 1
+            off = tf.abs(box - code)
+            smooth = tf.where(off < 1, 0.5 * off**2, off - 0.5)
+            loss = tf.reduce_sum(weight * cross) * 4 / count + tf.reduce_sum(smooth * match[..., None]) / count
+        variables = network.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+        return loss
+
+    rng, mean = np.random.default_rng(2), 0.0
+    for i in progress(range(steps), desc="training"):
+        rows = rng.integers(0, len(images), batch)
+        x = images[rows].astype(np.float32)
+        x = (x * rng.uniform(0.7, 1.3, (batch, 1, 1, 3)) + rng.uniform(-30, 30, (batch, 1, 1, 1))).clip(0, 255)
+        loss = step(tf.constant(x * 2 / 255 - 1, tf.float32), codes[rows], targets[rows], matched[rows])
+        mean = 0.98 * mean + 0.02 * float(loss)
+        if (i + 1) % 200 == 0:
+            print(f"step {i + 1}: loss {mean / (1 - 0.98 ** (i + 1)):.3f}", flush=True)
+
+
+def exported_module(tf, network, anchors):
+    """The detector as TFOD's exporter_lib_v2 and ssd_meta_arch write it: resize in a loop, decode, per-class NMS."""
+
+    class Detector(tf.Module):
+        def __init__(self):
+            super().__init__()
+            # The variables alone: a tracked Keras model would save all of its own functions beside the signature.
+            self.parameters = [variable.value for variable in network.variables]
+
+        @tf.function(input_signature=[tf.TensorSpec([1, None, None, 3], tf.uint8, name="input_tensor")])
+        def __call__(self, input_tensor):
+            def preprocess(image):
+                image = tf.cast(image, tf.float32) * (2.0 / 255.0) - 1.0
+                return tf.compat.v1.image.resize_bilinear(image[None], [SIZE, SIZE])[0]
+
+            images = tf.map_fn(preprocess, input_tensor, fn_output_signature=tf.TensorSpec([SIZE, SIZE, 3], tf.float32))
+            encodings, logits = network(images, training=False)
+            boxes = decode(tf, tf.squeeze(encodings, axis=2), tf.constant(anchors))
+            scores = tf.sigmoid(logits)
+            found = postprocess(tf, boxes[0], scores[0, :, 1:])
+            result = {key: value[None] for key, value in found.items()}
+            return result | {"raw_detection_boxes": boxes, "raw_detection_scores": scores}
+
+    return Detector()
+
+
+def decode(tf, encodings, anchors):
+    """encodings [1, A, 4], anchors [A, 4] -> boxes [1, A, 4] (TFOD: FasterRcnnBoxCoder._decode)."""
+    ymin, xmin, ymax, xmax = tf.unstack(tf.transpose(anchors))
+    ty, tx, th, tw = tf.unstack(tf.transpose(tf.reshape(encodings, [-1, 4])))
+    ha, wa = ymax - ymin, xmax - xmin
+    y, x = ty / 10.0 * ha + (ymin + ha / 2), tx / 10.0 * wa + (xmin + wa / 2)
+    h, w = tf.exp(th / 5.0) * ha, tf.exp(tw / 5.0) * wa
+    boxes = tf.transpose(tf.stack([y - h / 2, x - w / 2, y + h / 2, x + w / 2]))
+    return tf.reshape(boxes, [1, -1, 4])
+
+
+def postprocess(tf, boxes, scores):
+    """boxes [A, 4], scores [A, C] -> TFOD's outputs for one image (post_processing.multiclass_non_max_suppression)."""
+    rows, labels, kept = [], [], []
+    for label in range(len(CLASSES)):
+        picked, values = tf.image.non_max_suppression_with_scores(
+            boxes, scores[:, label], MAX_DETECTIONS, IOU_THRESHOLD, SCORE_THRESHOLD
+        )
+        rows.append(tf.gather(boxes, picked))
+        kept.append(values)
+        labels.append(tf.fill(tf.shape(picked), float(label + 1)))
+    kept, order = tf.nn.top_k(tf.concat(kept, 0), k=tf.size(tf.concat(kept, 0)))
+    rows, labels = tf.gather(tf.concat(rows, 0), order), tf.gather(tf.concat(labels, 0), order)
+    rows = tf.clip_by_value(rows, 0.0, 1.0)
+    solid = (rows[:, 2] - rows[:, 0]) * (rows[:, 3] - rows[:, 1]) > 0
+    rows, labels, kept = (tf.boolean_mask(x, solid)[:MAX_DETECTIONS] for x in (rows, labels, kept))
+    missing = MAX_DETECTIONS - tf.size(kept)
+    return {
+        "detection_boxes": tf.ensure_shape(tf.pad(rows, [[0, missing], [0, 0]]), [MAX_DETECTIONS, 4]),
+        "detection_scores": tf.ensure_shape(tf.pad(kept, [[0, missing]]), [MAX_DETECTIONS]),
+        "detection_classes": tf.ensure_shape(tf.pad(labels, [[0, missing]]), [MAX_DETECTIONS]),
+        "num_detections": tf.cast(tf.size(kept), tf.float32),
+    }
+
+
+PIPELINE_CONFIG = f"""model {{
+  ssd {{
+    num_classes: {len(CLASSES)}
+    image_resizer {{
+      fixed_shape_resizer {{
+        height: {SIZE}
+        width: {SIZE}
+      }}
+    }}
+    feature_extractor {{
+      type: "ssd_mobilenet_v1_keras"
+      depth_multiplier: 0.25
+    }}
+    box_coder {{
+      faster_rcnn_box_coder {{
+        y_scale: 10.0
+        x_scale: 10.0
+        height_scale: 5.0
+        width_scale: 5.0
+      }}
+    }}
+    encode_background_as_zeros: true
+    post_processing {{
+      batch_non_max_suppression {{
+        score_threshold: {SCORE_THRESHOLD}
+        iou_threshold: {IOU_THRESHOLD}
+        max_detections_per_class: {MAX_DETECTIONS}
+        max_total_detections: {MAX_DETECTIONS}
+      }}
+      score_converter: SIGMOID
+    }}
+  }}
+}}
+"""
+
+
+def write_images(output, count=8, seed=99):
+    """Writes unseen scenes as JPEG with their annotations in COCO format."""
+    folder = output / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    coco = {"images": [], "annotations": [], "categories": categories}
+    for number in range(1, count + 1):
+        width, height = [(640, 480), (480, 640), (800, 450), (500, 500)][number % 4]
+        pixels, boxes, classes = draw_scene(rng, width, height)
+        name = f"shapes_{number:02}.jpg"
+        Image.fromarray(pixels).save(folder / name, quality=88)
+        coco["images"].append({"id": number, "file_name": name, "width": width, "height": height})
+        for (y0, x0, y1, x1), label in zip(boxes.tolist(), classes.tolist(), strict=True):
+            w, h = x1 - x0, y1 - y0
+            coco["annotations"].append(
+                {
+                    "id": len(coco["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": label + 1,
+                    "bbox": [round(v, 2) for v in (x0, y0, w, h)],
+                    "area": round(w * h, 2),
+                    "iscrowd": 0,
+                }
+            )
+    (output / "instances_shapes.json").write_text(json.dumps(coco, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="folder to write the model and the images into")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of 32 images; default: 3000")
+    parser.add_argument("--scenes", type=int, default=4000, help="training images to draw; default: 4000")
+    args = parser.parse_args()
+    import tensorflow as tf
+
+    tf.keras.utils.set_random_seed(3)
+    anchors = make_anchors()
+    network = build_network(tf)
+    train(tf, network, training_set(args.scenes, anchors), args.steps)
+    model = args.output / "ssd_mobilenet_v1_shapes"
+    module = exported_module(tf, network, anchors)
+    tf.saved_model.save(module, str(model / "saved_model"), signatures={"serving_default": module.__call__})
+    (model / "pipeline.config").write_text(PIPELINE_CONFIG)
+    (model / "labels.txt").write_text("\n".join(CLASSES) + "\n")
+    write_images(args.output)
+    print(f"Wrote {model}. Next: python create_onnx.py --saved_model {model} --onnx model.onnx")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,112 @@
+"""One interface to a converted model, whatever runs it: `input` says what it takes, `infer(batch)` gives detections."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+import onnx_utils
+from cli import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """What the network takes: `batch` images (None: any number) of height x width RGB pixels, 0..255."""
+
+    name: str
+    batch: int | None
+    height: int
+    width: int
+    layout: str  # NHWC or NCHW
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """The detections of one image, best first."""
+
+    boxes: np.ndarray  # [D, 4] yxyx, normalised to the network's input
+    scores: np.ndarray  # [D] float32
+    classes: np.ndarray  # [D] int32, 0-based
+
+
+def open_detector(path):
+    """Opens model.onnx (on ONNX Runtime). Raises UserError, naming the file, where that cannot be."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--engine {path}: no such file; make one with create_onnx.py")
+    if path.suffix == ".onnx":
+        return OnnxDetector(path)
+    raise UserError(
+        f"--engine {path}: engines need TensorRT, which this version does not run yet; give the model.onnx instead"
+    )
+
+
+class OnnxDetector:
+    """A model.onnx on ONNX Runtime. A context manager."""
+
+    def __init__(self, path):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(f"--engine {path}: ONNX Runtime is not installed; pip install onnxruntime") from error
+
+        model = onnx_utils.load(path)
+        self.metadata = onnx_utils.read_metadata(model, path)
+        self.input = input_spec(self.metadata)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            data = onnx_utils.replace_plugins(model).SerializeToString()
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exception classes are not public
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"{path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py") from error
+
+    def infer(self, batch):
+        """batch: [n, height, width, 3] RGB 0..255, n at most input.batch. Returns n Detections."""
+        given = len(batch)
+        outputs = self._session.run(None, {self.input.name: arrange(batch, self.input)})
+        number, boxes, scores, classes = outputs[:4]
+        return [
+            Detections(boxes[i, :count], scores[i, :count], classes[i, :count])
+            for i, count in enumerate(number[:given, 0])
+        ]
+
+    def close(self):
+        self._session = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def input_spec(metadata):
+    resizer = metadata["resizer"]
+    return InputSpec(
+        "input_tensor",
+        metadata["batch_size"],
+        resizer["height"],
+        resizer["width"],
+        metadata["input_format"],
+        np.dtype(metadata["input_type"]),
+    )
+
+
+def arrange(batch, spec):
+    """Gives [n, H, W, 3] the network's type and layout, filled up with zeros to a fixed batch size."""
+    batch = np.asarray(batch)
+    if batch.ndim != 4 or batch.shape[1:] != (spec.height, spec.width, 3):
+        raise ValueError(f"the network takes [n, {spec.height}, {spec.width}, 3] images, not {list(batch.shape)}")
+    if spec.batch is not None and len(batch) > spec.batch:
+        raise ValueError(f"the network takes at most {spec.batch} images at a time, not {len(batch)}")
+    if spec.dtype == np.uint8 and batch.dtype != np.uint8:
+        batch = np.rint(batch)
+    batch = batch.astype(spec.dtype, copy=False)
+    if spec.batch is not None and len(batch) < spec.batch:
+        batch = np.concatenate([batch, np.zeros((spec.batch - len(batch), *batch.shape[1:]), spec.dtype)])
+    if spec.layout == "NCHW":
+        batch = batch.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(batch)

@@ -1,0 +1,224 @@
+"""ONNX helpers: building blocks for graph surgery, metadata in the file, EfficientNMS_TRT in standard ops.
+
+Shapes: B batch, N boxes, C classes, M detections kept. Boxes are [ymin, xmin, ymax, xmax].
+"""
+
+import json
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from cli import UserError
+
+G_LOGGER.severity = G_LOGGER.ERROR
+OPSET = 17
+METADATA_KEY = "tfod_tensorrt"
+# The plugin sorts all (box, class) pairs and walks the best 4,096 only (EfficientNMS plugin, NmsImpl parameters).
+PLUGIN_MAX_PAIRS = 4096
+# The ONNX checker skips nodes of a domain that the file declares and does not know; TensorRT's parser finds plugins by
+# name in any domain.
+PLUGIN_DOMAIN = "TRT"
+
+
+class Builder:
+    """Appends nodes to a graphsurgeon graph: `add` returns the first output of the node it makes."""
+
+    def __init__(self, graph, scope):
+        self.graph, self.scope, self.count = graph, scope, 0
+
+    def add(self, op, *inputs, dtype=np.float32, outputs=1, shapes=None, domain=None, **attributes):
+        """Adds a node `op`; inputs are tensors or arrays (which become constants). Returns its output tensor(s)."""
+        self.count += 1
+        name = f"{self.scope}/{op}_{self.count}"
+        tensors = [
+            x if isinstance(x, gs.Tensor) else gs.Constant(f"{name}/input_{i}", np.ascontiguousarray(x))
+            for i, x in enumerate(inputs)
+        ]
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * outputs
+        results = [gs.Variable(f"{name}:{i}", dtype=dtypes[i], shape=shapes and shapes[i]) for i in range(outputs)]
+        node = gs.Node(op, name, attributes, tensors, results, domain=domain)
+        self.graph.nodes.append(node)
+        return results[0] if outputs == 1 else results
+
+    def cast(self, x, dtype):
+        return self.add("Cast", x, dtype=dtype, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def reshape(self, x, shape):
+        return self.add("Reshape", x, np.array(shape, np.int64), dtype=x.dtype)
+
+    def slice(self, x, axis, start, end):
+        indices = [np.array([value], np.int64) for value in (start, end, axis)]
+        return self.add("Slice", x, *indices, dtype=x.dtype)
+
+    def gather_rows(self, x, rows):
+        """x [B, N, ...] and rows [B, K] int64 -> [B, K, ...]."""
+        rows = self.add("Unsqueeze", rows, np.array([2], np.int64), dtype=np.int64)
+        return self.add("GatherND", x, rows, dtype=x.dtype, batch_dims=1)
+
+    def top_k(self, x, k):
+        """The k largest of x along the last axis, in falling order: (values, indices int64)."""
+        return self.add("TopK", x, np.array([k], np.int64), outputs=2, dtype=(x.dtype, np.int64), axis=-1, sorted=1)
+
+
+def save(model, path):
+    """Writes an ONNX model to `path` (a path that the caller renames: see cli.whole_file)."""
+    onnx.save(model, str(path))
+
+
+def load(path):
+    """Reads an ONNX file. Raises UserError, naming it, if it is missing or broken."""
+    try:
+        model = onnx.load(str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}; make it with create_onnx.py") from error
+    except Exception as error:  # protobuf's DecodeError has no public home
+        raise UserError(f"{path} is not a readable ONNX file; make it again with create_onnx.py") from error
+    if not model.graph.node:
+        raise UserError(f"{path} is not a readable ONNX file (no nodes); make it again with create_onnx.py")
+    return model
+
+
+def write_metadata(model, metadata):
+    """Stores the dict `metadata` as JSON in the model's metadata_props."""
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def read_metadata(model, path):
+    """Returns the metadata dict of an ONNX model; raises UserError if create_onnx.py did not make the file."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return json.loads(entry.value)
+    raise UserError(f"{path} was not made by this tool's create_onnx.py (no metadata in it); convert the SavedModel with it")
+
+
+def efficient_nms(build, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes):
+    """Adds an EfficientNMS_TRT node (version 1) on boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C], all float32.
+
+    Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores [B, M], classes [B, M] i32).
+    """
+    return build.add(
+        "EfficientNMS_TRT",
+        boxes,
+        scores,
+        outputs=4,
+        dtype=(np.int32, np.float32, np.float32, np.int32),
+        shapes=([None, 1], [None, max_output_boxes, 4], [None, max_output_boxes], [None, max_output_boxes]),
+        domain=PLUGIN_DOMAIN,
+        plugin_version="1",
+        score_threshold=float(score_threshold),
+        iou_threshold=float(iou_threshold),
+        max_output_boxes=int(max_output_boxes),
+        background_class=-1,
+        score_activation=0,
+        box_coding=0,
+        class_agnostic=0,
+    )
+
+
+def fold_batch_norms(graph):
+    """Merges each BatchNormalization into the convolution before it, where that convolution's weights are its own.
+
+    A head's convolution that all levels share keeps its batch normalisations: each level has another one.
+    """
+    for norm in [node for node in graph.nodes if node.op == "BatchNormalization"]:
+        (conv,) = norm.inputs[0].inputs or (None,)
+        if conv is None or conv.op != "Conv" or len(norm.inputs[0].outputs) != 1 or len(conv.inputs[1].outputs) != 1:
+            continue
+        parameters = [*conv.inputs[1:], *norm.inputs[1:]]
+        if not all(isinstance(tensor, gs.Constant) for tensor in parameters):
+            continue
+        weight = conv.inputs[1].values
+        bias = conv.inputs[2].values if len(conv.inputs) > 2 else np.float32(0)
+        gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in norm.inputs[1:])
+        factor = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+        merged = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
+        conv.inputs = [
+            conv.inputs[0],
+            gs.Constant(f"{conv.name}/weights", merged),
+            gs.Constant(f"{conv.name}/bias", ((bias - mean) * factor + beta).astype(np.float32)),
+        ]
+        conv.outputs = [norm.outputs[0]]
+        norm.outputs.clear()
+
+
+def replace_plugins(model):
+    """Returns a copy of `model` in which every EfficientNMS_TRT node is standard ONNX with the plugin's exact semantics."""
+    graph = gs.import_onnx(model)
+    for number, node in enumerate([n for n in graph.nodes if n.op == "EfficientNMS_TRT"]):
+        results = _standard_nms(Builder(graph, f"nms_{number}"), node)
+        for old, new in zip(list(node.outputs), results, strict=True):
+            replace_tensor(graph, old, new)
+        node.outputs.clear()
+    graph.cleanup().toposort()
+    graph.import_domains = [domain for domain in graph.import_domains or [] if domain.domain != PLUGIN_DOMAIN]
+    return gs.export_onnx(graph)
+
+
+def replace_tensor(graph, old, new):
+    """Whatever reads `old` reads `new` instead, the graph's outputs too."""
+    for consumer in list(old.outputs):
+        consumer.inputs = [new if tensor is old else tensor for tensor in consumer.inputs]
+    graph.outputs = [new if tensor is old else tensor for tensor in graph.outputs]
+    old.inputs.clear()
+
+
+def _standard_nms(build, node):
+    """EfficientNMS_TRT in standard ops: for any batch, boxes shared by the classes or one per class."""
+    boxes, scores = node.inputs  # [B, N, 4] or [B, N, C, 4]; [B, N, C]
+    kept, threshold = int(node.attrs["max_output_boxes"]), np.float32(node.attrs["score_threshold"])
+    scores = build.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, N]
+    shape = build.add("Shape", scores, dtype=np.int64)
+    flat = _best_pairs(build, build.reshape(scores, [0, -1]))
+    scores = build.add("Reshape", flat, shape)
+
+    # ONNX suppresses at IoU > threshold and keeps score > threshold, the plugin at >= both: one step of float32 apart.
+    limits = (
+        np.array([kept], np.int64),
+        np.nextafter(np.float32([node.attrs["iou_threshold"]]), np.float32(0)),
+        np.nextafter(np.float32([threshold]), np.float32(-1)),
+    )
+    per_class = "Transpose" if len(boxes.shape) == 4 else None
+    if per_class:
+        boxes = build.add("Transpose", boxes, perm=[0, 2, 1, 3])  # [B, C, N, 4]
+        columns = build.slice(shape, 0, 2, 3)
+        as_batch = build.add("Concat", np.array([-1], np.int64), columns, np.array([4], np.int64), axis=0, dtype=np.int64)
+        boxes = build.add("Reshape", boxes, as_batch)  # [B * C, N, 4]
+        shape = build.add("Concat", np.array([-1, 1], np.int64), columns, axis=0, dtype=np.int64)
+        scores = build.add("Reshape", scores, shape)  # [B * C, 1, N]
+    picked = build.add("NonMaxSuppression", boxes, scores, *limits, dtype=np.int64)  # [S, 3]: image, class, box
+
+    nothing = build.add("Sub", build.add("Mul", scores, np.float32(0)), np.float32(1))
+    picked_scores = build.add("GatherND", scores, picked)
+    survivors = build.add("ScatterND", nothing, picked, picked_scores)  # -1 but at the survivors
+    flat = build.add("Reshape", survivors, build.add("Shape", flat, dtype=np.int64))
+    padding = np.array([0, 0, 0, kept], np.int64)  # so that there are `kept` columns to choose from
+    best, index = build.top_k(build.add("Pad", flat, padding, np.float32(-1)), kept)  # [B, M]
+
+    count = build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 1, 2)  # N
+    classes, rows = build.add("Div", index, count, dtype=np.int64), build.add("Mod", index, count, dtype=np.int64)
+    valid = build.add("GreaterOrEqual", best, threshold, dtype=bool)
+    if per_class:
+        last = build.add("Sub", build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 2, 3), np.int64([1]))
+        classes = build.add("Min", classes, last, dtype=np.int64)
+        pair = build.add("Unsqueeze", rows, np.int64([2]), dtype=np.int64)
+        pair = build.add("Concat", pair, build.add("Unsqueeze", classes, np.int64([2])), axis=2, dtype=np.int64)
+        chosen = build.add("GatherND", node.inputs[0], pair, batch_dims=1)
+    else:
+        chosen = build.gather_rows(boxes, rows)
+    chosen = build.add("Where", build.add("Unsqueeze", valid, np.int64([2]), dtype=bool), chosen, np.float32(0))
+    number = build.add("ReduceSum", build.cast(valid, np.int32), np.int64([1]), dtype=np.int32, keepdims=1)
+    scores = build.add("Where", valid, best, np.float32(0))
+    classes = build.cast(build.add("Where", valid, classes, np.int64(0), dtype=np.int64), np.int32)
+    return number, chosen, scores, classes
+
+
+def _best_pairs(build, flat):
+    """flat [B, pairs] with all but the plugin's best 4,096 scores of each image set to -1."""
+    count = build.slice(build.add("Shape", flat, dtype=np.int64), 0, 1, 2)
+    most = build.add("Min", count, np.array([PLUGIN_MAX_PAIRS], np.int64), dtype=np.int64)
+    best, _ = build.add("TopK", flat, most, outputs=2, dtype=(np.float32, np.int64), axis=-1, sorted=1)
+    least = build.slice(best, 1, -1, np.iinfo(np.int64).max)  # [B, 1]
+    return build.add("Where", build.add("GreaterOrEqual", flat, least, dtype=bool), flat, np.float32(-1))

@@ -1,0 +1,102 @@
+"""How far the detections of a converted model are from TensorFlow's, on one image.
+
+Boxes are [N, 4] yxyx, normalised; classes are 0-based; both sides are sorted by falling score.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from detector import Detections
+from image_batcher import load_image, resize_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    compared: int  # pairs of detections
+    unmatched: int  # detections of either side without a partner
+    box_difference: float  # largest, over coordinates and pairs
+    score_difference: float  # largest, over pairs
+
+
+def compare(saved_model, detector, image=None, tie=1e-4):
+    """Runs an open tf_graph.SavedModel and an open detector on the same network input; returns a Report.
+
+    image: a file, or None for a built-in picture. It is brought to the network's size first, so that TensorFlow's own
+    resizer has nothing to do and both sides see the same tensor. tie: see match_by_rank.
+    """
+    height, width = detector.input.height, detector.input.width
+    if image is None:
+        pixels = built_in_image(height, width)
+    else:
+        pixels = np.rint(resize_image(load_image(image), height, width)).astype(np.uint8)
+    theirs = tensorflow_detections(saved_model, pixels, detector.metadata)
+    return match_by_rank(theirs, detector.infer(pixels[None])[0], tie)
+
+
+def tensorflow_detections(saved_model, pixels, metadata):
+    """Runs the untouched SavedModel on RGB [H, W, 3]; returns Detections, boxes normalised to that image."""
+    result = saved_model.detect(pixels)
+    count = int(result["num_detections"])
+    classes = result["detection_classes"][:count].astype(np.int32) - metadata["class_offset"]
+    return Detections(result["detection_boxes"][:count], result["detection_scores"][:count], classes)
+
+
+def match_by_rank(theirs, ours, tie=1e-4):
+    """Pairs detections of equal rank; those whose scores are closer than `tie` may have changed places: two roundings of
+    the same sums order them differently.
+
+    A detection is unmatched if no detection of its class with its score is left; at the end of a full list, where a tie
+    decides who is still in, both sides' last ones are not counted.
+    """
+    free = np.ones(len(ours.scores), bool)
+    box_difference = score_difference = 0.0
+    pairs, lonely = 0, []
+    for rank, (box, score, label) in enumerate(zip(theirs.boxes, theirs.scores, theirs.classes, strict=True)):
+        near = np.flatnonzero(free & (ours.classes == label) & (np.abs(ours.scores - score) < tie))
+        if rank < len(free) and free[rank] and ours.classes[rank] == label:
+            near = np.append(near, rank)
+        if not len(near):
+            lonely.append(score)
+            continue
+        distance = np.abs(ours.boxes[near] - box).max(axis=1)
+        chosen = near[distance.argmin()]
+        free[chosen] = False
+        pairs += 1
+        box_difference = max(box_difference, float(distance.min()))
+        score_difference = max(score_difference, float(abs(ours.scores[chosen] - score)))
+    lonely.extend(ours.scores[free])
+    if len(theirs.scores) == len(ours.scores) and lonely:
+        last = min(theirs.scores[-1], ours.scores[-1])
+        lonely = [score for score in lonely if score - last >= tie]
+    return Report(pairs, len(lonely), box_difference, score_difference)
+
+
+def match_by_overlap(theirs, ours, min_iou, max_score_difference):
+    """The indices of `theirs` that have no partner in `ours`: same class, IoU and score as close as asked."""
+    iou = box_iou(theirs.boxes, ours.boxes)
+    close = np.abs(theirs.scores[:, None] - ours.scores[None]) <= max_score_difference
+    partner = (iou >= min_iou) & close & (theirs.classes[:, None] == ours.classes[None])
+    return np.flatnonzero(~partner.any(axis=1))
+
+
+def box_iou(a, b):
+    """Intersection over union of boxes [N, 4] and [M, 4] -> [N, M]; 0 where a box is empty."""
+    top_left = np.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
+    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inter = (bottom_right - top_left).clip(min=0).prod(axis=2)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).clip(min=0).prod(axis=1) for x in (a, b))
+    union = area_a[:, None] + area_b[None] - inter
+    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+
+
+def built_in_image(height, width):
+    """A made-up RGB picture [height, width, 3] uint8 with edges, textures and colours at all scales."""
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    image = np.stack([200 * x, 200 * y, 200 * (1 - x)], axis=-1)
+    for _ in range(40):
+        cy, cx, ry, rx = *rng.random(2), *(0.02 + 0.25 * rng.random(2) ** 2)
+        inside = np.hypot((y - cy) / ry, (x - cx) / rx) < 1 if rng.random() < 0.5 else (abs(y - cy) < ry) & (abs(x - cx) < rx)
+        image[inside] = rng.integers(0, 256, 3) + 20 * np.sin(rng.uniform(20, 200) * (x + y))[inside, None]
+    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)

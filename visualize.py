@@ -1,0 +1,106 @@
+"""Draws detections on a picture: boxes, and labels that stay readable on any background."""
+
+import colorsys
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cli import UserError
+
+COCO_LABELS = Path(__file__).resolve().parent / "labels_coco.txt"
+
+
+def read_labels(path, num_classes):
+    """Returns the class names, line i for class i (0-based).
+
+    path: a text file, one name a line; None: labels_coco.txt for a model of COCO's 90 classes, else "class 1", "class 2"
+    (the ids of the label map). Raises UserError if the file is missing or has too few lines.
+    """
+    if path is None:
+        if num_classes not in (90, 91):
+            return [f"class {i + 1}" for i in range(num_classes)]
+        path = COCO_LABELS
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels {path}: cannot be read; give a text file with one class name a line") from error
+    if len(names) < num_classes:
+        raise UserError(f"--labels {path}: {len(names)} lines for {num_classes} classes; one name a line, in class order")
+    return names
+
+
+@functools.lru_cache(maxsize=None)
+def class_colour(label):
+    """A stable, saturated RGB colour for class `label`: neighbours in number are far apart in hue (golden ratio)."""
+    hue = (0.61803398875 * label + 0.02) % 1
+    value = 1.0 if label % 2 else 0.85
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.85, value))
+
+
+@functools.lru_cache(maxsize=64)
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+def draw_detections(image, boxes, scores, classes, names):
+    """Draws boxes [N, 4] yxyx in pixels on RGB [H, W, 3]; scores [N] and classes [N] (0-based) label them.
+
+    Returns a Pillow image. Line width and text follow the image's size; better detections are drawn over worse ones.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    draw = ImageDraw.Draw(picture)
+    shorter = min(picture.size)
+    line = max(1, round(shorter / 240))
+    font = _font(max(10, round(shorter / 36)))
+    order = np.argsort(scores, kind="stable")
+    for i in order:
+        _draw_box(draw, boxes[i], class_colour(int(classes[i])), line)
+    taken = []
+    for i in order[::-1]:
+        label = int(classes[i])
+        name = names[label] if label < len(names) else f"class {label + 1}"
+        _draw_label(draw, picture.size, boxes[i], f"{name} {scores[i]:.2f}", class_colour(label), font, line, taken)
+    return picture
+
+
+def _draw_box(draw, box, colour, line):
+    """A coloured frame with a dark one on either side, to stand out on light, dark and like-coloured ground."""
+    ymin, xmin, ymax, xmax = (float(v) for v in box)
+    edge = max(1, line // 3)
+    for grow, width, fill in ((edge, line + 2 * edge, (0, 0, 0)), (0, line, colour)):
+        frame = [xmin - grow, ymin - grow, max(xmax + grow, xmin), max(ymax + grow, ymin)]
+        draw.rectangle(frame, outline=fill, width=width)
+
+
+def _draw_label(draw, size, box, text, colour, font, line, taken):
+    """Writes `text` on a plate of the box's colour, where it covers no plate in `taken` if there is such a place."""
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    pad = max(2, line)
+    width, height = right - left + 2 * pad, bottom - top + 2 * pad
+    x, y = _place(size, box, width, height, taken)
+    taken.append((x, y, x + width, y + height))
+    draw.rectangle([x, y, x + width - 1, y + height - 1], fill=colour, outline=(0, 0, 0))
+    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    draw.text((x + pad - left, y + pad - top), text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
+
+
+def _place(size, box, width, height, taken):
+    """The first free corner of the box for a plate: above, inside, below; else the one that covers least."""
+    ymin, xmin, ymax, xmax = (float(v) for v in box)
+    places = [
+        (x, y) for y in (ymin - height, ymin, ymax, ymax - height, (ymin + ymax - height) / 2) for x in (xmin, xmax - width)
+    ]
+    best, least = None, None
+    for x, y in places:
+        x = round(min(max(x, 0), max(0, size[0] - width)))
+        y = round(min(max(y, 0), max(0, size[1] - height)))
+        covered = sum(
+            max(0, min(x + width, r) - max(x, l)) * max(0, min(y + height, b) - max(y, t)) for l, t, r, b in taken
+        )
+        if least is None or covered < least:
+            best, least = (x, y), covered
+        if covered == 0:
+            break
+    return best
