@@ -114,6 +114,11 @@ def convert(saved_model, config, args):
     resizer = describe_resizer(ssd.image_resizer)
     height, width = resizer["height"], resizer["width"]
     graph = saved_model.flatten()
+    if tf_graph.is_two_stage(graph):
+        raise UserError(
+            f"the pipeline.config is not that of {saved_model.folder}: it describes an SSD model, the SavedModel has two"
+            " stages; use the model's own --pipeline_config"
+        )
     images = tf_graph.preprocessed_images(graph)
     logits, converter, logit_scale = tf_graph.score_logits(graph)
     encodings, anchors = tf_graph.box_encodings_and_anchors(graph, images)
@@ -130,7 +135,7 @@ def convert(saved_model, config, args):
 
     metadata = describe(saved_model, ssd, resizer, args)
     boxes, columns = network.outputs[0].shape[1:]
-    check_config(ssd, columns, converter, boxes, len(anchors), saved_model.folder)
+    check_config(ssd, columns, converter, boxes, len(anchors), normalisation[0], saved_model.folder)
     make_batch_free(network)
     add_input(network, normalisation, args, height, width)
     add_ssd_detections(network, ssd, anchors, columns, logit_scale, metadata["score_threshold"])
@@ -159,17 +164,23 @@ def describe(saved_model, ssd, resizer, args):
         "input_type": args.input_type,
         "resizer": resizer,
         "score_threshold": threshold,
+        "config_score_threshold": nms.score_threshold,
         "iou_threshold": nms.iou_threshold,
         "max_detections": nms.max_total_detections,
     }
 
 
-def check_config(ssd, columns, converter, boxes, anchors, folder):
+def check_config(ssd, columns, converter, boxes, anchors, scale, folder):
     """Raises UserError if what the graph computes is not what the config says."""
 
     def mismatch(what):
         raise UserError(f"the pipeline.config is not that of {folder}: {what}; use the model's own --pipeline_config")
 
+    # Colours by backbone (TFOD's feature extractors): ResNet V1 subtracts a mean and scales nothing, MobileNet scales.
+    family = "resnet" if np.allclose(scale, 1) else "mobilenet"
+    named = {name for name in ("resnet", "mobilenet") if name in ssd.feature_extractor.type.split("_fpn")[0]}
+    if named and family not in named:
+        mismatch(f"it says {ssd.feature_extractor.type}, the model prepares colours as a {family} does")
     background = int(ssd.add_background_class)
     if columns != ssd.num_classes + background:
         mismatch(f"it says {ssd.num_classes} classes, the model predicts {columns - background}")
@@ -218,7 +229,9 @@ def make_batch_free(graph):
         if node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant):
             shape = node.inputs[1].values
             if shape[0] == 1:
-                node.inputs[1] = gs.Constant(f"{node.name}/any_batch", np.concatenate([[0], shape[1:]]).astype(np.int64))
+                node.inputs[1] = gs.Constant(
+                    f"{node.name}/any_batch", np.concatenate([[0], shape[1:]]).astype(np.int64)
+                )
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable):
             tensor.shape = None  # they hold the 1; TensorRT and ONNX Runtime infer shapes themselves
@@ -275,15 +288,15 @@ def add_ssd_detections(graph, ssd, anchors, columns, logit_scale, score_threshol
         scores,
         score_threshold=score_threshold,
         iou_threshold=nms.iou_threshold,
-        max_output_boxes=spare_detections(nms, candidates * ssd.num_classes),
+        max_output_boxes=spare_detections(nms),
     )
     graph.outputs = finish_nms(build, boxes, scores, classes, nms)
 
 
-def spare_detections(nms, pairs):
+def spare_detections(nms):
     """How many detections to take from the plugin so that, of them, finish_nms finds max_total_detections to keep."""
     spare = SPARE if nms.max_detections_per_class >= nms.max_total_detections else SPARE_WITH_CLASS_LIMIT
-    return min(nms.max_total_detections + spare, pairs)
+    return nms.max_total_detections + spare
 
 
 def finish_nms(build, boxes, scores, classes, nms):
@@ -298,23 +311,25 @@ def finish_nms(build, boxes, scores, classes, nms):
     size = build.add("Sub", build.slice(boxes, 2, 2, 4), build.slice(boxes, 2, 0, 2))
     valid = build.add("Greater", build.add("ReduceProd", size, axes=[2], keepdims=0), np.float32(0), dtype=bool)
     if nms.max_detections_per_class < kept:
-        valid = build.add("And", valid, _within_class_limit(build, scores, classes, nms.max_detections_per_class), dtype=bool)
+        valid = build.add(
+            "And", valid, _within_class_limit(build, scores, classes, nms.max_detections_per_class), dtype=bool
+        )
     # The valid ones to the front, in their order: a key that falls with the place, 0 for the invalid.
-    place = build.add("Where", valid, np.arange(given, 0, -1, dtype=np.float32)[None], np.float32(0))
-    key, rows = build.top_k(place, min(kept, given))
+    place = build.add("Where", valid, np.arange(given, 0, -1, dtype=np.float32)[None], np.float32(0), dtype=np.float32)
+    key, rows = build.top_k(place, kept)
     used = build.add("Greater", key, np.float32(0), dtype=bool)
     boxes, scores, classes = (build.gather_rows(x, rows) for x in (boxes, scores, classes))
-    boxes = build.add("Where", build.add("Unsqueeze", used, np.int64([2]), dtype=bool), boxes, np.float32(0))
-    scores = build.add("Where", used, scores, np.float32(0))
+    boxes = build.add("Where", build.add("Unsqueeze", used, np.int64([2])), boxes, np.float32(0), dtype=np.float32)
+    scores = build.add("Where", used, scores, np.float32(0), dtype=np.float32)
     classes = build.add("Where", used, classes, np.int32(0), dtype=np.int32)
-    number = build.add("ReduceSum", build.cast(used, np.int32), np.int64([1]), dtype=np.int32, keepdims=1)
+    number = build.add("ReduceSum", build.cast(used, np.int32), np.int64([1]), keepdims=1)
     return number, boxes, scores, classes
 
 
 def _within_class_limit(build, scores, classes, limit):
     """[B, M] bool: fewer than `limit` detections of the same class stand before this one."""
     given = scores.shape[1]
-    rows, columns = (build.add("Unsqueeze", classes, np.int64([axis]), dtype=np.int32) for axis in (2, 1))
+    rows, columns = (build.add("Unsqueeze", classes, np.int64([axis])) for axis in (2, 1))
     same = build.cast(build.add("Equal", rows, columns, dtype=bool), np.float32)  # [B, M, M]
     before = build.add("Mul", same, np.tri(given, k=-1, dtype=np.float32)[None])
     return build.add("Less", build.add("ReduceSum", before, np.int64([2]), keepdims=0), np.float32(limit), dtype=bool)
@@ -378,7 +393,9 @@ def main(argv=None):
         print(f"Converted in {time.perf_counter() - started:.1f} s: {len(model.graph.node)} nodes")
         passed = args.no_check or check(saved_model, args)
     size = Path(args.onnx).stat().st_size / 1e6
-    print(f"Wrote {args.onnx} ({size:.1f} MB). Next: python infer.py --engine {args.onnx} --input IMAGES --output results")
+    print(
+        f"Wrote {args.onnx} ({size:.1f} MB). Next: python infer.py --engine {args.onnx} --input IMAGES --output results"
+    )
     return 0 if passed else 1
 
 

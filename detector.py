@@ -29,6 +29,14 @@ class Detections:
     scores: np.ndarray  # [D] float32
     classes: np.ndarray  # [D] int32, 0-based
 
+    def where(self, kept):
+        """The detections for which `kept` [D] (bool, or a slice) holds."""
+        return Detections(self.boxes[kept], self.scores[kept], self.classes[kept])
+
+    def above(self, score):
+        """The detections that score at least that."""
+        return self.where(self.scores >= score)
+
 
 def open_detector(path):
     """Opens model.onnx (on ONNX Runtime). Raises UserError, naming the file, where that cannot be."""
@@ -61,7 +69,9 @@ class OnnxDetector:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exception classes are not public
             reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"{path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py") from error
+            raise UserError(
+                f"{path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py"
+            ) from error
 
     def infer(self, batch):
         """batch: [n, height, width, 3] RGB 0..255, n at most input.batch. Returns n Detections."""

@@ -55,7 +55,9 @@ def main(argv=None):
     files = find_images(args.input)
     source = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
     if Path(args.output).resolve() == source.resolve():
-        raise UserError(f"--output {args.output} is where the input lies: choose another folder, so that none is overwritten")
+        raise UserError(
+            f"--output {args.output} is where the input lies: choose another folder, so that none is overwritten"
+        )
     with open_detector(args.engine) as detector:
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
@@ -75,10 +77,11 @@ def process(detector, files, output, labels, threshold):
         results = detector.infer(batch.tensor)
         inferred = time.perf_counter()
         for path, image, placement, found in zip(batch.paths, batch.images, batch.placements, results, strict=True):
-            kept = found.scores >= threshold
-            boxes, scores, classes = placement.to_pixels(found.boxes[kept]), found.scores[kept], found.classes[kept]
-            write_results(output / f"{names[path]}.tsv", boxes, scores, classes)
-            write_picture(output / f"{names[path]}.png", draw_detections(image, boxes, scores, classes, labels))
+            found = found.above(threshold)
+            boxes = placement.to_pixels(found.boxes)
+            write_results(output / f"{names[path]}.tsv", boxes, found.scores, found.classes)
+            picture = draw_detections(image, boxes, found.scores, found.classes, labels)
+            write_picture(output / f"{names[path]}.png", picture)
             bar.update()
         inference += inferred - begun
         drawing += time.perf_counter() - inferred

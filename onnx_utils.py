@@ -8,7 +8,6 @@ import json
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from cli import UserError
@@ -29,8 +28,12 @@ class Builder:
     def __init__(self, graph, scope):
         self.graph, self.scope, self.count = graph, scope, 0
 
-    def add(self, op, *inputs, dtype=np.float32, outputs=1, shapes=None, domain=None, **attributes):
-        """Adds a node `op`; inputs are tensors or arrays (which become constants). Returns its output tensor(s)."""
+    def add(self, op, *inputs, dtype=None, outputs=1, shapes=None, domain=None, **attributes):
+        """Adds a node `op`; inputs are tensors or arrays (which become constants). Returns its output tensor(s).
+
+        dtype: of the output, or one for each of several; default: that of the first input.
+        """
+        dtype = inputs[0].dtype if dtype is None else dtype
         self.count += 1
         name = f"{self.scope}/{op}_{self.count}"
         tensors = [
@@ -47,16 +50,16 @@ class Builder:
         return self.add("Cast", x, dtype=dtype, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def reshape(self, x, shape):
-        return self.add("Reshape", x, np.array(shape, np.int64), dtype=x.dtype)
+        return self.add("Reshape", x, np.array(shape, np.int64))
 
     def slice(self, x, axis, start, end):
         indices = [np.array([value], np.int64) for value in (start, end, axis)]
-        return self.add("Slice", x, *indices, dtype=x.dtype)
+        return self.add("Slice", x, *indices)
 
     def gather_rows(self, x, rows):
         """x [B, N, ...] and rows [B, K] int64 -> [B, K, ...]."""
-        rows = self.add("Unsqueeze", rows, np.array([2], np.int64), dtype=np.int64)
-        return self.add("GatherND", x, rows, dtype=x.dtype, batch_dims=1)
+        rows = self.add("Unsqueeze", rows, np.array([2], np.int64))
+        return self.add("GatherND", x, rows, batch_dims=1)
 
     def top_k(self, x, k):
         """The k largest of x along the last axis, in falling order: (values, indices int64)."""
@@ -91,7 +94,9 @@ def read_metadata(model, path):
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
             return json.loads(entry.value)
-    raise UserError(f"{path} was not made by this tool's create_onnx.py (no metadata in it); convert the SavedModel with it")
+    raise UserError(
+        f"{path} was not made by this tool's create_onnx.py (no metadata in it); convert the SavedModel with it"
+    )
 
 
 def efficient_nms(build, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes):
@@ -150,6 +155,7 @@ def replace_plugins(model):
     for number, node in enumerate([n for n in graph.nodes if n.op == "EfficientNMS_TRT"]):
         results = _standard_nms(Builder(graph, f"nms_{number}"), node)
         for old, new in zip(list(node.outputs), results, strict=True):
+            new.shape = old.shape
             replace_tensor(graph, old, new)
         node.outputs.clear()
     graph.cleanup().toposort()
@@ -184,9 +190,9 @@ def _standard_nms(build, node):
     if per_class:
         boxes = build.add("Transpose", boxes, perm=[0, 2, 1, 3])  # [B, C, N, 4]
         columns = build.slice(shape, 0, 2, 3)
-        as_batch = build.add("Concat", np.array([-1], np.int64), columns, np.array([4], np.int64), axis=0, dtype=np.int64)
+        as_batch = build.add("Concat", np.array([-1], np.int64), columns, np.array([4], np.int64), axis=0)
         boxes = build.add("Reshape", boxes, as_batch)  # [B * C, N, 4]
-        shape = build.add("Concat", np.array([-1, 1], np.int64), columns, axis=0, dtype=np.int64)
+        shape = build.add("Concat", np.array([-1, 1], np.int64), columns, axis=0)
         scores = build.add("Reshape", scores, shape)  # [B * C, 1, N]
     picked = build.add("NonMaxSuppression", boxes, scores, *limits, dtype=np.int64)  # [S, 3]: image, class, box
 
@@ -198,19 +204,19 @@ def _standard_nms(build, node):
     best, index = build.top_k(build.add("Pad", flat, padding, np.float32(-1)), kept)  # [B, M]
 
     count = build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 1, 2)  # N
-    classes, rows = build.add("Div", index, count, dtype=np.int64), build.add("Mod", index, count, dtype=np.int64)
+    classes, rows = build.add("Div", index, count), build.add("Mod", index, count)
     valid = build.add("GreaterOrEqual", best, threshold, dtype=bool)
     if per_class:
         last = build.add("Sub", build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 2, 3), np.int64([1]))
-        classes = build.add("Min", classes, last, dtype=np.int64)
-        pair = build.add("Unsqueeze", rows, np.int64([2]), dtype=np.int64)
-        pair = build.add("Concat", pair, build.add("Unsqueeze", classes, np.int64([2])), axis=2, dtype=np.int64)
+        classes = build.add("Min", classes, last)
+        pair = build.add("Unsqueeze", rows, np.int64([2]))
+        pair = build.add("Concat", pair, build.add("Unsqueeze", classes, np.int64([2])), axis=2)
         chosen = build.add("GatherND", node.inputs[0], pair, batch_dims=1)
     else:
         chosen = build.gather_rows(boxes, rows)
-    chosen = build.add("Where", build.add("Unsqueeze", valid, np.int64([2]), dtype=bool), chosen, np.float32(0))
-    number = build.add("ReduceSum", build.cast(valid, np.int32), np.int64([1]), dtype=np.int32, keepdims=1)
-    scores = build.add("Where", valid, best, np.float32(0))
+    chosen = build.add("Where", build.add("Unsqueeze", valid, np.int64([2])), chosen, np.float32(0), dtype=np.float32)
+    number = build.add("ReduceSum", build.cast(valid, np.int32), np.int64([1]), keepdims=1)
+    scores = build.add("Where", valid, best, np.float32(0), dtype=np.float32)
     classes = build.cast(build.add("Where", valid, classes, np.int64(0), dtype=np.int64), np.int32)
     return number, chosen, scores, classes
 
@@ -218,7 +224,9 @@ def _standard_nms(build, node):
 def _best_pairs(build, flat):
     """flat [B, pairs] with all but the plugin's best 4,096 scores of each image set to -1."""
     count = build.slice(build.add("Shape", flat, dtype=np.int64), 0, 1, 2)
-    most = build.add("Min", count, np.array([PLUGIN_MAX_PAIRS], np.int64), dtype=np.int64)
+    most = build.add("Min", count, np.array([PLUGIN_MAX_PAIRS], np.int64))
     best, _ = build.add("TopK", flat, most, outputs=2, dtype=(np.float32, np.int64), axis=-1, sorted=1)
     least = build.slice(best, 1, -1, np.iinfo(np.int64).max)  # [B, 1]
-    return build.add("Where", build.add("GreaterOrEqual", flat, least, dtype=bool), flat, np.float32(-1))
+    return build.add(
+        "Where", build.add("GreaterOrEqual", flat, least, dtype=bool), flat, np.float32(-1), dtype=np.float32
+    )

@@ -31,7 +31,9 @@ def compare(saved_model, detector, image=None, tie=1e-4):
     else:
         pixels = np.rint(resize_image(load_image(image), height, width)).astype(np.uint8)
     theirs = tensorflow_detections(saved_model, pixels, detector.metadata)
-    return match_by_rank(theirs, detector.infer(pixels[None])[0], tie)
+    # An overridden threshold leaves one side with more than the other has to compare.
+    least = max(detector.metadata["score_threshold"], detector.metadata["config_score_threshold"])
+    return match_by_rank(theirs.above(least), detector.infer(pixels[None])[0].above(least), tie)
 
 
 def tensorflow_detections(saved_model, pixels, metadata):
@@ -93,10 +95,14 @@ def box_iou(a, b):
 def built_in_image(height, width):
     """A made-up RGB picture [height, width, 3] uint8 with edges, textures and colours at all scales."""
     rng = np.random.default_rng(7)
-    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     image = np.stack([200 * x, 200 * y, 200 * (1 - x)], axis=-1)
     for _ in range(40):
         cy, cx, ry, rx = *rng.random(2), *(0.02 + 0.25 * rng.random(2) ** 2)
-        inside = np.hypot((y - cy) / ry, (x - cx) / rx) < 1 if rng.random() < 0.5 else (abs(y - cy) < ry) & (abs(x - cx) < rx)
+        inside = (
+            np.hypot((y - cy) / ry, (x - cx) / rx) < 1
+            if rng.random() < 0.5
+            else (abs(y - cy) < ry) & (abs(x - cx) < rx)
+        )
         image[inside] = rng.integers(0, 256, 3) + 20 * np.sin(rng.uniform(20, 200) * (x + y))[inside, None]
     return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)

@@ -16,7 +16,16 @@ from cli import UserError
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # Ops that hand one tensor's values on in another shape or type.
-RESHAPING = {"Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient", "Transpose", "Tile", "PlaceholderWithDefault"}
+RESHAPING = {
+    "Identity",
+    "Reshape",
+    "Squeeze",
+    "ExpandDims",
+    "StopGradient",
+    "Transpose",
+    "Tile",
+    "PlaceholderWithDefault",
+}
 # Ops of the box decoder (TFOD: FasterRcnnBoxCoder._decode), up to where the encodings and anchors are split into columns.
 DECODING = RESHAPING | {"Pack", "Sub", "AddV2", "Add", "Mul", "RealDiv", "Exp", "Minimum", "Maximum"}
 # Ops whose result depends on a tensor's shape alone.
@@ -31,7 +40,9 @@ def find_saved_model(path):
     for folder in (path, path / "saved_model"):
         if (folder / "saved_model.pb").is_file():
             return folder
-    raise UserError(f"--saved_model {path}: no saved_model.pb there; give the unpacked export or its saved_model folder")
+    raise UserError(
+        f"--saved_model {path}: no saved_model.pb there; give the unpacked export or its saved_model folder"
+    )
 
 
 def find_pipeline_config(saved_model):
@@ -59,7 +70,9 @@ class SavedModel:
                 meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(folder))
         except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
             self.close()
-            raise UserError(f"{folder} cannot be loaded as a SavedModel ({_first_line(error)}); export it again") from error
+            raise UserError(
+                f"{folder} cannot be loaded as a SavedModel ({_first_line(error)}); export it again"
+            ) from error
         try:
             self._find_signature(meta)
         except UserError:
@@ -169,7 +182,11 @@ class FlatGraph:
             nodes[node_name(tensor)] = node = tf.compat.v1.NodeDef(name=node_name(tensor), op="Placeholder")
             node.attr["dtype"].type = tf.float32.as_datatype_enum
             node.attr["shape"].shape.CopyFrom(dims[0])
-        result, seen, todo = tf.compat.v1.GraphDef(versions=self.graph_def.versions), set(), list(map(node_name, outputs))
+        result, seen, todo = (
+            tf.compat.v1.GraphDef(versions=self.graph_def.versions),
+            set(),
+            list(map(node_name, outputs)),
+        )
         while todo:
             name = todo.pop()
             if name in seen:
@@ -220,6 +237,13 @@ def node_name(tensor):
 def tensor_name(tensor):
     """TensorFlow's full name of a tensor: 'a' is 'a:0'."""
     return tensor if ":" in tensor else f"{tensor}:0"
+
+
+def is_two_stage(graph):
+    """Whether proposals are suppressed before the final boxes are computed, as in Faster and Mask R-CNN."""
+    return any(
+        op.startswith("NonMaxSuppression") for op in graph.ancestors(graph.outputs["raw_detection_boxes"]).values()
+    )
 
 
 def preprocessed_images(graph):
@@ -277,7 +301,9 @@ def box_encodings_and_anchors(graph, images):
             tensor = graph.inputs(tensor)[1 if graph.op(tensor) == "Split" else 0]
         sources[images in graph.ancestors(tensor)].add(tensor)
     if len(sources[True]) != 1 or len(sources[False]) != 1:
-        raise UserError("the SavedModel's box decoder was not found behind raw_detection_boxes; is it a TFOD SSD model?")
+        raise UserError(
+            "the SavedModel's box decoder was not found behind raw_detection_boxes; is it a TFOD SSD model?"
+        )
     return sources[True].pop(), sources[False].pop()
 
 
@@ -321,7 +347,9 @@ def import_tensorflow():
         with quiet():
             import tensorflow as tf
     except ImportError as error:
-        raise UserError(f"TensorFlow cannot be imported ({_first_line(error)}): pip install -r requirements.txt") from error
+        raise UserError(
+            f"TensorFlow cannot be imported ({_first_line(error)}): pip install -r requirements.txt"
+        ) from error
     tf.get_logger().setLevel("ERROR")
     return tf
 

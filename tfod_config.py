@@ -132,7 +132,10 @@ def _refuse_unsupported(model, path):
     def refuse(what):
         raise UserError(f"{path}: {what} is not supported; this tool converts SSD models with hard per-class NMS")
 
-    for name, label in (("center_net", "the meta-architecture CenterNet"), ("experimental_model", "experimental_model")):
+    for name, label in (
+        ("center_net", "the meta-architecture CenterNet"),
+        ("experimental_model", "experimental_model"),
+    ):
         if model.HasField(name):
             refuse(label)
     if model.HasField("faster_rcnn"):

@@ -15,7 +15,7 @@ COCO_LABELS = Path(__file__).resolve().parent / "labels_coco.txt"
 def read_labels(path, num_classes):
     """Returns the class names, line i for class i (0-based).
 
-    path: a text file, one name a line; None: labels_coco.txt for a model of COCO's 90 classes, else "class 1", "class 2"
+    path: a text file, one name a line; None: labels_coco.txt for a model of COCO's 90 classes, else "class 1" and so on
     (the ids of the label map). Raises UserError if the file is missing or has too few lines.
     """
     if path is None:
@@ -27,11 +27,13 @@ def read_labels(path, num_classes):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels {path}: cannot be read; give a text file with one class name a line") from error
     if len(names) < num_classes:
-        raise UserError(f"--labels {path}: {len(names)} lines for {num_classes} classes; one name a line, in class order")
+        raise UserError(
+            f"--labels {path}: {len(names)} lines for {num_classes} classes; one name a line, in class order"
+        )
     return names
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def class_colour(label):
     """A stable, saturated RGB colour for class `label`: neighbours in number are far apart in hue (golden ratio)."""
     hue = (0.61803398875 * label + 0.02) % 1
@@ -90,14 +92,17 @@ def _place(size, box, width, height, taken):
     """The first free corner of the box for a plate: above, inside, below; else the one that covers least."""
     ymin, xmin, ymax, xmax = (float(v) for v in box)
     places = [
-        (x, y) for y in (ymin - height, ymin, ymax, ymax - height, (ymin + ymax - height) / 2) for x in (xmin, xmax - width)
+        (x, y)
+        for y in (ymin - height, ymin, ymax, ymax - height, (ymin + ymax - height) / 2)
+        for x in (xmin, xmax - width)
     ]
     best, least = None, None
     for x, y in places:
         x = round(min(max(x, 0), max(0, size[0] - width)))
         y = round(min(max(y, 0), max(0, size[1] - height)))
         covered = sum(
-            max(0, min(x + width, r) - max(x, l)) * max(0, min(y + height, b) - max(y, t)) for l, t, r, b in taken
+            max(0, min(x + width, x1) - max(x, x0)) * max(0, min(y + height, y1) - max(y, y0))
+            for x0, y0, x1, y1 in taken
         )
         if least is None or covered < least:
             best, least = (x, y), covered

@@ -1,6 +1,6 @@
 """Trains the demo's small SSD on synthetic shapes and exports it as TFOD exports its own models.
 
-    python demo/train_demo_ssd.py --output demo            # 10 minutes on 2 cores
+    python demo/train_demo_ssd.py --output demo            # 25 minutes on 2 cores
     python demo/train_demo_ssd.py --output /tmp/x --steps 20
 
 Writes OUTPUT/ssd_mobilenet_v1_shapes/ (saved_model/, pipeline.config, labels.txt), OUTPUT/images/*.jpg and
@@ -9,6 +9,7 @@ at a quarter of the width: the graph, its signature and its outputs are those of
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -28,18 +29,32 @@ SIZE = 160  # the network's input, pixels
 GRIDS = (10, 5, 3, 2)  # feature maps of the four levels
 SCALES = (0.15, 0.3, 0.5, 0.72, 0.95)  # anchor size per level, relative to the image; the last closes the series
 RATIOS = (1.0, 2.0, 0.5)
-BOX_SCALES = np.float32([10, 10, 5, 5])  # of the box coder
-SCORE_THRESHOLD, IOU_THRESHOLD, MAX_DETECTIONS = 1e-8, 0.6, 100
+BOX_SCALES = (10.0, 10.0, 5.0, 5.0)  # of the box coder: y, x, height, width
+IOU_THRESHOLD, MAX_DETECTIONS = 0.6, 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What pipeline.config lets a user choose and the graph must follow."""
+
+    converter: str = "SIGMOID"  # or SOFTMAX, IDENTITY
+    scales: tuple = BOX_SCALES
+    score_threshold: float = 1e-8
+    per_class: int = MAX_DETECTIONS
+    keep_aspect: bool = False  # resize to fit, pad, instead of stretching
+    dtype: str = "uint8"  # of the input: uint8 (image_tensor) or float32 (float_image_tensor)
 
 
 def draw_scene(rng, width, height):
     """Draws 1 to 6 shapes on a made-up background. Returns (RGB [H, W, 3] uint8, boxes [N, 4] yxyx pixels, classes [N])."""
-    corners = rng.integers(0, 256, (2, 3, 3)).astype(np.uint8)
+    base = rng.integers(30, 226, 3)
+    corners = (base + rng.integers(-50, 51, (2, 3, 3))).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(corners).resize((width, height), Image.BICUBIC)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 30)):  # clutter: blurred strokes
+    for _ in range(rng.integers(0, 14)):  # clutter: blurred strokes
         ends = rng.uniform(0, 1, 4) * [width, height, width, height]
-        draw.line(list(ends), fill=tuple(rng.integers(0, 256, 3)), width=int(rng.integers(1, 12)))
+        colour = (base + rng.integers(-80, 81, 3)).clip(0, 255)
+        draw.line(list(ends), fill=tuple(colour.tolist()), width=int(rng.integers(1, 12)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
     boxes, classes = [], []
     for _ in range(rng.integers(1, 7)):
@@ -50,7 +65,10 @@ def draw_scene(rng, width, height):
         if any(_overlap(box, other) > 0.1 for other in boxes):
             continue
         kind = int(rng.integers(len(CLASSES)))
-        _draw_shape(image, kind, box, rng)
+        colour = rng.integers(0, 256, 3)
+        while np.abs(colour - base).max() < 90:
+            colour = rng.integers(0, 256, 3)
+        _draw_shape(image, kind, box, tuple(colour.tolist()))
         boxes.append(box)
         classes.append(kind)
     pixels = np.asarray(image).astype(np.float32) + rng.normal(0, rng.uniform(0, 8), (height, width, 1))
@@ -63,7 +81,7 @@ def _overlap(a, b):
     return inter / min(np.prod(a[2:] - a[:2]), np.prod(b[2:] - b[:2]))
 
 
-def _draw_shape(image, kind, box, rng):
+def _draw_shape(image, kind, box, colour):
     """Draws at four times the size and scales down, for smooth edges."""
     y0, x0, y1, x1 = box
     w, h = round((x1 - x0) * 4), round((y1 - y0) * 4)
@@ -84,7 +102,7 @@ def _draw_shape(image, kind, box, rng):
         points = (points - points.min(0)) / np.ptp(points, axis=0) * [w - 1, h - 1]
         draw.polygon([tuple(p) for p in points], fill=255)
     mask = mask.resize((max(1, w // 4), max(1, h // 4)), Image.LANCZOS)
-    image.paste(tuple(int(v) for v in rng.integers(0, 256, 3)), (round(x0), round(y0)), mask)
+    image.paste(colour, (round(x0), round(y0)), mask)
 
 
 def make_anchors():
@@ -101,7 +119,10 @@ def make_anchors():
 
 def encode(boxes, classes, anchors):
     """Matches boxes [N, 4] (normalised) to anchors: (encodings [A, 4], one-hot classes [A, C], matched [A])."""
-    top, bottom = np.maximum(anchors[:, None, :2], boxes[None, :, :2]), np.minimum(anchors[:, None, 2:], boxes[None, :, 2:])
+    top, bottom = (
+        np.maximum(anchors[:, None, :2], boxes[None, :, :2]),
+        np.minimum(anchors[:, None, 2:], boxes[None, :, 2:]),
+    )
     inter = (bottom - top).clip(min=0).prod(2)
     areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (anchors, boxes)]
     iou = inter / (areas[0][:, None] + areas[1][None] - inter)
@@ -111,7 +132,7 @@ def encode(boxes, classes, anchors):
     best[force], matched[force] = np.arange(len(boxes)), True
     size, box_size = anchors[:, 2:] - anchors[:, :2], (boxes[:, 2:] - boxes[:, :2])[best]
     shift = ((boxes[best, :2] + box_size / 2) - (anchors[:, :2] + size / 2)) / size
-    codes = np.concatenate([shift, np.log(box_size / size)], axis=1) * BOX_SCALES
+    codes = np.concatenate([shift, np.log(box_size / size)], axis=1) * np.float32(BOX_SCALES)
     target = np.zeros((len(anchors), len(CLASSES)), np.float32)
     target[matched, classes[best[matched]]] = 1
     return codes.astype(np.float32), target, matched.astype(np.float32)
@@ -121,7 +142,7 @@ def training_set(count, anchors, seed=1):
     rng = np.random.default_rng(seed)
     images, codes, targets, matched = [], [], [], []
     for _ in progress(range(count), desc="drawing"):
-        width, height = rng.integers(160, 480, 2)
+        width, height = rng.integers(160, 400, 2)
         pixels, boxes, classes = draw_scene(rng, int(width), int(height))
         images.append(np.rint(resize_image(pixels, SIZE, SIZE)).astype(np.uint8))
         values = encode(boxes / np.array([height, width] * 2), classes, anchors)
@@ -171,7 +192,7 @@ def train(tf, network, data, steps, batch=32):
             smooth = tf.where(off < 1, 0.5 * off**2, off - 0.5)
             loss = tf.reduce_sum(weight * cross) * 4 / count + tf.reduce_sum(smooth * match[..., None]) / count
         variables = network.trainable_variables
-        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return loss
 
     rng, mean = np.random.default_rng(2), 0.0
@@ -185,8 +206,23 @@ def train(tf, network, data, steps, batch=32):
             print(f"step {i + 1}: loss {mean / (1 - 0.98 ** (i + 1)):.3f}", flush=True)
 
 
-def exported_module(tf, network, anchors):
+def exported_module(tf, network, anchors, export):
     """The detector as TFOD's exporter_lib_v2 and ssd_meta_arch write it: resize in a loop, decode, per-class NMS."""
+    batch = 1 if export.dtype == "uint8" else None
+    converters = {"SIGMOID": tf.sigmoid, "SOFTMAX": tf.nn.softmax, "IDENTITY": tf.identity}
+
+    def preprocess(image):
+        image = tf.cast(image, tf.float32) * (2.0 / 255.0) - 1.0
+        size = tf.constant([SIZE, SIZE])
+        if export.keep_aspect:
+            given = tf.cast(tf.shape(image)[:2], tf.float32)
+            size = tf.cast(tf.round(given * (SIZE / tf.reduce_max(given))), tf.int32)
+        image = tf.compat.v1.image.resize_bilinear(image[None], size)[0]
+        return tf.image.pad_to_bounding_box(image, 0, 0, SIZE, SIZE), size
+
+    def detect(boxes, scores, true_size):
+        window = tf.cast(true_size, tf.float32) / SIZE  # height, width of the image within the padded input
+        return postprocess(tf, boxes, scores, window, export)
 
     class Detector(tf.Module):
         def __init__(self):
@@ -194,66 +230,81 @@ def exported_module(tf, network, anchors):
             # The variables alone: a tracked Keras model would save all of its own functions beside the signature.
             self.parameters = [variable.value for variable in network.variables]
 
-        @tf.function(input_signature=[tf.TensorSpec([1, None, None, 3], tf.uint8, name="input_tensor")])
+        @tf.function(input_signature=[tf.TensorSpec([batch, None, None, 3], export.dtype, name="input_tensor")])
         def __call__(self, input_tensor):
-            def preprocess(image):
-                image = tf.cast(image, tf.float32) * (2.0 / 255.0) - 1.0
-                return tf.compat.v1.image.resize_bilinear(image[None], [SIZE, SIZE])[0]
-
-            images = tf.map_fn(preprocess, input_tensor, fn_output_signature=tf.TensorSpec([SIZE, SIZE, 3], tf.float32))
+            spec = (tf.TensorSpec([SIZE, SIZE, 3], tf.float32), tf.TensorSpec([2], tf.int32))
+            images, sizes = tf.map_fn(preprocess, input_tensor, fn_output_signature=spec)
             encodings, logits = network(images, training=False)
-            boxes = decode(tf, tf.squeeze(encodings, axis=2), tf.constant(anchors))
-            scores = tf.sigmoid(logits)
-            found = postprocess(tf, boxes[0], scores[0, :, 1:])
-            result = {key: value[None] for key, value in found.items()}
-            return result | {"raw_detection_boxes": boxes, "raw_detection_scores": scores}
+            boxes = decode(tf, tf.squeeze(encodings, axis=2), tf.constant(anchors), export.scales)
+            scores = converters[export.converter](logits)
+            spec = {key: tf.TensorSpec([MAX_DETECTIONS], tf.float32) for key in ("scores", "classes")}
+            spec |= {"boxes": tf.TensorSpec([MAX_DETECTIONS, 4], tf.float32), "num": tf.TensorSpec([], tf.float32)}
+            found = tf.map_fn(lambda x: detect(*x), (boxes, scores[:, :, 1:], sizes), fn_output_signature=spec)
+            return {
+                "detection_boxes": found["boxes"],
+                "detection_scores": found["scores"],
+                "detection_classes": found["classes"],
+                "num_detections": found["num"],
+                "raw_detection_boxes": boxes,
+                "raw_detection_scores": scores,
+            }
 
     return Detector()
 
 
-def decode(tf, encodings, anchors):
-    """encodings [1, A, 4], anchors [A, 4] -> boxes [1, A, 4] (TFOD: FasterRcnnBoxCoder._decode)."""
-    ymin, xmin, ymax, xmax = tf.unstack(tf.transpose(anchors))
+def decode(tf, encodings, anchors, scales):
+    """encodings [B, A, 4], anchors [A, 4] -> boxes [B, A, 4] (TFOD: FasterRcnnBoxCoder._decode on all images at once)."""
+    batch, count = tf.shape(encodings)[0], tf.shape(anchors)[0]
+    tiled = tf.reshape(tf.tile(anchors[None], [batch, 1, 1]), [-1, 4])
+    ymin, xmin, ymax, xmax = tf.unstack(tf.transpose(tiled))
     ty, tx, th, tw = tf.unstack(tf.transpose(tf.reshape(encodings, [-1, 4])))
     ha, wa = ymax - ymin, xmax - xmin
-    y, x = ty / 10.0 * ha + (ymin + ha / 2), tx / 10.0 * wa + (xmin + wa / 2)
-    h, w = tf.exp(th / 5.0) * ha, tf.exp(tw / 5.0) * wa
+    y, x = ty / scales[0] * ha + (ymin + ha / 2), tx / scales[1] * wa + (xmin + wa / 2)
+    h, w = tf.exp(th / scales[2]) * ha, tf.exp(tw / scales[3]) * wa
     boxes = tf.transpose(tf.stack([y - h / 2, x - w / 2, y + h / 2, x + w / 2]))
-    return tf.reshape(boxes, [1, -1, 4])
+    return tf.reshape(boxes, tf.stack([batch, count, 4]))
 
 
-def postprocess(tf, boxes, scores):
-    """boxes [A, 4], scores [A, C] -> TFOD's outputs for one image (post_processing.multiclass_non_max_suppression)."""
+def postprocess(tf, boxes, scores, window, export):
+    """boxes [A, 4], scores [A, C] -> TFOD's outputs for one image (post_processing.multiclass_non_max_suppression).
+
+    window: [2] height and width of the image within the input, normalised: boxes are clipped to it, then scaled by it.
+    """
     rows, labels, kept = [], [], []
     for label in range(len(CLASSES)):
         picked, values = tf.image.non_max_suppression_with_scores(
-            boxes, scores[:, label], MAX_DETECTIONS, IOU_THRESHOLD, SCORE_THRESHOLD
+            boxes, scores[:, label], export.per_class, IOU_THRESHOLD, export.score_threshold
         )
         rows.append(tf.gather(boxes, picked))
         kept.append(values)
         labels.append(tf.fill(tf.shape(picked), float(label + 1)))
     kept, order = tf.nn.top_k(tf.concat(kept, 0), k=tf.size(tf.concat(kept, 0)))
     rows, labels = tf.gather(tf.concat(rows, 0), order), tf.gather(tf.concat(labels, 0), order)
-    rows = tf.clip_by_value(rows, 0.0, 1.0)
+    rows = tf.clip_by_value(rows, 0.0, tf.tile(window, [2]))
     solid = (rows[:, 2] - rows[:, 0]) * (rows[:, 3] - rows[:, 1]) > 0
     rows, labels, kept = (tf.boolean_mask(x, solid)[:MAX_DETECTIONS] for x in (rows, labels, kept))
     missing = MAX_DETECTIONS - tf.size(kept)
     return {
-        "detection_boxes": tf.ensure_shape(tf.pad(rows, [[0, missing], [0, 0]]), [MAX_DETECTIONS, 4]),
-        "detection_scores": tf.ensure_shape(tf.pad(kept, [[0, missing]]), [MAX_DETECTIONS]),
-        "detection_classes": tf.ensure_shape(tf.pad(labels, [[0, missing]]), [MAX_DETECTIONS]),
-        "num_detections": tf.cast(tf.size(kept), tf.float32),
+        "boxes": tf.ensure_shape(tf.pad(rows / tf.tile(window, [2]), [[0, missing], [0, 0]]), [MAX_DETECTIONS, 4]),
+        "scores": tf.ensure_shape(tf.pad(kept, [[0, missing]]), [MAX_DETECTIONS]),
+        "classes": tf.ensure_shape(tf.pad(labels, [[0, missing]]), [MAX_DETECTIONS]),
+        "num": tf.cast(tf.size(kept), tf.float32),
     }
 
 
-PIPELINE_CONFIG = f"""model {{
+def pipeline_config(export):
+    """The text of the pipeline.config that describes an Export."""
+    resizer = f"fixed_shape_resizer {{\n        height: {SIZE}\n        width: {SIZE}\n      }}"
+    if export.keep_aspect:
+        limits = f"min_dimension: {SIZE} max_dimension: {SIZE} pad_to_max_dimension: true"
+        resizer = f"keep_aspect_ratio_resizer {{ {limits} }}"
+    scales = zip(("y", "x", "height", "width"), export.scales, strict=True)
+    scales = "\n        ".join(f"{name}_scale: {value}" for name, value in scales)
+    return f"""model {{
   ssd {{
     num_classes: {len(CLASSES)}
     image_resizer {{
-      fixed_shape_resizer {{
-        height: {SIZE}
-        width: {SIZE}
-      }}
+      {resizer}
     }}
     feature_extractor {{
       type: "ssd_mobilenet_v1_keras"
@@ -261,25 +312,30 @@ PIPELINE_CONFIG = f"""model {{
     }}
     box_coder {{
       faster_rcnn_box_coder {{
-        y_scale: 10.0
-        x_scale: 10.0
-        height_scale: 5.0
-        width_scale: 5.0
+        {scales}
       }}
     }}
     encode_background_as_zeros: true
     post_processing {{
       batch_non_max_suppression {{
-        score_threshold: {SCORE_THRESHOLD}
+        score_threshold: {export.score_threshold}
         iou_threshold: {IOU_THRESHOLD}
-        max_detections_per_class: {MAX_DETECTIONS}
+        max_detections_per_class: {export.per_class}
         max_total_detections: {MAX_DETECTIONS}
       }}
-      score_converter: SIGMOID
+      score_converter: {export.converter}
     }}
   }}
 }}
 """
+
+
+def save_export(tf, folder, network, anchors, export):
+    """Writes folder/saved_model, folder/pipeline.config and folder/labels.txt."""
+    module = exported_module(tf, network, anchors, export)
+    tf.saved_model.save(module, str(folder / "saved_model"), signatures={"serving_default": module.__call__})
+    (folder / "pipeline.config").write_text(pipeline_config(export))
+    (folder / "labels.txt").write_text("\n".join(CLASSES) + "\n")
 
 
 def write_images(output, count=8, seed=99):
@@ -313,8 +369,8 @@ def write_images(output, count=8, seed=99):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder to write the model and the images into")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps of 32 images; default: 3000")
-    parser.add_argument("--scenes", type=int, default=4000, help="training images to draw; default: 4000")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of 32 images; default: 6000")
+    parser.add_argument("--scenes", type=int, default=16000, help="training images to draw; default: 16000")
     args = parser.parse_args()
     import tensorflow as tf
 
@@ -323,10 +379,7 @@ def main():
     network = build_network(tf)
     train(tf, network, training_set(args.scenes, anchors), args.steps)
     model = args.output / "ssd_mobilenet_v1_shapes"
-    module = exported_module(tf, network, anchors)
-    tf.saved_model.save(module, str(model / "saved_model"), signatures={"serving_default": module.__call__})
-    (model / "pipeline.config").write_text(PIPELINE_CONFIG)
-    (model / "labels.txt").write_text("\n".join(CLASSES) + "\n")
+    save_export(tf, model, network, anchors, Export())
     write_images(args.output)
     print(f"Wrote {model}. Next: python create_onnx.py --saved_model {model} --onnx model.onnx")
 

@@ -1,0 +1,94 @@
+"""Fixtures: the shared models, materialised once; converted files, made once a session and option set."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+from pathlib import Path
+
+import pytest
+
+import create_onnx
+import tf_graph
+from detector import open_detector
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+DEMO = ROOT / "demo"
+DEMO_MODEL = DEMO / "ssd_mobilenet_v1_shapes"
+MODELS = ROOT / "build" / "models"
+
+# Names of the shared models by what the tests call them.
+ZOO = {
+    "fpnlite": "ssd_mobilenet_v2_fpnlite_320x320_coco17",
+    "fpnlite_float": "ssd_mobilenet_v2_fpnlite_320x320_coco17_float",
+    "hands": "ssd_mobilenet_v2_fpnlite_320x320_hands",
+    "mobilenet_v2": "ssd_mobilenet_v2_320x320_coco17_tpu-8",
+    "mobilenet_v1_fpn": "ssd_mobilenet_v1_fpn_640x640_coco17_tpu-8",
+    "resnet50_fpn": "ssd_resnet50_v1_fpn_640x640_coco17_tpu-8",
+}
+
+
+def need_shared(*parts):
+    """The path ../shared/PARTS; skips the test, saying so, where ../shared is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs {SHARED}, which is not part of the project")
+    return SHARED.joinpath(*parts)
+
+
+@functools.cache
+def model_folder(key):
+    """The folder of a model: the demo's own, or a shared one, written out under build/models at first use."""
+    if key == "demo":
+        return DEMO_MODEL
+    script = need_shared("models", "materialize.py")
+    folder = MODELS / ZOO[key]
+    if not (folder / "saved_model" / "variables" / "variables.index").exists():
+        spec = importlib.util.spec_from_file_location("materialize", script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.materialize(ZOO[key], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def convert(tmp_path_factory):
+    """convert(key, *options) -> (path of the ONNX file, what create_onnx.py printed); each option set once a session."""
+
+    @functools.cache
+    def run(key, *options):
+        path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            status = create_onnx.main(["--saved_model", str(model_folder(key)), "--onnx", str(path), *options])
+        assert status == 0, printed.getvalue()
+        return path, printed.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def detector(convert):
+    """detector(key, *options) -> an open detector on the converted model."""
+
+    @functools.cache
+    def run(key, *options):
+        return open_detector(convert(key, *options)[0])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def saved_model():
+    """saved_model(key) -> the open SavedModel; the last two stay open."""
+
+    @functools.lru_cache(maxsize=2)
+    def run(key):
+        return tf_graph.SavedModel(tf_graph.find_saved_model(model_folder(key)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def coco_images():
+    return sorted(need_shared("coco", "val2017").glob("*.jpg"))

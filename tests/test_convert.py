@@ -1,0 +1,301 @@
+"""create_onnx.py as a command: what it takes, what it writes, what it says of mistakes."""
+
+import dataclasses
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from conftest import DEMO, DEMO_MODEL, ROOT, model_folder
+
+import create_onnx
+import onnx_utils
+import parity
+import tf_graph
+from cli import UserError
+from demo import train_demo_ssd as demo
+from detector import open_detector
+from image_batcher import load_image, preprocess
+
+PICTURES = sorted((DEMO / "images").glob("*.jpg"))
+
+
+def command(*options, script="create_onnx.py"):
+    """Runs a script as a user does; returns the finished process."""
+    return subprocess.run([sys.executable, ROOT / script, *map(str, options)], capture_output=True, text=True)
+
+
+def test_a_whole_command(tmp_path):
+    """The unpacked archive alone is enough; the file is checked, described and self-contained."""
+    process = command("--saved_model", DEMO_MODEL, "--onnx", tmp_path / "model.onnx")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[-2].startswith("PASSED: ")
+    assert re.search(r"box difference \d\.\de-\d+, score difference \d\.\de-\d+", lines[-2])
+    assert lines[-1].startswith(f"Wrote {tmp_path / 'model.onnx'}")
+    assert "python infer.py --engine" in lines[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model)
+    ops = {node.op_type for node in model.graph.node}
+    assert [n.domain for n in model.graph.node if n.op_type == "EfficientNMS_TRT"] == ["TRT"]
+    assert not {op for op in ops if not onnx.defs.has(op)} - {"EfficientNMS_TRT"}
+    outputs = {o.name: [d.dim_value for d in o.type.tensor_type.shape.dim] for o in model.graph.output}
+    assert outputs == {
+        "num_detections": [1, 1],
+        "detection_boxes": [1, 100, 4],
+        "detection_scores": [1, 100],
+        "detection_classes": [1, 100],
+    }
+    types = {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
+    assert types["num_detections"] == types["detection_classes"] == onnx.TensorProto.INT32
+    metadata = onnx_utils.read_metadata(model, "model.onnx")
+    assert metadata["architecture"] == "ssd_mobilenet_v1_keras"
+    assert metadata["source"] == "ssd_mobilenet_v1_shapes"
+    assert (metadata["num_classes"], metadata["class_offset"], metadata["max_detections"]) == (5, 1, 100)
+    assert metadata["resizer"] == {"kind": "fixed_shape", "height": 160, "width": 160}
+    assert metadata["score_threshold"] == pytest.approx(1e-8)
+
+
+def test_conversion_is_fast_and_small(tmp_path):
+    """FPNLite 320: at most 30 s and 4 GB for the whole command, without the check."""
+    folder = model_folder("fpnlite")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = command("--saved_model", folder, "--onnx", tmp_path / "m.onnx", "--no_check")
+    assert process.returncode == 0, process.stderr
+    assert "PASSED" not in process.stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_maxrss < 4e6  # kB; the largest child so far
+    # Processor time, which another job on the machine does not stretch: it had 2 cores, but hardly used the second.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 35
+
+
+def test_layouts_types_and_thresholds(convert):
+    path, _ = convert("demo", "--input_format", "NCHW", "--input_type", "uint8", "--batch_size", "2")
+    model = onnx.load(path)
+    (image,) = model.graph.input
+    assert image.name == "input_tensor"
+    assert [d.dim_value for d in image.type.tensor_type.shape.dim] == [2, 3, 160, 160]
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+
+    model = open_detector(convert("demo", "--first_nms_threshold", "0.25")[0])
+    full = open_detector(convert("demo")[0])
+    tensor, _ = preprocess(load_image(PICTURES[0]), full.metadata["resizer"])
+    cut, all_of_them = model.infer(tensor[None])[0], full.infer(tensor[None])[0]
+    expected = all_of_them.scores[all_of_them.scores >= 0.25]
+    assert 1 <= len(cut.scores) == len(expected) < len(all_of_them.scores)
+    np.testing.assert_allclose(cut.scores, expected)
+
+
+def test_debug_outputs_and_the_intermediate_file(tmp_path):
+    intermediate, path = tmp_path / "network.onnx", tmp_path / "m.onnx"
+    options = ["--saved_model", str(DEMO_MODEL), "--onnx", str(path), "--no_check"]
+    create_onnx.main([*options, "--tf2onnx", str(intermediate)])
+    network = onnx.load(intermediate)
+    assert [len(o.type.tensor_type.shape.dim) for o in network.graph.output] == [3, 4]
+    logits = network.graph.output[0].name
+    create_onnx.main([*options, "--debug", logits])
+    names = [o.name for o in onnx.load(path).graph.output]
+    assert names == ["num_detections", "detection_boxes", "detection_scores", "detection_classes", logits]
+    assert open_detector(path).infer(np.zeros((1, 160, 160, 3), np.float32))
+    with pytest.raises(UserError, match="--debug no_such_tensor"):
+        create_onnx.main([*options, "--debug", "no_such_tensor"])
+
+
+VARIANTS = {
+    "float": demo.Export(dtype="float32"),
+    "softmax": demo.Export(converter="SOFTMAX", scales=(8.0, 12.0, 4.0, 6.0)),
+    "identity": demo.Export(converter="IDENTITY", score_threshold=0.05),
+    "keep_aspect": demo.Export(keep_aspect=True),
+    "per_class": demo.Export(per_class=7, score_threshold=1e-4),
+}
+
+
+@pytest.fixture(scope="module")
+def network():
+    """The demo's network with made-up weights that spread its outputs."""
+    tf = tf_graph.import_tensorflow()
+    tf.keras.utils.set_random_seed(5)
+    network = demo.build_network(tf)
+    rng = np.random.default_rng(5)
+    for variable in network.variables:
+        if variable.path.startswith(("box_", "class_")):
+            variable.assign(rng.normal(0, 0.35, variable.shape))
+    return tf, network
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_the_config_says_is_what_is_computed(name, network, tmp_path):
+    """Exports that differ in one rule each: the whole chain from the picture against TensorFlow."""
+    tf, net = network
+    folder = tmp_path / "export"
+    demo.save_export(tf, folder, net, demo.make_anchors(), VARIANTS[name])
+    status = create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")])
+    assert status == 0
+    model = open_detector(tmp_path / "m.onnx")
+    seen = 0
+    with tf_graph.SavedModel(folder / "saved_model") as saved_model:
+        for path in PICTURES:
+            image = load_image(path)
+            tensor, placement = preprocess(image, model.metadata["resizer"])
+            ours = model.infer(tensor[None])[0]
+            ours = dataclasses.replace(ours, boxes=placement.to_image(ours.boxes))
+            theirs = parity.tensorflow_detections(saved_model, image, model.metadata)
+            if name == "keep_aspect":  # the graph cannot know which boxes lie in the padding: see Placement.to_image
+                solid = (ours.boxes[:, 2:] - ours.boxes[:, :2]).prod(axis=1) > 0
+                ours = ours.where(solid)
+                theirs = theirs.where(slice(len(ours.boxes)))
+            report = parity.match_by_rank(theirs, ours)
+            assert report.unmatched == 0
+            assert report.box_difference <= 1e-4
+            assert report.score_difference <= 1e-4
+            seen += report.compared
+            if name == "per_class":
+                assert np.bincount(ours.classes).max() <= 7
+    assert seen >= 30 * len(PICTURES)
+
+
+def test_a_renamed_model_converts(tmp_path):
+    """No scope name matters: the same export with every scope of the post-processing and heads called otherwise."""
+    folder = tmp_path / "renamed"
+    shutil.copytree(model_folder("hands"), folder)
+    data = (folder / "saved_model" / "saved_model.pb").read_bytes()
+    for old in (
+        b"Postprocessor",
+        b"Preprocessor",
+        b"BoxPredictor",
+        b"Decode",
+        b"MultiscaleGridAnchorGenerator",
+        b"map/",
+    ):
+        assert old in data
+        data = data.replace(old, bytes(reversed(old.replace(b"/", b"p"))) if old != b"map/" else b"pam/")
+    (folder / "saved_model" / "saved_model.pb").write_bytes(data)
+    assert create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")]) == 0
+
+
+def other_classes(folder):
+    text = (folder / "pipeline.config").read_text()
+    (folder / "pipeline.config").write_text(text.replace("num_classes: 5", "num_classes: 6"))
+
+
+def other_architecture(folder):
+    text = (folder / "pipeline.config").read_text()
+    (folder / "pipeline.config").write_text(text.replace("ssd_mobilenet_v1_keras", "ssd_resnet50_v1_fpn_keras"))
+
+
+def other_size(folder):
+    text = (folder / "pipeline.config").read_text()
+    (folder / "pipeline.config").write_text(text.replace("160", "320"))
+
+
+def other_converter(folder):
+    text = (folder / "pipeline.config").read_text()
+    (folder / "pipeline.config").write_text(text.replace("SIGMOID", "SOFTMAX"))
+
+
+def no_config(folder):
+    (folder / "pipeline.config").unlink()
+
+
+def no_model(folder):
+    (folder / "saved_model" / "saved_model.pb").unlink()
+
+
+def broken_model(folder):
+    (folder / "saved_model" / "saved_model.pb").write_bytes(b"\x00 not a protobuf")
+
+
+def truncated_variables(folder):
+    data = folder / "saved_model" / "variables" / "variables.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_classes, "6 classes, the model predicts 5"),
+        (other_architecture, "ssd_resnet50_v1_fpn_keras"),
+        (other_size, "config"),
+        (other_converter, "SOFTMAX"),
+        (no_config, "--pipeline_config"),
+        (no_model, "no saved_model.pb"),
+        (broken_model, "cannot be loaded"),
+        (truncated_variables, "cannot be loaded"),
+    ],
+)
+def test_files_that_do_not_belong_together(tmp_path, change, said):
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL, folder)
+    change(folder)
+    with pytest.raises(UserError) as raised:
+        create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")])
+    assert said in str(raised.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], "something half-written was left"
+
+
+def test_a_saved_model_of_something_else(tmp_path):
+    tf = tf_graph.import_tensorflow()
+    module = tf.Module()
+    module.f = tf.function(lambda x: {"y": x + 1}, input_signature=[tf.TensorSpec([1], tf.float32)])
+    tf.saved_model.save(module, str(tmp_path / "saved_model"), signatures={"serving_default": module.f})
+    shutil.copy(DEMO_MODEL / "pipeline.config", tmp_path)
+    with pytest.raises(UserError, match="not a TFOD detection model"):
+        create_onnx.main(["--saved_model", str(tmp_path), "--onnx", str(tmp_path / "m.onnx")])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--saved_model", "/no/such/model", "--onnx", "m.onnx"], "--saved_model /no/such/model"),
+        (["--saved_model", str(DEMO_MODEL), "--onnx", "/no/such/folder/m.onnx"], "/no/such/folder"),
+        (["--saved_model", str(DEMO_MODEL), "--onnx", str(ROOT)], "is a folder"),
+        (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--check_image", "/no/image.jpg"], "--check_image"),
+        (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--batch_size", "0"], "--batch_size"),
+        (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--first_nms_threshold", "2"], "--first_nms_threshold"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options, said):
+    process = command(*options)
+    assert process.returncode == 2
+    assert said in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("meta", ["center_net { }", "ssd { num_classes: 3 box_coder { keypoint_box_coder { } } }"])
+def test_unsupported_models_are_named_at_once(tmp_path, meta):
+    """Before TensorFlow is imported: within 5 seconds."""
+    (tmp_path / "saved_model").mkdir()
+    (tmp_path / "saved_model" / "saved_model.pb").write_bytes(b"")
+    (tmp_path / "pipeline.config").write_text(f"model {{ {meta} }}")
+    process = subprocess.run(
+        [sys.executable, ROOT / "create_onnx.py", "--saved_model", tmp_path, "--onnx", tmp_path / "m.onnx"],
+        capture_output=True,
+        text=True,
+        timeout=5,
+    )
+    assert process.returncode == 2
+    assert re.search("CenterNet|keypoint", process.stderr)
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_a_failed_check_exits_1(tmp_path, capsys):
+    """A wrong decoder is caught: box scales other than the config's (which the graph's own decoder has)."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL, folder)
+    text = (folder / "pipeline.config").read_text()
+    (folder / "pipeline.config").write_text(text.replace("y_scale: 10.0", "y_scale: 9.0"))
+    status = create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")])
+    assert status == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_metadata_is_json_in_the_file(convert):
+    (entry,) = onnx.load(convert("demo")[0]).metadata_props
+    assert json.loads(entry.value)["meta_architecture"] == "ssd"

@@ -1,0 +1,188 @@
+"""infer.py as a command: pictures, tables, labels and what it says of mistakes."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from conftest import DEMO, DEMO_MODEL, ROOT
+from PIL import Image
+from test_convert import command
+
+import infer
+import onnx_utils
+from cli import UserError
+from image_batcher import load_image, result_names
+from visualize import _place, class_colour, draw_detections, read_labels
+
+LABELS = DEMO_MODEL / "labels.txt"
+
+
+def read_table(path):
+    return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+def test_pictures_and_tables(convert, detector, tmp_path):
+    model, _ = convert("demo")
+    process = command(
+        *("--engine", model, "--input", DEMO / "images", "--output", tmp_path / "out", "--labels", LABELS),
+        *("--preprocessor", "anything", "--nms_threshold", "0.4"),
+        script="infer.py",
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert "images/s; per image: decode" in lines[-2]
+    assert str(tmp_path / "out") in lines[-1]
+    inputs = sorted((DEMO / "images").iterdir())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        f"{path.stem}.{kind}" for path in inputs for kind in ("png", "tsv")
+    )
+    rows = 0
+    for path in inputs:
+        image = load_image(path)
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"{path.stem}.png"))
+        assert drawn.shape == image.shape
+        table = read_table(tmp_path / "out" / f"{path.stem}.tsv")
+        assert (drawn != image).any() == bool(table)
+        for xmin, ymin, xmax, ymax, score, label in table:
+            assert 0 <= float(xmin) < float(xmax) <= image.shape[1]
+            assert 0 <= float(ymin) < float(ymax) <= image.shape[0]
+            assert 0.4 <= float(score) <= 1
+            assert 0 <= int(label) < 5
+        rows += len(table)
+    assert rows >= 15
+
+
+def test_two_inputs_with_one_stem_and_bad_files(convert, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(DEMO / "images" / "shapes_01.jpg", source / "a.jpg")
+    Image.open(DEMO / "images" / "shapes_02.jpg").save(source / "a.PNG")
+    shutil.copy(DEMO / "images" / "shapes_03.jpg", source / "b.jpeg")
+    (source / "c.jpg").write_bytes(b"")
+    (source / "d.png").write_bytes((source / "a.PNG").read_bytes()[:5000])
+    process = command(
+        "--engine", convert("demo")[0], "--input", source, "--output", tmp_path / "out", script="infer.py"
+    )
+    assert process.returncode == 1
+    assert "c.jpg: skipped" in process.stderr
+    assert "d.png: skipped" in process.stderr
+    assert "2 of 5 images were skipped" in process.stdout
+    pictures = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
+    assert pictures == ["a.PNG.png", "a.jpg.png", "b.png"]
+
+
+def test_result_names_do_not_collide(tmp_path):
+    paths = [tmp_path / name for name in ("a.jpg", "A.png", "b.jpg")]
+    assert result_names(paths) == ["a.jpg", "A.png", "b"]
+
+
+def broken(path):
+    path.write_bytes(b"\x08\x07garbage" * 50)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-20000])
+
+
+def foreign(path):
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+
+
+def unrunnable(path):
+    model = onnx.load(path)
+    next(n for n in model.graph.node if n.op_type == "Conv").op_type = "NoSuchOp"
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (broken, "not a readable ONNX file"),
+        (truncated, "not a readable ONNX file"),
+        (foreign, "not made by this tool"),
+        (unrunnable, "does not run on ONNX Runtime"),
+    ],
+)
+def test_bad_onnx_files(convert, tmp_path, spoil, said):
+    path = tmp_path / "model.onnx"
+    shutil.copy(convert("demo")[0], path)
+    spoil(path)
+    with pytest.raises(UserError, match=said) as raised:
+        infer.main(["--engine", str(path), "--input", str(DEMO / "images"), "--output", str(tmp_path / "out")])
+    assert "create_onnx.py" in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes(convert, tmp_path):
+    model, images = str(convert("demo")[0]), str(DEMO / "images")
+    (tmp_path / "engine.trt").write_bytes(b"engine")
+    (tmp_path / "short.txt").write_text("one\ntwo\n")
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "out")
+    for options, said in (
+        (["--engine", "absent.onnx", "--input", images, "--output", out], "--engine absent.onnx"),
+        (["--engine", str(tmp_path / "engine.trt"), "--input", images, "--output", out], "TensorRT"),
+        (["--engine", model, "--input", str(tmp_path / "none"), "--output", out], "--input"),
+        (["--engine", model, "--input", images, "--output", images], "choose another folder"),
+        (["--engine", model, "--input", images, "--output", str(tmp_path / "file" / "x")], "cannot create"),
+        (["--engine", model, "--input", images, "--output", out, "--labels", "absent.txt"], "--labels absent.txt"),
+        (
+            ["--engine", model, "--input", images, "--output", out, "--labels", str(tmp_path / "short.txt")],
+            "2 lines for 5",
+        ),
+        (["--engine", model, "--input", images, "--output", out, "--detection_type", "segmentation"], "no masks"),
+    ):
+        with pytest.raises(UserError) as raised:
+            infer.main(options)
+        assert said in str(raised.value)
+
+
+def test_labels():
+    coco = read_labels(None, 90)
+    assert len(coco) == 91
+    assert (coco[0], coco[17], coco[89]) == ("person", "dog", "toothbrush")
+    assert read_labels(None, 7)[2] == "class 3"
+    assert read_labels(LABELS, 5) == ["circle", "square", "triangle", "star", "ring"]
+
+
+def test_labels_keep_clear_of_each_other():
+    taken = []
+    for _ in range(6):
+        x, y = _place((400, 300), (100, 100, 200, 250), 60, 14, taken)
+        plate = (x, y, x + 60, y + 14)
+        for other in taken:
+            apart = plate[2] <= other[0] or other[2] <= plate[0] or plate[3] <= other[1] or other[3] <= plate[1]
+            assert apart, (plate, other)
+        taken.append(plate)
+    assert _place((400, 300), (0, 0, 300, 400), 60, 14, [])[1] >= 0  # a box over the whole image: inside it
+
+
+def test_drawing_scales_with_the_image_and_colours_are_stable():
+    box, score, label = np.float32([[0.2, 0.2, 0.8, 0.8]]), np.float32([0.9]), np.array([3])
+    changed = []
+    for side in (200, 1600):
+        grey = np.full((side, side, 3), 128, np.uint8)
+        drawn = np.asarray(draw_detections(grey, box * side, score, label, ["a"] * 4))
+        column = drawn[side // 2, : side // 2]
+        changed.append((column != 128).any(axis=1).sum())
+        assert (drawn == class_colour(3)).all(axis=2).any()
+    assert changed[1] > 3 * changed[0]
+    assert len({class_colour(i) for i in range(90)}) == 90
+
+
+def test_the_stand_in_is_not_left_in_the_file(convert):
+    model = onnx_utils.load(convert("demo")[0])
+    before = model.SerializeToString()
+    onnx_utils.replace_plugins(model)
+    assert model.SerializeToString() == before
+
+
+def test_help_has_examples():
+    for script in ("create_onnx.py", "infer.py", "bench_cpu.py"):
+        process = command("--help", script=script)
+        assert process.returncode == 0
+        assert process.stdout.count(f"python {script}") >= 2
+        assert str(ROOT) not in process.stdout

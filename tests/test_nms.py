@@ -1,0 +1,93 @@
+"""The plugin's stand-in in standard ONNX ops does what EfficientNMS_TRT does (../shared/notes/tensorrt.md)."""
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+
+import onnx_utils
+
+
+def plugin(boxes, scores, score_threshold, iou_threshold, kept):
+    """The plugin's rule in numpy, for one image: boxes [N, 4] or [N, C, 4], scores [N, C]; lists (box, score, class)."""
+    count, classes = scores.shape
+    per_class = boxes if boxes.ndim == 3 else np.repeat(boxes[:, None], classes, axis=1)
+    order = np.argsort(-scores, axis=None, kind="stable")[: onnx_utils.PLUGIN_MAX_PAIRS]
+    chosen = []
+    for row, label in zip(*np.unravel_index(order, (count, classes)), strict=True):
+        if scores[row, label] < score_threshold or len(chosen) == kept:
+            break
+        box = per_class[row, label]
+        if all(label != other or overlap(box, b) < iou_threshold for b, _, other in chosen):
+            chosen.append((box, scores[row, label], label))
+    return chosen
+
+
+def overlap(a, b):
+    inter = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(min=0).prod()
+    union = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inter
+    return inter / union if union > 0 else 0.0
+
+
+def run(boxes, scores, **settings):
+    """Runs the node's replacement on ONNX Runtime; boxes [B, N, (C,) 4], scores [B, N, C]."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    a = gs.Variable("boxes", np.float32, ["B", *boxes.shape[1:]])
+    b = gs.Variable("scores", np.float32, ["B", *scores.shape[1:]])
+    build = onnx_utils.Builder(graph, "test")
+    graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(build, a, b, **settings)
+    model = onnx_utils.replace_plugins(gs.export_onnx(graph))
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"boxes": boxes, "scores": scores})
+
+
+def random_case(rng, batch, count, classes, per_class):
+    shape = (batch, count, classes, 2) if per_class else (batch, count, 2)
+    corner = rng.random(shape) * 0.6
+    boxes = np.concatenate([corner, corner + 0.05 + 0.3 * rng.random(shape)], axis=-1).astype(np.float32)
+    return boxes, (rng.random((batch, count, classes)) ** 3).astype(np.float32)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize(("batch", "count", "classes"), [(1, 60, 5), (3, 40, 7), (2, 900, 9), (2, 3, 2)])
+def test_same_as_the_plugin(per_class, batch, count, classes):
+    boxes, scores = random_case(np.random.default_rng(count), batch, count, classes, per_class)
+    settings = {"score_threshold": 0.02, "iou_threshold": 0.5}
+    number, found, values, labels = run(boxes, scores, max_output_boxes=100, **settings)
+    assert found.shape == (batch, 100, 4)
+    for i in range(batch):
+        wanted = plugin(boxes[i], scores[i], kept=100, **settings)
+        assert number[i, 0] == len(wanted)
+        np.testing.assert_array_equal(found[i, : len(wanted)], [box for box, _, _ in wanted])
+        np.testing.assert_array_equal(values[i, : len(wanted)], [score for _, score, _ in wanted])
+        np.testing.assert_array_equal(labels[i, : len(wanted)], [label for _, _, label in wanted])
+        assert not found[i, len(wanted) :].any()
+        assert not values[i, len(wanted) :].any()
+
+
+def test_only_the_best_4096_pairs_are_looked_at():
+    """All boxes alike: NMS leaves one a class, and a class whose pairs are not among the best 4,096 is never seen."""
+    boxes = np.tile(np.float32([0, 0, 1, 1]), (1, 2048, 1))
+    scores = np.stack([np.full(2048, s, np.float32) for s in (0.9, 0.8, 0.7)], axis=1)[None]
+    number, _, values, labels = run(boxes, scores, score_threshold=0.1, iou_threshold=0.5, max_output_boxes=10)
+    assert number[0, 0] == 2
+    assert labels[0, :2].tolist() == [0, 1]
+    assert values[0, 2] == 0
+
+
+def test_thresholds_are_inclusive():
+    boxes = np.float32([[[0, 0, 1, 1], [0, 0, 1, 0.5], [0, 0, 1, 0.49]]])
+    scores = np.float32([[[0.9], [0.5], [0.25]]])
+    number, found, *_ = run(boxes, scores, score_threshold=0.25, iou_threshold=0.5, max_output_boxes=5)
+    assert number[0, 0] == 2  # IoU 0.5 is suppressed, score 0.25 is kept
+    np.testing.assert_array_equal(found[0, 1], boxes[0, 2])
+
+
+def test_nothing_above_the_threshold():
+    boxes, scores = random_case(np.random.default_rng(1), 2, 20, 3, False)
+    number, found, values, _ = run(boxes, scores * 0.01, score_threshold=0.5, iou_threshold=0.5, max_output_boxes=10)
+    assert number.tolist() == [[0], [0]]
+    assert not found.any()
+    assert not values.any()

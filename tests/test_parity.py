@@ -1,0 +1,130 @@
+"""The converted model gives TensorFlow's detections: on the same tensor, from the same file, for every batch size."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DEMO, need_shared
+
+import parity
+from image_batcher import load_image, preprocess
+
+zoo = pytest.mark.zoo
+ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2"]
+ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_fpn")]
+
+# Boxes (normalised) and scores. The models with made-up weights are so noisy that TensorFlow with and without oneDNN
+# disagrees with itself by 3.1e-4 (mobilenet_v2), 4.6e-5 (mobilenet_v1_fpn) and 3.5e-4 (resnet50_fpn) on these images.
+TOLERANCE = {"mobilenet_v2": 1e-3, "mobilenet_v1_fpn": 3e-4, "resnet50_fpn": 1e-3}
+
+
+def test_images(count, key):
+    """Some pictures of the kind that the model was trained on."""
+    if key == "demo":
+        return sorted((DEMO / "images").glob("*.jpg"))
+    return sorted(need_shared("coco", "val2017").glob("*.jpg"))[:count]
+
+
+test_images.__test__ = False
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_same_tensor(key, detector, saved_model):
+    tolerance = TOLERANCE.get(key, 1e-4)
+    for path in test_images(12, key):
+        report = parity.compare(saved_model(key), detector(key, "--batch_size", "dynamic"), path, tie=tolerance)
+        assert report.unmatched == 0, path
+        assert report.compared >= 95, path
+        assert report.box_difference <= tolerance, path
+        assert report.score_difference <= tolerance, path
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_same_file(key, detector, saved_model):
+    """From the image file, TensorFlow's own resizer on one side, ours on the other."""
+    model = detector(key, "--batch_size", "dynamic")
+    seen = 0
+    for path in test_images(16, key):
+        image = load_image(path)
+        theirs = parity.tensorflow_detections(saved_model(key), image, model.metadata)
+        tensor, _ = preprocess(image, model.metadata["resizer"])
+        ours = model.infer(tensor[None])[0]
+        for a, b in ((theirs, ours), (ours, theirs)):
+            alone = parity.match_by_overlap(a, b, min_iou=0.98, max_score_difference=0.01)
+            assert not [a.scores[i] for i in alone if a.scores[i] >= 0.1], path
+        seen += int((theirs.scores >= 0.1).sum())
+    assert seen >= 20, "too few detections to prove anything"
+
+
+@pytest.mark.parametrize("key", ["demo", pytest.param("fpnlite", marks=zoo)])
+def test_every_batch_size_and_layout_gives_the_same(key, detector):
+    pictures = [load_image(path) for path in test_images(4, key)[:4]]
+    reference = detector(key, "--batch_size", "dynamic")
+    batch = np.stack([preprocess(image, reference.metadata["resizer"])[0] for image in pictures])
+    wanted = [reference.infer(image[None])[0] for image in batch]
+    for options in (
+        (),
+        ("--batch_size", "4"),
+        ("--batch_size", "dynamic"),
+        ("--input_format", "NCHW", "--batch_size", "3"),
+    ):
+        model = detector(key, *options)
+        size = model.input.batch or 4
+        found = [d for i in range(0, 4, size) for d in model.infer(batch[i : i + size])]
+        for a, b in zip(wanted, found, strict=True):
+            report = parity.match_by_rank(a, b)
+            assert (report.unmatched, report.compared) == (0, len(a.scores))
+            assert max(report.box_difference, report.score_difference) < 1e-5
+
+
+def test_uint8_input_takes_rounded_pixels(detector):
+    wide, narrow = detector("demo"), detector("demo", "--input_type", "uint8")
+    assert narrow.input.dtype == np.uint8
+    for path in test_images(8, "demo"):
+        tensor, _ = preprocess(load_image(path), wide.metadata["resizer"])
+        report = parity.match_by_rank(wide.infer(np.rint(tensor)[None])[0], narrow.infer(tensor[None])[0])
+        assert (report.unmatched, report.box_difference < 1e-5, report.score_difference < 1e-5) == (0, True, True)
+
+
+def test_demo_finds_the_shapes(detector):
+    """The demo's model is worth showing: nearly all shapes of its pictures are found, with the right class."""
+    truth = json.loads((DEMO / "instances_shapes.json").read_text())
+    model = detector("demo")
+    found = total = 0
+    for entry in truth["images"]:
+        image = load_image(DEMO / "images" / entry["file_name"])
+        tensor, placement = preprocess(image, model.metadata["resizer"])
+        result = model.infer(tensor[None])[0]
+        kept = result.scores >= 0.3
+        boxes = placement.to_pixels(result.boxes[kept])
+        for note in (n for n in truth["annotations"] if n["image_id"] == entry["id"]):
+            x, y, w, h = note["bbox"]
+            iou = parity.box_iou(np.float32([[y, x, y + h, x + w]]), boxes)[0]
+            right = result.classes[kept] + model.metadata["class_offset"] == note["category_id"]
+            found += bool((right & (iou > 0.6)).any())
+            total += 1
+    assert total >= 20
+    assert found >= 0.85 * total
+
+
+@pytest.mark.zoo
+def test_average_precision_is_tensorflows(detector, saved_model, coco_images):
+    """COCO AP on the 188 images: 0.250 and AP50 0.407 with TensorFlow."""
+    from coco_ap import average_precision
+
+    annotations = need_shared("coco", "instances_val2017_subset.json")
+    model = detector("fpnlite", "--batch_size", "dynamic")
+
+    def ours(image):
+        tensor, placement = preprocess(image, model.metadata["resizer"])
+        return model.infer(tensor[None])[0], placement
+
+    def theirs(image):
+        _, placement = preprocess(image, model.metadata["resizer"])
+        return parity.tensorflow_detections(saved_model("fpnlite"), image, model.metadata), placement
+
+    a, b = (average_precision(annotations, coco_images, detect, class_offset=1) for detect in (ours, theirs))
+    print(f"AP {a[0]:.4f} AP50 {a[1]:.4f}; TensorFlow {b[0]:.4f} {b[1]:.4f}")
+    assert abs(a[0] - b[0]) <= 0.001
+    assert abs(a[1] - b[1]) <= 0.001
+    assert abs(b[0] - 0.250) <= 0.001
