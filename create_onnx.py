@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 import onnx_utils
 import tf_graph
-from cli import UserError, check_writable, run, whole_file
+from cli import UserError, check_writable, run, warn, whole_file
 from tfod_config import ENUMS, describe_resizer, read_pipeline_config
 
 # Of the anchors, only the best by their best class go into NMS: the 1,000 best (box, class) pairs are certainly among
@@ -139,8 +139,11 @@ def convert(saved_model, config, args):
     make_batch_free(network)
     add_input(network, normalisation, args, height, width)
     add_ssd_detections(network, ssd, anchors, columns, logit_scale, metadata["score_threshold"])
-    name_outputs(network, args.batch_size, metadata["max_detections"], args.debug)
-    model = gs.export_onnx(network.cleanup().toposort())
+    name_outputs(network, args.batch_size or "batch", metadata["max_detections"])
+    network.cleanup().toposort()
+    if args.debug:
+        add_debug_outputs(network, args.debug)
+    model = gs.export_onnx(network)
     model.producer_name = "create_onnx.py"
     onnx_utils.write_metadata(model, metadata)
     return model
@@ -353,25 +356,29 @@ def decode_boxes(build, encodings, rows, anchors, coder):
     return build.add("Concat", build.add("Sub", centre, half), build.add("Add", centre, half), axis=2)
 
 
-def name_outputs(graph, batch, kept, debug):
-    """Gives the four outputs their names, types and shapes, and adds the `debug` tensors as further outputs."""
-    number, boxes, scores, classes = graph.outputs
-    batch = batch or "batch"
-    for tensor, name, shape in (
-        (number, "num_detections", [batch, 1]),
-        (boxes, "detection_boxes", [batch, kept, 4]),
-        (scores, "detection_scores", [batch, kept]),
-        (classes, "detection_classes", [batch, kept]),
-    ):
+def name_outputs(graph, batch, kept):
+    """Gives the four outputs their names and shapes: B images, `kept` detections each."""
+    shapes = {
+        "num_detections": [batch, 1],
+        "detection_boxes": [batch, kept, 4],
+        "detection_scores": [batch, kept],
+        "detection_classes": [batch, kept],
+    }
+    for tensor, (name, shape) in zip(graph.outputs, shapes.items(), strict=True):
         tensor.name, tensor.shape = name, shape
-    tensors = graph.tensors()
-    nodes = {node.name: node for node in graph.nodes}
-    for name in debug:
-        tensor = tensors.get(name) or (nodes[name].outputs[0] if name in nodes else None)
-        if tensor is None or isinstance(tensor, gs.Constant):
-            raise UserError(f"--debug {name}: no such tensor or node in the ONNX graph; --tf2onnx FILE shows the names")
-        if tensor.dtype is None:
-            tensor.dtype = np.float32
+
+
+def add_debug_outputs(graph, names):
+    """Makes the tensors of these names (or the first outputs of the nodes of these names) outputs too."""
+    inferred = gs.import_onnx(onnx.shape_inference.infer_shapes(gs.export_onnx(graph))).tensors()
+    tensors, nodes = graph.tensors(), {node.name: node for node in graph.nodes}
+    for name in names:
+        tensor = nodes[name].outputs[0] if name in nodes else tensors.get(name)
+        if not isinstance(tensor, gs.Variable) or inferred[tensor.name].shape is None:
+            raise UserError(
+                f"--debug {name}: no such tensor of known shape in the ONNX graph; --tf2onnx FILE shows the names"
+            )
+        tensor.dtype, tensor.shape = inferred[tensor.name].dtype, inferred[tensor.name].shape
         graph.outputs.append(tensor)
 
 
@@ -385,6 +392,8 @@ def main(argv=None):
         check_writable(path)
     if args.check_image and not os.path.isfile(args.check_image):
         raise UserError(f"--check_image {args.check_image}: no such file")
+    if args.second_nms_threshold is not None:
+        warn("--second_nms_threshold has no effect: an SSD model has one NMS, set with --first_nms_threshold")
     with tf_graph.SavedModel(folder) as saved_model:
         model = convert(saved_model, config, args)
         onnx.checker.check_model(model)

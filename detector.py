@@ -25,7 +25,7 @@ class InputSpec:
 class Detections:
     """The detections of one image, best first."""
 
-    boxes: np.ndarray  # [D, 4] yxyx, normalised to the network's input
+    boxes: np.ndarray  # [D, 4] yxyx, normalised to the network's input (or, after in_image, to the image)
     scores: np.ndarray  # [D] float32
     classes: np.ndarray  # [D] int32, 0-based
 
@@ -36,6 +36,13 @@ class Detections:
     def above(self, score):
         """The detections that score at least that."""
         return self.where(self.scores >= score)
+
+
+def in_image(found, placement):
+    """Detections in the network's input -> in the image (image_batcher.Placement), without those in its padding."""
+    boxes = placement.to_image(found.boxes)
+    placed = Detections(boxes, found.scores, found.classes)
+    return placed.where((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
 
 
 def open_detector(path):

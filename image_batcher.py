@@ -39,9 +39,10 @@ class Placement:
         """Boxes normalised to the network's input -> normalised to the image, clipped to it."""
         return np.clip(boxes * np.float32([self.scale_y, self.scale_x] * 2), 0, 1)
 
-    def to_pixels(self, boxes):
-        """Boxes normalised to the network's input -> pixels of the original image."""
-        return self.to_image(boxes) * np.float32([self.height, self.width] * 2)
+    @property
+    def size(self):
+        """[4]: boxes normalised to the image, times this, are pixels of the image."""
+        return np.float32([self.height, self.width] * 2)
 
 
 @dataclasses.dataclass(frozen=True)

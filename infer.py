@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from cli import UserError, make_folder, progress, run, whole_file
-from detector import open_detector
+from detector import in_image, open_detector
 from image_batcher import ImageBatcher, find_images, result_names
 from visualize import draw_detections, read_labels
 
@@ -77,8 +77,8 @@ def process(detector, files, output, labels, threshold):
         results = detector.infer(batch.tensor)
         inferred = time.perf_counter()
         for path, image, placement, found in zip(batch.paths, batch.images, batch.placements, results, strict=True):
-            found = found.above(threshold)
-            boxes = placement.to_pixels(found.boxes)
+            found = in_image(found.above(threshold), placement)
+            boxes = found.boxes * placement.size
             write_results(output / f"{names[path]}.tsv", boxes, found.scores, found.classes)
             picture = draw_detections(image, boxes, found.scores, found.classes, labels)
             write_picture(output / f"{names[path]}.png", picture)

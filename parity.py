@@ -7,8 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from detector import Detections
-from image_batcher import load_image, resize_image
+from detector import Detections, in_image
+from image_batcher import load_image, preprocess, resize_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,11 @@ class Report:
 def compare(saved_model, detector, image=None, tie=1e-4):
     """Runs an open tf_graph.SavedModel and an open detector on the same network input; returns a Report.
 
-    image: a file, or None for a built-in picture. It is brought to the network's size first, so that TensorFlow's own
-    resizer has nothing to do and both sides see the same tensor. tie: see match_by_rank.
+    image: a file, or None for a built-in picture. It is brought to a size first that TensorFlow's own resizer leaves as
+    it is, so that both sides see the same tensor. tie: see match_by_rank.
     """
-    height, width = detector.input.height, detector.input.width
+    resizer = detector.metadata["resizer"]
+    height, width = resizer.get("min_dimension", resizer["height"]), resizer["width"]
     if image is None:
         pixels = built_in_image(height, width)
     else:
@@ -33,7 +34,12 @@ def compare(saved_model, detector, image=None, tie=1e-4):
     theirs = tensorflow_detections(saved_model, pixels, detector.metadata)
     # An overridden threshold leaves one side with more than the other has to compare.
     least = max(detector.metadata["score_threshold"], detector.metadata["config_score_threshold"])
-    return match_by_rank(theirs.above(least), detector.infer(pixels[None])[0].above(least), tie)
+    tensor, placement = preprocess(pixels, resizer)
+    ours = in_image(detector.infer(tensor[None])[0].above(least), placement)
+    theirs = theirs.above(least)
+    if resizer["kind"] == "keep_aspect_ratio":  # detections in the padding cost us places at the end of the list
+        theirs = theirs.where(slice(len(ours.scores)))
+    return match_by_rank(theirs, ours, tie)
 
 
 def tensorflow_detections(saved_model, pixels, metadata):

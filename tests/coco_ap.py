@@ -11,13 +11,14 @@ from image_batcher import load_image
 
 
 def average_precision(annotations, images, detect, class_offset):
-    """detect(RGB image) -> (Detections, Placement). Returns (AP, AP50) over the image files, named by their ids."""
+    """detect(RGB image) -> Detections, normalised to the image. Returns (AP, AP50) over the image files, named by their ids."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         results = []
         for path in images:
-            found, placement = detect(load_image(path))
-            boxes = placement.to_pixels(found.boxes)
+            image = load_image(path)
+            found = detect(image)
+            boxes = found.boxes * np.float32(image.shape[:2] * 2)
             sizes = boxes[:, 2:] - boxes[:, :2]
             rows = np.column_stack([boxes[:, 1], boxes[:, 0], sizes[:, 1], sizes[:, 0]]).tolist()
             for box, score, label in zip(rows, found.scores.tolist(), found.classes.tolist(), strict=True):

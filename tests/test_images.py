@@ -77,7 +77,7 @@ def test_keep_aspect_pads_bottom_and_right_and_boxes_come_back():
     assert (tensor[32:] == [1, 2, 3]).all()
     lower_half = np.float32([[0.25, 0.5, 0.5, 1.0]])  # of the network's input, whose upper half is the image
     np.testing.assert_allclose(placement.to_image(lower_half), [[0.5, 0.5, 1.0, 1.0]], atol=1e-6)
-    np.testing.assert_allclose(placement.to_pixels(lower_half), [[30, 60, 60, 120]], atol=1e-4)
+    np.testing.assert_allclose(placement.to_image(lower_half) * placement.size, [[30, 60, 60, 120]], atol=1e-4)
 
 
 def save(path, image, **options):

@@ -7,6 +7,7 @@ import pytest
 from conftest import DEMO, need_shared
 
 import parity
+from detector import in_image
 from image_batcher import load_image, preprocess
 
 zoo = pytest.mark.zoo
@@ -47,8 +48,8 @@ def test_same_file(key, detector, saved_model):
     for path in test_images(16, key):
         image = load_image(path)
         theirs = parity.tensorflow_detections(saved_model(key), image, model.metadata)
-        tensor, _ = preprocess(image, model.metadata["resizer"])
-        ours = model.infer(tensor[None])[0]
+        tensor, placement = preprocess(image, model.metadata["resizer"])
+        ours = in_image(model.infer(tensor[None])[0], placement)
         for a, b in ((theirs, ours), (ours, theirs)):
             alone = parity.match_by_overlap(a, b, min_iou=0.98, max_score_difference=0.01)
             assert not [a.scores[i] for i in alone if a.scores[i] >= 0.1], path
@@ -94,13 +95,12 @@ def test_demo_finds_the_shapes(detector):
     for entry in truth["images"]:
         image = load_image(DEMO / "images" / entry["file_name"])
         tensor, placement = preprocess(image, model.metadata["resizer"])
-        result = model.infer(tensor[None])[0]
-        kept = result.scores >= 0.3
-        boxes = placement.to_pixels(result.boxes[kept])
+        result = in_image(model.infer(tensor[None])[0].above(0.3), placement)
+        boxes = result.boxes * placement.size
         for note in (n for n in truth["annotations"] if n["image_id"] == entry["id"]):
             x, y, w, h = note["bbox"]
             iou = parity.box_iou(np.float32([[y, x, y + h, x + w]]), boxes)[0]
-            right = result.classes[kept] + model.metadata["class_offset"] == note["category_id"]
+            right = result.classes + model.metadata["class_offset"] == note["category_id"]
             found += bool((right & (iou > 0.6)).any())
             total += 1
     assert total >= 20
@@ -117,11 +117,10 @@ def test_average_precision_is_tensorflows(detector, saved_model, coco_images):
 
     def ours(image):
         tensor, placement = preprocess(image, model.metadata["resizer"])
-        return model.infer(tensor[None])[0], placement
+        return in_image(model.infer(tensor[None])[0], placement)
 
     def theirs(image):
-        _, placement = preprocess(image, model.metadata["resizer"])
-        return parity.tensorflow_detections(saved_model("fpnlite"), image, model.metadata), placement
+        return parity.tensorflow_detections(saved_model("fpnlite"), image, model.metadata)
 
     a, b = (average_precision(annotations, coco_images, detect, class_offset=1) for detect in (ours, theirs))
     print(f"AP {a[0]:.4f} AP50 {a[1]:.4f}; TensorFlow {b[0]:.4f} {b[1]:.4f}")
