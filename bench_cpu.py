@@ -14,8 +14,8 @@ import time
 
 import tf_graph
 from cli import progress, run
-from detector import open_detector
-from image_batcher import find_images, load_image, preprocess
+from detector import detect_image, open_detector
+from image_batcher import find_images, load_image
 
 
 def parse_args(argv=None):
@@ -37,10 +37,9 @@ def main(argv=None):
         open_detector(args.engine) as detector,
         tf_graph.SavedModel(tf_graph.find_saved_model(args.saved_model)) as model,
     ):
-        resizer = detector.metadata["resizer"]
         sides = {
             "TensorFlow": model.detect,
-            "ONNX Runtime": lambda image: detector.infer(preprocess(image, resizer)[0][None]),
+            "ONNX Runtime": lambda image: detect_image(detector, image),
         }
         for image, detect in itertools.product(images[:3], sides.values()):
             detect(image)  # warm up

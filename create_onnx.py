@@ -8,6 +8,7 @@ converter, non-maximum suppression) is written anew from pipeline.config, then c
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -17,18 +18,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+import detection_graph
 import onnx_utils
 import tf_graph
 from cli import UserError, check_writable, run, warn, whole_file
+from detection_graph import Heads, SecondStage, Suppression
 from tfod_config import ENUMS, describe_resizer, read_pipeline_config
 
-# Of the anchors, only the best by their best class go into NMS: the 1,000 best (box, class) pairs are certainly among
-# theirs, and the 100 detections of an image come from far fewer (README, "How many candidates").
-CANDIDATES = 1000
-# Detections taken from the plugin beyond max_total_detections, in place of those that finish_nms drops: boxes without
-# area after clipping (at most 2 an image were seen), and those over max_detections_per_class where it limits.
-SPARE = 28
-SPARE_WITH_CLASS_LIMIT = 900
 # The check's bound on normalised coordinates and scores. Float32 rounding alone reaches 6e-4 in a deep network
 # (TensorFlow's two sets of CPU kernels differ by half of that); a wrong conversion is off by orders of magnitude more.
 TOLERANCE = 1e-3
@@ -65,13 +61,13 @@ def parse_args(argv=None):
         "--first_nms_threshold",
         type=score,
         metavar="SCORE",
-        help="score threshold of the first NMS (an SSD model's only one); default: the config's",
+        help="score threshold of the first NMS: an SSD's detections, a two-stage model's proposals; default: the config's",
     )
     add(
         "--second_nms_threshold",
         type=score,
         metavar="SCORE",
-        help="score threshold of the second NMS; SSD models have none; default: the config's",
+        help="score threshold of a two-stage model's detections; SSD models have none; default: the config's",
     )
     add(
         "--debug",
@@ -107,39 +103,34 @@ def score(text):
 def convert(saved_model, config, args):
     """Converts an open tf_graph.SavedModel with its `model` config message; returns the ONNX model.
 
-    args: the options batch_size (None: dynamic), input_type, input_format, first_nms_threshold, debug, tf2onnx.
-    Raises UserError where the SavedModel and the config do not belong together.
+    args: the options batch_size (None: dynamic), input_type, input_format, first_nms_threshold, second_nms_threshold,
+    debug, tf2onnx. Raises UserError where the SavedModel and the config do not belong together.
     """
-    ssd = config.ssd
-    resizer = describe_resizer(ssd.image_resizer)
-    height, width = resizer["height"], resizer["width"]
+    two_stage = config.HasField("faster_rcnn")
+    part = config.faster_rcnn if two_stage else config.ssd
+    resizer = describe_resizer(part.image_resizer)
     graph = saved_model.flatten()
-    if tf_graph.is_two_stage(graph):
-        raise UserError(
-            f"the pipeline.config is not that of {saved_model.folder}: it describes an SSD model, the SavedModel has two"
-            " stages; use the model's own --pipeline_config"
-        )
+    if tf_graph.is_two_stage(graph) != two_stage:
+        stages = ("one stage", "two stages")[not two_stage]
+        mismatch(saved_model.folder, f"it says {'faster_rcnn' if two_stage else 'ssd'}, the model has {stages}")
     images = tf_graph.preprocessed_images(graph)
-    logits, converter, logit_scale = tf_graph.score_logits(graph)
-    encodings, anchors = tf_graph.box_encodings_and_anchors(graph, images)
-    *normalisation, pad_value = tf_graph.probe_preprocessing(graph, images, resizer)
+    scale, offset, pad_value = tf_graph.probe_preprocessing(graph, images, resizer)
+    check_colours(part, scale, saved_model.folder)
     if pad_value is not None:
         resizer["pad_value"] = pad_value
 
-    feed = {images: [1, height, width, 3]}
-    anchors = graph.run([anchors], graph.extract([anchors], feed), {})[0].reshape(-1, 4)  # [N, 4] yxyx
-    network = convert_network(graph, images, [logits, encodings], feed)
+    add_detections = add_two_stage if two_stage else add_single_stage
+    cut = cut_two_stage(graph, images, part, resizer) if two_stage else cut_single_stage(graph, images, resizer)
+    network = convert_network(graph, cut)
     if args.tf2onnx:
         with whole_file(args.tf2onnx) as path:
             onnx_utils.save(gs.export_onnx(network), path)
-
-    metadata = describe(saved_model, ssd, resizer, args)
-    boxes, columns = network.outputs[0].shape[1:]
-    check_config(ssd, columns, converter, boxes, len(anchors), normalisation[0], saved_model.folder)
-    make_batch_free(network)
-    add_input(network, normalisation, args, height, width)
-    add_ssd_detections(network, ssd, anchors, columns, logit_scale, metadata["score_threshold"])
-    name_outputs(network, args.batch_size or "batch", metadata["max_detections"])
+    metadata = describe(saved_model, part, resizer, cut, args)
+    shapes = [tensor.shape for tensor in network.outputs]
+    make_batch_free(network, {shape[0] for shape in cut.feed.values()})
+    window = add_inputs(network, scale, offset, resizer, args)
+    add_detections(network, shapes, cut, part, metadata, window, saved_model.folder)
+    name_outputs(network, args.batch_size or "batch", metadata)
     network.cleanup().toposort()
     if args.debug:
         add_debug_outputs(network, args.debug)
@@ -149,221 +140,254 @@ def convert(saved_model, config, args):
     return model
 
 
-def describe(saved_model, ssd, resizer, args):
+def mismatch(folder, what):
+    raise UserError(f"the pipeline.config is not that of {folder}: {what}; use the model's own --pipeline_config")
+
+
+def check_colours(part, scale, folder):
+    """Raises UserError if the colours are not prepared for the config's backbone (TFOD's feature extractors).
+
+    ResNet V1 subtracts a mean and scales nothing, MobileNet and Inception ResNet V2 scale.
+    """
+    kind = part.feature_extractor.type
+    scaling = "mobilenet" in kind or "inception" in kind
+    if ("resnet" in kind or scaling) and scaling == np.allclose(scale, 1):
+        mismatch(folder, f"it says {kind}, the model {'does not scale' if scaling else 'scales'} colours")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What is taken of a TensorFlow graph: the network from `feed` to `outputs`, and what was read off the rest."""
+
+    feed: dict  # {tensor: shape} of the inputs, images first; with fixed shapes all shape arithmetic folds away
+    outputs: list  # tensors, in the order that the add_ function below takes them
+    heads: Heads
+    anchors: np.ndarray  # [N, 4] yxyx, normalised to the input
+    first_scales: tuple = ()  # of the first stage's box coder
+    mask_shape: tuple = ()  # height, width
+
+
+def cut_single_stage(graph, images, resizer):
+    """SSD: from the images to class predictions [B, N, columns] and box encodings [B, N, (1,) 4]."""
+    logits, converter, logit_scale = tf_graph.score_logits(graph, graph.outputs["raw_detection_scores"])
+    encodings, anchors, scales = tf_graph.box_decoder(graph, graph.outputs["raw_detection_boxes"])
+    feed = {images: [1, resizer["height"], resizer["width"], 3]}
+    anchors = graph.run([anchors], graph.extract([anchors], feed), {})[0].reshape(-1, 4)
+    return Cut(feed, [logits, encodings], Heads(converter, logit_scale, True, scales), anchors)
+
+
+def add_single_stage(network, shapes, cut, ssd, metadata, window, folder):
+    """Puts SSD's post-processing behind the network, whose outputs had these `shapes` for one image."""
+    boxes, columns = shapes[0][1:]
+    background = bool(ssd.add_background_class)
+    if columns != ssd.num_classes + background:
+        mismatch(folder, f"it says {ssd.num_classes} classes, the model predicts {columns - background}")
+    if boxes != len(cut.anchors):
+        mismatch(folder, f"the model predicts {boxes} boxes for {len(cut.anchors)} anchors at the config's input size")
+    check_converter(ssd.post_processing, cut.heads, folder)
+    coder = ssd.box_coder.faster_rcnn_box_coder
+    scales = (coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale)
+    heads = dataclasses.replace(cut.heads, background=background, box_scales=scales)
+    settings = suppression(ssd.post_processing, metadata["score_threshold"])
+    detection_graph.add_ssd_detections(network, heads, cut.anchors, columns, settings, window)
+
+
+def check_converter(post_processing, heads, folder):
+    wanted = ENUMS["ScoreConverter"][post_processing.score_converter]
+    if heads.converter != wanted:
+        mismatch(folder, f"it says score_converter {wanted}, the model computes {heads.converter}")
+
+
+def suppression(post_processing, score_threshold):
+    nms = post_processing.batch_non_max_suppression
+    return Suppression(score_threshold, nms.iou_threshold, nms.max_detections_per_class, nms.max_total_detections)
+
+
+def cut_two_stage(graph, images, rcnn, resizer):
+    """Faster and Mask R-CNN: from images, crops at proposals and crops at detections to all heads and the features."""
+    boxes = graph.outputs["raw_detection_boxes"]
+    first = tf_graph.suppressions(graph, boxes)
+    logits, converter, logit_scale = tf_graph.score_logits(graph, graph.outputs["raw_detection_scores"])
+    encodings, proposals, scales = tf_graph.box_decoder(graph, boxes)
+    first_encodings, anchors, first_scales = tf_graph.box_decoder(graph, proposals)
+    crops = tf_graph.pooled_crops(graph, encodings, first)
+    features = tf_graph.cropped_features(graph, crops, images, first)
+    feed = {images: [1, resizer["height"], resizer["width"], 3]}
+    (shape,) = graph.shapes([features], feed)
+    size = rcnn.initial_crop_size
+    feed[crops] = [rcnn.first_stage_max_proposals, size, size, shape[3]]
+    outputs = [features, tf_graph.proposal_scores(graph), first_encodings, logits, encodings]
+    mask_shape = ()
+    if "detection_masks" in graph.outputs:
+        second = tf_graph.suppressions(graph, graph.outputs["detection_boxes"]) - first
+        masks = tf_graph.mask_logits(graph)
+        nms = rcnn.second_stage_post_processing.batch_non_max_suppression
+        feed[tf_graph.pooled_crops(graph, masks, second)] = [nms.max_total_detections, size, size, shape[3]]
+        outputs.append(masks)
+        mask_shape = tuple(graph.shapes([masks], feed)[0][1:3])
+    pixels = np.float32([resizer["height"], resizer["width"]] * 2)
+    anchors = graph.run([anchors], graph.extract([anchors], feed), {})[0].reshape(-1, 4) / pixels
+    heads = Heads(converter, logit_scale, True, scales)
+    return Cut(feed, outputs, heads, anchors, first_scales, mask_shape)
+
+
+def add_two_stage(network, shapes, cut, rcnn, metadata, window, folder):
+    """Joins the stages: proposals, crops, second stage, detections, and masks where the model has them.
+
+    shapes: those of the network's outputs for one image.
+    """
+    classes, columns, box_columns = rcnn.num_classes, shapes[3][-1], shapes[4][-1]
+    if columns != classes + 1:
+        mismatch(folder, f"it says {classes} classes, the model predicts {columns - 1}")
+    check_converter(rcnn.second_stage_post_processing, cut.heads, folder)
+    build = onnx_utils.Builder(network, "postprocessing")
+    features, objectness, first_encodings, logits, encodings, *masks = network.outputs
+    features = build.add("Transpose", features, perm=[0, 3, 1, 2])
+    _, crops, *mask_crops = network.inputs
+    size, channels = rcnn.initial_crop_size, shapes[0][-1]
+
+    count = rcnn.first_stage_max_proposals
+    proposals, valid = detection_graph.add_proposals(
+        build,
+        build.reshape(objectness, [0, -1, 2]),
+        build.reshape(first_encodings, [0, -1, 4]),
+        cut.anchors,
+        cut.first_scales,
+        Suppression(metadata["proposal_score_threshold"], rcnn.first_stage_nms_iou_threshold, count, count),
+        window,
+    )
+    cropped = detection_graph.crop_features(build, features, proposals, count, size, channels)
+    onnx_utils.replace_tensor(network, crops, cropped)
+    settings = suppression(rcnn.second_stage_post_processing, metadata["score_threshold"])
+    stage = SecondStage(count, box_columns == 4, settings)
+    number, boxes, scores, labels = detection_graph.add_second_stage(
+        build, logits, encodings, proposals, valid, cut.heads, stage, classes, window
+    )
+    network.outputs = [number, detection_graph.to_window(build, boxes, window), scores, labels]
+    if masks:
+        cropped = detection_graph.crop_features(build, features, boxes, settings.total, size, channels)
+        onnx_utils.replace_tensor(network, mask_crops[0], cropped)
+        masks = build.add("Transpose", masks[0], perm=[0, 3, 1, 2])  # [B * M, C, h, w]
+        shape = (shapes[5][-1], *cut.mask_shape)
+        network.outputs.append(detection_graph.add_masks(build, masks, labels, settings.total, shape))
+    network.inputs = [x for x in network.inputs if x.name in ("input_tensor", "true_shape")]
+
+
+def describe(saved_model, part, resizer, cut, args):
     """Returns the metadata dict: all that infer, eval and build need to know of the model."""
-    nms = ssd.post_processing.batch_non_max_suppression
-    threshold = nms.score_threshold if args.first_nms_threshold is None else args.first_nms_threshold
-    return {
-        "architecture": ssd.feature_extractor.type,
-        "meta_architecture": "ssd",
-        "source": saved_model.folder.resolve().parent.name
-        if saved_model.folder.name == "saved_model"
-        else saved_model.folder.name,
-        "num_classes": ssd.num_classes,
+    two_stage = bool(cut.first_scales)
+    post = part.second_stage_post_processing if two_stage else part.post_processing
+    nms = post.batch_non_max_suppression
+    override = args.second_nms_threshold if two_stage else args.first_nms_threshold
+    folder = saved_model.folder
+    metadata = {
+        "architecture": part.feature_extractor.type,
+        "meta_architecture": "faster_rcnn" if two_stage else "ssd",
+        "source": folder.resolve().parent.name if folder.name == "saved_model" else folder.name,
+        "num_classes": part.num_classes,
         # detection_classes + class_offset = the id in the label map (TFOD counts from 1, EfficientNMS from 0).
         "class_offset": 1,
         "batch_size": args.batch_size,
         "input_format": args.input_format,
         "input_type": args.input_type,
         "resizer": resizer,
-        "score_threshold": threshold,
+        "score_threshold": nms.score_threshold if override is None else override,
         "config_score_threshold": nms.score_threshold,
         "iou_threshold": nms.iou_threshold,
         "max_detections": nms.max_total_detections,
+        "mask_size": list(cut.mask_shape) or None,
     }
+    if two_stage:
+        first = args.first_nms_threshold
+        metadata["proposal_score_threshold"] = part.first_stage_nms_score_threshold if first is None else first
+    return metadata
 
 
-def check_config(ssd, columns, converter, boxes, anchors, scale, folder):
-    """Raises UserError if what the graph computes is not what the config says."""
+def convert_network(graph, cut):
+    """Converts the part of the FlatGraph that `cut` names; returns a graphsurgeon graph, inputs NCHW.
 
-    def mismatch(what):
-        raise UserError(f"the pipeline.config is not that of {folder}: {what}; use the model's own --pipeline_config")
-
-    # Colours by backbone (TFOD's feature extractors): ResNet V1 subtracts a mean and scales nothing, MobileNet scales.
-    family = "resnet" if np.allclose(scale, 1) else "mobilenet"
-    named = {name for name in ("resnet", "mobilenet") if name in ssd.feature_extractor.type.split("_fpn")[0]}
-    if named and family not in named:
-        mismatch(f"it says {ssd.feature_extractor.type}, the model prepares colours as a {family} does")
-    background = int(ssd.add_background_class)
-    if columns != ssd.num_classes + background:
-        mismatch(f"it says {ssd.num_classes} classes, the model predicts {columns - background}")
-    wanted = ENUMS["ScoreConverter"][ssd.post_processing.score_converter]
-    if converter != wanted:
-        mismatch(f"it says score_converter {wanted}, the model computes {converter}")
-    if boxes != anchors:
-        mismatch(f"the model predicts {boxes} boxes for {anchors} anchors at the config's input size")
-
-
-def convert_network(graph, images, outputs, feed):
-    """Cuts the FlatGraph between `images` and `outputs` and converts that part alone; returns a graphsurgeon graph.
-
-    feed: {images: shape}: with a fixed shape all shape arithmetic folds away. Input NCHW, outputs as in TensorFlow.
     Large weights take no part in the conversion, whose every pass would copy them (SSD ResNet50: 44 s and 10 GB with,
-    BENCHMARKS.md without): they are inputs to tf2onnx, and put back behind it.
+    6 s without): they are inputs to tf2onnx, and put back behind it.
     """
     import tf2onnx
 
-    part = graph.extract(outputs, feed)
+    part = graph.extract(cut.outputs, cut.feed)
     weights = tf_graph.detach_weights(part)
-    inputs = [tf_graph.tensor_name(name) for name in (images, *weights)]
+    inputs = [tf_graph.tensor_name(name) for name in cut.feed]
     with tf_graph.quiet():
         model, _ = tf2onnx.convert.from_graph_def(
             part,
-            input_names=inputs,
-            output_names=[tf_graph.tensor_name(name) for name in outputs],
+            input_names=inputs + [tf_graph.tensor_name(name) for name in weights],
+            output_names=[tf_graph.tensor_name(name) for name in cut.outputs],
             opset=onnx_utils.OPSET,
-            inputs_as_nchw=inputs[:1],
+            inputs_as_nchw=inputs,
         )
     network = gs.import_onnx(model)
-    for tensor in [x for x in network.inputs if x.name not in inputs[:1]]:
+    for tensor in [x for x in network.inputs if x.name not in inputs]:
         onnx_utils.replace_tensor(network, tensor, gs.Constant(f"{tensor.name}/weights", weights[tensor.name[:-2]]))
-    network.inputs = [x for x in network.inputs if x.name == inputs[0]]
+    by_name = {tensor.name: tensor for tensor in network.inputs}
+    network.inputs = [by_name[name] for name in inputs]
     network.fold_constants(size_threshold=sys.maxsize).cleanup()
     onnx_utils.fold_batch_norms(network)
     return network.cleanup().toposort()
 
 
-def make_batch_free(graph):
+def make_batch_free(graph, counts):
     """Lets a graph that was converted for one image take any batch.
 
-    Every Reshape to a shape that begins with 1 has the batch there, as has its input: 0 copies that dimension.
+    Every Reshape to a shape that begins with one of the inputs' first dimensions (`counts`: 1 image, 300 crops) has the
+    batch there, as has its input: 0 copies that dimension.
     """
     for node in graph.nodes:
         if node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant):
             shape = node.inputs[1].values
-            if shape[0] == 1:
-                node.inputs[1] = gs.Constant(
-                    f"{node.name}/any_batch", np.concatenate([[0], shape[1:]]).astype(np.int64)
-                )
+            if shape[0] in counts:
+                free = np.concatenate([[0], shape[1:]]).astype(np.int64)
+                node.inputs[1] = gs.Constant(f"{node.name}/any_batch", free)
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable):
             tensor.shape = None  # they hold the 1; TensorRT and ONNX Runtime infer shapes themselves
 
 
-def add_input(graph, normalisation, args, height, width):
-    """Puts the file's input before the network: raw RGB 0..255, colours normalised inside the graph."""
+def add_inputs(graph, scale, offset, resizer, args):
+    """Puts the file's inputs before the network: raw RGB 0..255, colours normalised inside the graph.
+
+    With a keep-aspect resizer there is a second one, true_shape [B, 2]: height and width in pixels of the image within the
+    padded input. Returns it as a window (detection_graph), or None.
+    """
     build = onnx_utils.Builder(graph, "preprocessing")
-    (old,) = graph.inputs
-    batch = args.batch_size or "batch"
+    old = graph.inputs[0]
+    batch, height, width = args.batch_size or "batch", resizer["height"], resizer["width"]
     nchw = args.input_format == "NCHW"
     shape = [batch, 3, height, width] if nchw else [batch, height, width, 3]
-    graph.inputs = [gs.Variable("input_tensor", np.dtype(args.input_type), shape)]
-    x = graph.inputs[0]
+    x = graph.inputs[0] = gs.Variable("input_tensor", np.dtype(args.input_type), shape)
     if args.input_type == "uint8":
         x = build.cast(x, np.float32)
     if not nchw:
         x = build.add("Transpose", x, perm=[0, 3, 1, 2])
-    scale, offset = (values.reshape(1, 3, 1, 1) for values in normalisation)
     if np.any(scale != 1):
-        x = build.add("Mul", x, scale)
+        x = build.add("Mul", x, scale.reshape(1, 3, 1, 1))
     if np.any(offset != 0):
-        x = build.add("Add", x, offset)
+        x = build.add("Add", x, offset.reshape(1, 3, 1, 1))
     onnx_utils.replace_tensor(graph, old, x)
+    if resizer["kind"] != "keep_aspect_ratio":
+        return None
+    true_shape = gs.Variable("true_shape", np.float32, [batch, 2])
+    graph.inputs.append(true_shape)
+    return build.add("Div", true_shape, np.float32([height, width]))
 
 
-def add_ssd_detections(graph, ssd, anchors, columns, logit_scale, score_threshold):
-    """Adds TFOD's SSD post-processing (ssd_meta_arch.postprocess) behind the outputs: logits and box encodings.
-
-    anchors: [N, 4] yxyx, normalised. columns: classes, with the background where there is one.
-    """
-    build = onnx_utils.Builder(graph, "postprocessing")
-    # The plain predictors hold boxes as [B, N, 1, 4]. -> [B, N, columns], [B, N, 4]
-    logits, encodings = (build.reshape(x, [0, -1, size]) for x, size in zip(graph.outputs, (columns, 4), strict=True))
-    if logit_scale != 1:
-        logits = build.add("Mul", logits, np.float32(logit_scale))
-    converter = ENUMS["ScoreConverter"][ssd.post_processing.score_converter]
-    if converter == "SOFTMAX":
-        logits = build.add("Softmax", logits, axis=-1)
-    if ssd.add_background_class:
-        logits = build.slice(logits, 2, 1, columns)
-    candidates = min(CANDIDATES, len(anchors))
-    _, rows = build.top_k(build.add("ReduceMax", logits, axes=[2], keepdims=0), candidates)  # [B, K]
-    scores = build.gather_rows(logits, rows)  # [B, K, C]
-    if converter == "SIGMOID":  # rising, so the best logits are the best scores
-        scores = build.add("Sigmoid", scores)
-    boxes = decode_boxes(build, build.gather_rows(encodings, rows), rows, anchors, ssd.box_coder.faster_rcnn_box_coder)
-    boxes.shape = [None, candidates, 4]
-
-    nms = ssd.post_processing.batch_non_max_suppression
-    _, boxes, scores, classes = onnx_utils.efficient_nms(
-        build,
-        boxes,
-        scores,
-        score_threshold=score_threshold,
-        iou_threshold=nms.iou_threshold,
-        max_output_boxes=spare_detections(nms),
-    )
-    graph.outputs = finish_nms(build, boxes, scores, classes, nms)
-
-
-def spare_detections(nms):
-    """How many detections to take from the plugin so that, of them, finish_nms finds max_total_detections to keep."""
-    spare = SPARE if nms.max_detections_per_class >= nms.max_total_detections else SPARE_WITH_CLASS_LIMIT
-    return nms.max_total_detections + spare
-
-
-def finish_nms(build, boxes, scores, classes, nms):
-    """What TFOD does after suppression (post_processing.multiclass_non_max_suppression) and the plugin does not.
-
-    boxes [B, L, 4], scores and classes [B, L], best first, L > M, unused slots zero. At most
-    max_detections_per_class of a class; clip to the image; drop the boxes that clipping left without area; the best M.
-    Returns (num_detections [B, 1], boxes [B, M, 4], scores [B, M], classes [B, M]) with zeros in unused slots.
-    """
-    kept, given = nms.max_total_detections, scores.shape[1]
-    boxes = build.add("Clip", boxes, np.float32(0), np.float32(1))
-    size = build.add("Sub", build.slice(boxes, 2, 2, 4), build.slice(boxes, 2, 0, 2))
-    valid = build.add("Greater", build.add("ReduceProd", size, axes=[2], keepdims=0), np.float32(0), dtype=bool)
-    if nms.max_detections_per_class < kept:
-        valid = build.add(
-            "And", valid, _within_class_limit(build, scores, classes, nms.max_detections_per_class), dtype=bool
-        )
-    # The valid ones to the front, in their order: a key that falls with the place, 0 for the invalid.
-    place = build.add("Where", valid, np.arange(given, 0, -1, dtype=np.float32)[None], np.float32(0), dtype=np.float32)
-    key, rows = build.top_k(place, kept)
-    used = build.add("Greater", key, np.float32(0), dtype=bool)
-    boxes, scores, classes = (build.gather_rows(x, rows) for x in (boxes, scores, classes))
-    boxes = build.add("Where", build.add("Unsqueeze", used, np.int64([2])), boxes, np.float32(0), dtype=np.float32)
-    scores = build.add("Where", used, scores, np.float32(0), dtype=np.float32)
-    classes = build.add("Where", used, classes, np.int32(0), dtype=np.int32)
-    number = build.add("ReduceSum", build.cast(used, np.int32), np.int64([1]), keepdims=1)
-    return number, boxes, scores, classes
-
-
-def _within_class_limit(build, scores, classes, limit):
-    """[B, M] bool: fewer than `limit` detections of the same class stand before this one."""
-    given = scores.shape[1]
-    rows, columns = (build.add("Unsqueeze", classes, np.int64([axis])) for axis in (2, 1))
-    same = build.cast(build.add("Equal", rows, columns, dtype=bool), np.float32)  # [B, M, M]
-    before = build.add("Mul", same, np.tri(given, k=-1, dtype=np.float32)[None])
-    return build.add("Less", build.add("ReduceSum", before, np.int64([2]), keepdims=0), np.float32(limit), dtype=bool)
-
-
-def decode_boxes(build, encodings, rows, anchors, coder):
-    """encodings [B, K, 4] (ty, tx, th, tw) and rows [B, K] of the anchors [N, 4] -> boxes [B, K, 4] yxyx.
-
-    TFOD's FasterRcnnBoxCoder: y = ty / y_scale * ha + ya, h = exp(th / height_scale) * ha (Ren et al., 2015).
-    """
-    size = anchors[:, 2:] - anchors[:, :2]  # [N, 2] h, w
-    centre = anchors[:, :2] + size / 2  # [N, 2] y, x
-    table = np.concatenate([centre, size], axis=1).astype(np.float32)
-    chosen = build.add("Gather", table, rows, axis=0)  # [B, K, 4]
-    centre, size = build.slice(chosen, 2, 0, 2), build.slice(chosen, 2, 2, 4)
-    scale = np.float32([coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale])
-    encodings = build.add("Div", encodings, scale)
-    shift, stretch = build.slice(encodings, 2, 0, 2), build.slice(encodings, 2, 2, 4)
-    centre = build.add("Add", build.add("Mul", shift, size), centre)
-    half = build.add("Mul", build.add("Mul", build.add("Exp", stretch), size), np.float32(0.5))
-    return build.add("Concat", build.add("Sub", centre, half), build.add("Add", centre, half), axis=2)
-
-
-def name_outputs(graph, batch, kept):
-    """Gives the four outputs their names and shapes: B images, `kept` detections each."""
+def name_outputs(graph, batch, metadata):
+    """Gives the outputs their names and shapes."""
+    kept = metadata["max_detections"]
     shapes = {
         "num_detections": [batch, 1],
         "detection_boxes": [batch, kept, 4],
         "detection_scores": [batch, kept],
         "detection_classes": [batch, kept],
     }
+    if metadata["mask_size"]:
+        shapes["detection_masks"] = [batch, kept, *metadata["mask_size"]]
     for tensor, (name, shape) in zip(graph.outputs, shapes.items(), strict=True):
         tensor.name, tensor.shape = name, shape
 
@@ -392,7 +416,7 @@ def main(argv=None):
         check_writable(path)
     if args.check_image and not os.path.isfile(args.check_image):
         raise UserError(f"--check_image {args.check_image}: no such file")
-    if args.second_nms_threshold is not None:
+    if args.second_nms_threshold is not None and config.HasField("ssd"):
         warn("--second_nms_threshold has no effect: an SSD model has one NMS, set with --first_nms_threshold")
     with tf_graph.SavedModel(folder) as saved_model:
         model = convert(saved_model, config, args)
@@ -415,11 +439,13 @@ def check(saved_model, args):
 
     with open_detector(args.onnx) as detector:
         report = parity.compare(saved_model, detector, args.check_image, TOLERANCE)
-    passed = report.box_difference <= TOLERANCE and report.score_difference <= TOLERANCE and not report.unmatched
+    largest = max(report.box_difference, report.score_difference, report.mask_difference)
+    passed = largest <= TOLERANCE and not report.unmatched
+    masks = f", mask difference {report.mask_difference:.1e}" if detector.metadata["mask_size"] else ""
     print(
         f"{'PASSED' if passed else 'FAILED'}: {report.compared} detections of TensorFlow and ONNX Runtime on"
         f" {args.check_image or 'the built-in image'}: largest box difference {report.box_difference:.1e},"
-        f" score difference {report.score_difference:.1e} (tolerance {TOLERANCE:.0e}), {report.unmatched} unmatched"
+        f" score difference {report.score_difference:.1e}{masks} (tolerance {TOLERANCE:.0e}), {report.unmatched} unmatched"
     )
     return passed
 

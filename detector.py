@@ -7,6 +7,7 @@ import numpy as np
 
 import onnx_utils
 from cli import UserError
+from image_batcher import preprocess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,30 +20,26 @@ class InputSpec:
     width: int
     layout: str  # NHWC or NCHW
     dtype: np.dtype
+    true_shape: str | None  # the input for the images' sizes within padded inputs, where there is one
 
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
     """The detections of one image, best first."""
 
-    boxes: np.ndarray  # [D, 4] yxyx, normalised to the network's input (or, after in_image, to the image)
+    boxes: np.ndarray  # [D, 4] yxyx, normalised to the image
     scores: np.ndarray  # [D] float32
     classes: np.ndarray  # [D] int32, 0-based
+    masks: np.ndarray | None = None  # [D, h, w] float32, the probability of the object, over its box
 
     def where(self, kept):
         """The detections for which `kept` [D] (bool, or a slice) holds."""
-        return Detections(self.boxes[kept], self.scores[kept], self.classes[kept])
+        masks = None if self.masks is None else self.masks[kept]
+        return Detections(self.boxes[kept], self.scores[kept], self.classes[kept], masks)
 
     def above(self, score):
         """The detections that score at least that."""
         return self.where(self.scores >= score)
-
-
-def in_image(found, placement):
-    """Detections in the network's input -> in the image (image_batcher.Placement), without those in its padding."""
-    boxes = placement.to_image(found.boxes)
-    placed = Detections(boxes, found.scores, found.classes)
-    return placed.where((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
 
 
 def open_detector(path):
@@ -74,21 +71,25 @@ class OnnxDetector:
         try:
             data = onnx_utils.replace_plugins(model).SerializeToString()
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            self._outputs = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
+            self._outputs += ["detection_masks"] if self.metadata.get("mask_size") else []
         except Exception as error:  # ONNX Runtime's exception classes are not public
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(
                 f"{path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py"
             ) from error
 
-    def infer(self, batch):
-        """batch: [n, height, width, 3] RGB 0..255, n at most input.batch. Returns n Detections."""
-        given = len(batch)
-        outputs = self._session.run(None, {self.input.name: arrange(batch, self.input)})
-        number, boxes, scores, classes = outputs[:4]
-        return [
-            Detections(boxes[i, :count], scores[i, :count], classes[i, :count])
-            for i, count in enumerate(number[:given, 0])
-        ]
+    def infer(self, batch, true_shapes=None):
+        """batch: [n, height, width, 3] RGB 0..255, n at most input.batch. Returns n Detections.
+
+        true_shapes: [n, 2] height and width of the images within padded inputs (image_batcher.Placement.true_shape);
+        None: they fill them.
+        """
+        given, feed = len(batch), {self.input.name: arrange(batch, self.input)}
+        if self.input.true_shape:
+            feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
+        outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+        return split_detections(outputs, given)
 
     def close(self):
         self._session = None
@@ -100,6 +101,12 @@ class OnnxDetector:
         self.close()
 
 
+def detect_image(detector, image):
+    """Detections of one RGB image [H, W, 3] of any size, preprocessing included."""
+    tensor, placement = preprocess(image, detector.metadata["resizer"])
+    return detector.infer(tensor[None], [placement.true_shape])[0]
+
+
 def input_spec(metadata):
     resizer = metadata["resizer"]
     return InputSpec(
@@ -109,6 +116,7 @@ def input_spec(metadata):
         resizer["width"],
         metadata["input_format"],
         np.dtype(metadata["input_type"]),
+        "true_shape" if resizer["kind"] == "keep_aspect_ratio" else None,
     )
 
 
@@ -127,3 +135,18 @@ def arrange(batch, spec):
     if spec.layout == "NCHW":
         batch = batch.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(batch)
+
+
+def arrange_true_shapes(true_shapes, given, spec):
+    """The true_shape input [batch, 2] float32: the whole input where nothing is said, and where the batch is filled up."""
+    shapes = np.tile(np.float32([spec.height, spec.width]), (spec.batch or given, 1))
+    if true_shapes is not None:
+        shapes[:given] = true_shapes
+    return shapes
+
+
+def split_detections(outputs, given):
+    """The network's outputs {name: [B, ...]} -> a Detections for each of the first `given` images."""
+    counts = outputs["num_detections"][:given, 0]
+    keys = ("detection_boxes", "detection_scores", "detection_classes", "detection_masks")
+    return [Detections(*(outputs[key][i, :count] for key in keys if key in outputs)) for i, count in enumerate(counts)]

@@ -28,16 +28,11 @@ class ImageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where an image lies in the network's input, to bring boxes back to the image."""
+    """An image's size, and its size in the network's input, which it fills but for padding at the bottom and right."""
 
     height: int  # of the original image, pixels
     width: int
-    scale_y: float  # network input height / height of the resized image in it: 1 without padding
-    scale_x: float
-
-    def to_image(self, boxes):
-        """Boxes normalised to the network's input -> normalised to the image, clipped to it."""
-        return np.clip(boxes * np.float32([self.scale_y, self.scale_x] * 2), 0, 1)
+    true_shape: tuple  # height, width of the resized image, pixels
 
     @property
     def size(self):
@@ -53,6 +48,11 @@ class Batch:
     images: list  # of uint8 [height, width, 3], as decoded
     placements: list  # of Placement
     tensor: np.ndarray  # [n, network height, network width, 3] float32, 0..255
+
+    @property
+    def true_shapes(self):
+        """[n, 2] float32: Placement.true_shape of each."""
+        return np.float32([placement.true_shape for placement in self.placements])
 
 
 def find_images(path):
@@ -181,12 +181,12 @@ def preprocess(image, resizer):
     rows, columns = image.shape[:2]
     height, width = resizer["height"], resizer["width"]
     if resizer["kind"] == "fixed_shape":
-        return resize_image(image, height, width), Placement(rows, columns, 1.0, 1.0)
+        return resize_image(image, height, width), Placement(rows, columns, (height, width))
     new_height, new_width = keep_aspect_size(rows, columns, resizer["min_dimension"], resizer["max_dimension"])
     tensor = np.empty((height, width, 3), np.float32)
     tensor[:] = np.float32(resizer["pad_value"])
     resize_image(image, new_height, new_width, out=tensor[:new_height, :new_width])
-    return tensor, Placement(rows, columns, height / new_height, width / new_width)
+    return tensor, Placement(rows, columns, (new_height, new_width))
 
 
 class ImageBatcher:

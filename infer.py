@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from cli import UserError, make_folder, progress, run, whole_file
-from detector import in_image, open_detector
+from detector import open_detector
 from image_batcher import ImageBatcher, find_images, result_names
 from visualize import draw_detections, read_labels
 
@@ -74,10 +74,10 @@ def process(detector, files, output, labels, threshold):
     bar = progress(files, unit="image")
     for batch in batcher:
         begun = time.perf_counter()
-        results = detector.infer(batch.tensor)
+        results = detector.infer(batch.tensor, batch.true_shapes)
         inferred = time.perf_counter()
         for path, image, placement, found in zip(batch.paths, batch.images, batch.placements, results, strict=True):
-            found = in_image(found.above(threshold), placement)
+            found = found.above(threshold)
             boxes = found.boxes * placement.size
             write_results(output / f"{names[path]}.tsv", boxes, found.scores, found.classes)
             picture = draw_detections(image, boxes, found.scores, found.classes, labels)

@@ -7,8 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from detector import Detections, in_image
-from image_batcher import load_image, preprocess, resize_image
+from detector import Detections, detect_image
+from image_batcher import load_image, resize_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Report:
     unmatched: int  # detections of either side without a partner
     box_difference: float  # largest, over coordinates and pairs
     score_difference: float  # largest, over pairs
+    mask_difference: float = 0.0  # mean over pixels, largest over pairs
 
 
 def compare(saved_model, detector, image=None, tie=1e-4):
@@ -34,12 +35,7 @@ def compare(saved_model, detector, image=None, tie=1e-4):
     theirs = tensorflow_detections(saved_model, pixels, detector.metadata)
     # An overridden threshold leaves one side with more than the other has to compare.
     least = max(detector.metadata["score_threshold"], detector.metadata["config_score_threshold"])
-    tensor, placement = preprocess(pixels, resizer)
-    ours = in_image(detector.infer(tensor[None])[0].above(least), placement)
-    theirs = theirs.above(least)
-    if resizer["kind"] == "keep_aspect_ratio":  # detections in the padding cost us places at the end of the list
-        theirs = theirs.where(slice(len(ours.scores)))
-    return match_by_rank(theirs, ours, tie)
+    return match_by_rank(theirs.above(least), detect_image(detector, pixels).above(least), tie)
 
 
 def tensorflow_detections(saved_model, pixels, metadata):
@@ -47,7 +43,8 @@ def tensorflow_detections(saved_model, pixels, metadata):
     result = saved_model.detect(pixels)
     count = int(result["num_detections"])
     classes = result["detection_classes"][:count].astype(np.int32) - metadata["class_offset"]
-    return Detections(result["detection_boxes"][:count], result["detection_scores"][:count], classes)
+    masks = result["detection_masks"][:count] if metadata.get("mask_size") else None
+    return Detections(result["detection_boxes"][:count], result["detection_scores"][:count], classes, masks)
 
 
 def match_by_rank(theirs, ours, tie=1e-4):
@@ -58,7 +55,7 @@ def match_by_rank(theirs, ours, tie=1e-4):
     decides who is still in, both sides' last ones are not counted.
     """
     free = np.ones(len(ours.scores), bool)
-    box_difference = score_difference = 0.0
+    box_difference = score_difference = mask_difference = 0.0
     pairs, lonely = 0, []
     for rank, (box, score, label) in enumerate(zip(theirs.boxes, theirs.scores, theirs.classes, strict=True)):
         near = np.flatnonzero(free & (ours.classes == label) & (np.abs(ours.scores - score) < tie))
@@ -73,19 +70,29 @@ def match_by_rank(theirs, ours, tie=1e-4):
         pairs += 1
         box_difference = max(box_difference, float(distance.min()))
         score_difference = max(score_difference, float(abs(ours.scores[chosen] - score)))
+        if theirs.masks is not None:
+            apart = np.abs(theirs.masks[rank] - ours.masks[chosen]).mean()
+            mask_difference = max(mask_difference, float(apart))
     lonely.extend(ours.scores[free])
     if len(theirs.scores) == len(ours.scores) and lonely:
         last = min(theirs.scores[-1], ours.scores[-1])
         lonely = [score for score in lonely if score - last >= tie]
-    return Report(pairs, len(lonely), box_difference, score_difference)
+    return Report(pairs, len(lonely), box_difference, score_difference, mask_difference)
 
 
 def match_by_overlap(theirs, ours, min_iou, max_score_difference):
-    """The indices of `theirs` that have no partner in `ours`: same class, IoU and score as close as asked."""
+    """The indices of `theirs` that have no partner in `ours`: same class, IoU and score as close as asked.
+
+    Where both lists are full, those that score hardly more than the last of `ours` are not counted: they may just have
+    been cut off there.
+    """
     iou = box_iou(theirs.boxes, ours.boxes)
     close = np.abs(theirs.scores[:, None] - ours.scores[None]) <= max_score_difference
     partner = (iou >= min_iou) & close & (theirs.classes[:, None] == ours.classes[None])
-    return np.flatnonzero(~partner.any(axis=1))
+    alone = ~partner.any(axis=1)
+    if len(theirs.scores) == len(ours.scores) > 0:
+        alone &= theirs.scores > ours.scores[-1] + max_score_difference
+    return np.flatnonzero(alone)
 
 
 def box_iou(a, b):

@@ -26,8 +26,8 @@ RESHAPING = {
     "Tile",
     "PlaceholderWithDefault",
 }
-# Ops of the box decoder (TFOD: FasterRcnnBoxCoder._decode), up to where the encodings and anchors are split into columns.
-DECODING = RESHAPING | {"Pack", "Sub", "AddV2", "Add", "Mul", "RealDiv", "Exp", "Minimum", "Maximum"}
+# Ops that split boxes into their coordinates.
+COLUMNS = {"Unpack", "Split", "SplitV"}
 # Ops whose result depends on a tensor's shape alone.
 SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank"}
 
@@ -112,7 +112,8 @@ class SavedModel:
         """Returns the model as a FlatGraph: variables are constants, functions are inlined, outputs keep their keys."""
         tf = import_tensorflow()
         with self._graph.as_default(), quiet():
-            names = {key: f"tfod_output/{key}" for key in self.RAW}
+            keys = [*self.RAW, "detection_boxes", *(["detection_masks"] if "detection_masks" in self.outputs else [])]
+            names = {key: f"tfod_output/{key}" for key in keys}
             for key, name in names.items():
                 tf.identity(self._graph.get_tensor_by_name(self.outputs[key]), name=name)
             frozen = tf.compat.v1.graph_util.convert_variables_to_constants(
@@ -137,6 +138,7 @@ class FlatGraph:
         """image: name of the input tensor. outputs: {signature key: node name}."""
         self.graph_def, self.image, self.outputs = graph_def, image, outputs
         self.nodes = {node.name: node for node in graph_def.node}
+        self._consumers = None
 
     def op(self, tensor):
         return self.nodes[node_name(tensor)].op
@@ -169,6 +171,37 @@ class FlatGraph:
                 continue
             todo.extend(node_name(source) for source in self.inputs(name))
         return seen
+
+    def consumers(self, name):
+        """Names of the nodes that read an output of the node `name`."""
+        if self._consumers is None:
+            self._consumers = collections.defaultdict(set)
+            for node in self.graph_def.node:
+                for source in self.inputs(node.name):
+                    self._consumers[node_name(source)].add(node.name)
+        return self._consumers[name]
+
+    def descendants(self, names):
+        """The nodes whose values depend on those of the nodes `names`, themselves included."""
+        seen, todo = set(), list(names)
+        while todo:
+            name = todo.pop()
+            if name not in seen and self.nodes[name].op not in SHAPE_ONLY:
+                seen.add(name)
+                todo.extend(self.consumers(name))
+        return seen
+
+    def static_shape(self, tensor):
+        """The shape TensorFlow recorded for a node's first output, -1 where open; [] if it recorded none."""
+        shapes = self.nodes[node_name(tensor)].attr["_output_shapes"].list.shape
+        return [dim.size for dim in shapes[0].dim] if shapes else []
+
+    def shapes(self, outputs, feed):
+        """The shapes that TensorFlow infers for the tensors `outputs` when the tensors in `feed` have the shapes given."""
+        tf = import_tensorflow()
+        with tf.Graph().as_default() as graph:
+            tf.import_graph_def(self.extract(outputs, feed), name="")
+            return [graph.get_tensor_by_name(tensor_name(name)).shape.as_list() for name in outputs]
 
     def extract(self, outputs, feed=(), control=False):
         """A GraphDef of what the tensors `outputs` need. feed: {tensor: shape} of float32 tensors to be placeholders.
@@ -241,9 +274,12 @@ def tensor_name(tensor):
 
 def is_two_stage(graph):
     """Whether proposals are suppressed before the final boxes are computed, as in Faster and Mask R-CNN."""
-    return any(
-        op.startswith("NonMaxSuppression") for op in graph.ancestors(graph.outputs["raw_detection_boxes"]).values()
-    )
+    return bool(suppressions(graph, graph.outputs["raw_detection_boxes"]))
+
+
+def suppressions(graph, tensor):
+    """The NonMaxSuppression nodes that `tensor` is computed from."""
+    return {name for name, op in graph.ancestors(tensor).items() if op.startswith("NonMaxSuppression")}
 
 
 def preprocessed_images(graph):
@@ -252,8 +288,11 @@ def preprocessed_images(graph):
     TFOD preprocesses image by image in a loop (exporter_lib_v2: tf.map_fn over the batch) and stacks what comes out:
     the stack is the last tensor before the first convolution.
     """
+    scores = graph.outputs["raw_detection_scores"]
     found = [
-        name for name, op in graph.ancestors(graph.outputs["raw_detection_scores"]).items() if op == "TensorListStack"
+        name
+        for name, op in graph.ancestors(scores).items()
+        if op == "TensorListStack" and len(graph.static_shape(name)) == 4
     ]
     if len(found) != 1:
         raise UserError(
@@ -263,12 +302,13 @@ def preprocessed_images(graph):
     return found[0]
 
 
-def score_logits(graph):
-    """Walks back from raw_detection_scores to the class predictions.
+def score_logits(graph, tensor):
+    """Walks back from scores to the class predictions they are made of.
 
-    Returns (tensor [B, anchors, classes (+ background)], converter "SIGMOID" | "SOFTMAX" | "IDENTITY", logit scale).
+    tensor: raw_detection_scores, say. Returns (tensor [B, anchors, classes (+ background)], converter "SIGMOID" |
+    "SOFTMAX" | "IDENTITY", logit scale).
     """
-    converter, scale, tensor = "IDENTITY", 1.0, graph.outputs["raw_detection_scores"]
+    converter, scale = "IDENTITY", 1.0
     while True:
         op, inputs = graph.op(tensor), graph.inputs(tensor)
         if op in ("Sigmoid", "Softmax"):
@@ -283,28 +323,92 @@ def score_logits(graph):
         tensor = inputs[0]
 
 
-def box_encodings_and_anchors(graph, images):
-    """Walks back from raw_detection_boxes through the box decoder to what it decodes.
+def box_decoder(graph, boxes):
+    """Walks back from decoded boxes to the box decoder that made them: the nearest one (TFOD: FasterRcnnBoxCoder._decode).
 
-    The decoder splits both its inputs into four columns. Of the two, the encodings [B, anchors, 4] (ty, tx, th, tw)
-    depend on the images; the anchors [anchors, 4] (yxyx) do not. Returns their tensor names.
+    A decoder has two exponentials, of the columns th and tw of its encodings; each multiplies a side of an anchor.
+    Returns (encodings [..., 4]: ty, tx, th, tw; anchors [..., 4] yxyx) as tensor names, and the scales (y, x, height,
+    width) that the encodings are divided by.
     """
-    columns = [
-        name
-        for name, op in graph.ancestors(graph.outputs["raw_detection_boxes"], through=DECODING).items()
-        if op in ("Unpack", "Split", "SplitV")
-    ]
-    sources = {True: set(), False: set()}
-    for name in columns:
-        tensor = name
-        while graph.op(tensor) in RESHAPING | {"Unpack", "Split", "SplitV"}:
-            tensor = graph.inputs(tensor)[1 if graph.op(tensor) == "Split" else 0]
-        sources[images in graph.ancestors(tensor)].add(tensor)
-    if len(sources[True]) != 1 or len(sources[False]) != 1:
-        raise UserError(
-            "the SavedModel's box decoder was not found behind raw_detection_boxes; is it a TFOD SSD model?"
-        )
-    return sources[True].pop(), sources[False].pop()
+    exponentials = [name for name, op in graph.ancestors(boxes).items() if op == "Exp"][:2]
+    sources, references = set(), set()
+    for name in exponentials:
+        sources.add(_before_reshaping(graph, _column_source(graph, name)))
+        for product in graph.consumers(name):
+            sides = [x for x in graph.inputs(product) if node_name(x) != name]
+            references.update(_before_reshaping(graph, _column_source(graph, side)) for side in sides)
+    if len(exponentials) != 2 or len(sources) != 1 or len(references) != 1:
+        raise UserError("the SavedModel's box decoder was not found behind its boxes; is it a TFOD detection model?")
+    return sources.pop(), references.pop(), _box_scales(graph, exponentials[0])
+
+
+def _box_scales(graph, exponential):
+    """The constants that the four columns of the encodings are divided by; 1 where there is no division."""
+    tensor = exponential
+    while graph.op(tensor) not in COLUMNS:
+        tensor = graph.inputs(tensor)[0]
+    scales = [1.0] * 4
+    for reader in graph.consumers(node_name(tensor)):
+        column, divisor = [*graph.inputs(reader), None, None][:2]
+        if graph.op(reader) == "RealDiv" and graph.constant(divisor) is not None:
+            scales[int(column.split(":")[1]) if ":" in column else 0] = float(graph.constant(divisor))
+    return tuple(scales)
+
+
+def _column_source(graph, tensor):
+    """Back through arithmetic to the node that split a [..., 4] tensor into columns; returns what it split."""
+    while graph.op(tensor) not in COLUMNS:
+        tensor = graph.inputs(tensor)[0]
+    return graph.inputs(tensor)[1 if graph.op(tensor) == "Split" else 0]
+
+
+def _before_reshaping(graph, tensor):
+    while graph.op(tensor) in RESHAPING:
+        tensor = graph.inputs(tensor)[0]
+    return tensor
+
+
+def proposal_scores(graph):
+    """The logits [B, ...] (background, object) that the first stage's suppression is about."""
+    (first,) = suppressions(graph, graph.outputs["raw_detection_boxes"])
+    softmax = next(name for name, op in graph.ancestors(graph.inputs(first)[1]).items() if op == "Softmax")
+    return _before_reshaping(graph, graph.inputs(softmax)[0])
+
+
+def pooled_crops(graph, tensor, after):
+    """The crops of features that a later stage begins with: the input of the first max-pool behind the crop.
+
+    TFOD pools right behind each crop (faster_rcnn_meta_arch: maxpool_kernel_size, 1 too). tensor: a result of that stage;
+    after: the suppressions whose boxes it crops at. Returns a tensor name [boxes, size, size, channels].
+    """
+    behind = graph.descendants(after)
+    pools = [name for name, op in graph.ancestors(tensor).items() if op == "MaxPool" and name in behind]
+    for name in pools:
+        upstream = set(graph.ancestors(name)) - {name}
+        if not upstream.intersection(pools):
+            return graph.inputs(name)[0]
+    raise UserError("the SavedModel's second stage was not found (no max-pool behind a crop of features)")
+
+
+def cropped_features(graph, crops, images, after):
+    """The features [B, H, W, channels] that `crops` are cut from: the last map of the images that no box has a say in."""
+    free = graph.descendants([images]) - graph.descendants(after)
+    frontier = [name for name in graph.ancestors(crops, stop=free) if name in free]
+    # Nearest first: the boxes' own way back to the images is longer. As matmuls the crop works on a flattened map.
+    for name in graph.ancestors(frontier[0]) if frontier else ():
+        shape = graph.static_shape(name)
+        if name in free and len(shape) == 4 and shape[-1] > 4:
+            return name
+    raise UserError("the SavedModel's crop of features was not found; is it a TFOD Faster or Mask R-CNN?")
+
+
+def mask_logits(graph):
+    """Walks back from detection_masks, through the sigmoid and the choice of the class, to the mask head's output."""
+    for name, op in graph.ancestors(graph.outputs["detection_masks"]).items():
+        if op == "Sigmoid":
+            choice = next(n for n, o in graph.ancestors(name).items() if o in ("GatherV2", "GatherNd"))
+            return _before_reshaping(graph, graph.inputs(choice)[0])
+    raise UserError("the SavedModel's mask head was not found behind detection_masks")
 
 
 def probe_preprocessing(graph, images, resizer):

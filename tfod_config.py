@@ -49,7 +49,7 @@ ENUMS = {
     "ScoreConverter": ("IDENTITY", "SIGMOID", "SOFTMAX"),
     "ResizeMethod": ("UNKNOWN", "BILINEAR", "NEAREST_NEIGHBOR", "BICUBIC", "AREA"),
 }
-SSD_FEATURE_EXTRACTORS = (
+FEATURE_EXTRACTORS = (
     "ssd_mobilenet_v1_keras",
     "ssd_mobilenet_v2_keras",
     "ssd_mobilenet_v1_fpn_keras",
@@ -57,6 +57,10 @@ SSD_FEATURE_EXTRACTORS = (
     "ssd_resnet50_v1_fpn_keras",
     "ssd_resnet101_v1_fpn_keras",
     "ssd_resnet152_v1_fpn_keras",
+    "faster_rcnn_resnet50_keras",
+    "faster_rcnn_resnet101_keras",
+    "faster_rcnn_resnet152_keras",
+    "faster_rcnn_inception_resnet_v2_keras",
 )
 
 # A word alone on its line, or after a closing quote at the end of one: no field of the text format looks like that.
@@ -130,7 +134,9 @@ def _refuse_unsupported(model, path):
     """Raises UserError, naming the setting, for anything whose detections this tool would get wrong."""
 
     def refuse(what):
-        raise UserError(f"{path}: {what} is not supported; this tool converts SSD models with hard per-class NMS")
+        raise UserError(
+            f"{path}: {what} is not supported; this tool converts SSD and Faster R-CNN with hard per-class NMS"
+        )
 
     for name, label in (
         ("center_net", "the meta-architecture CenterNet"),
@@ -139,25 +145,45 @@ def _refuse_unsupported(model, path):
         if model.HasField(name):
             refuse(label)
     if model.HasField("faster_rcnn"):
-        refuse("the meta-architecture faster_rcnn")
-    if not model.HasField("ssd"):
+        _refuse_two_stage(model.faster_rcnn, refuse)
+        part = model.faster_rcnn
+        post = part.second_stage_post_processing
+    elif model.HasField("ssd"):
+        _refuse_ssd(model.ssd, refuse)
+        part = model.ssd
+        post = part.post_processing
+    else:
         raise UserError(f"{path} describes no model (no `model {{ ssd ... }}`): use the pipeline.config of the export")
-    ssd = model.ssd
+    _refuse_resizer(part.image_resizer, refuse)
+    _refuse_post_processing(post, refuse)
+    if part.num_classes < 1:
+        raise UserError(f"{path}: num_classes is missing; use the pipeline.config of the export")
+    if part.feature_extractor.type not in FEATURE_EXTRACTORS:
+        warnings.warn(
+            f"{path}: the feature extractor {part.feature_extractor.type!r} is untested; trust the check's verdict",
+            stacklevel=2,
+        )
+
+
+def _refuse_two_stage(faster_rcnn, refuse):
+    predictor = faster_rcnn.second_stage_box_predictor
+    if faster_rcnn.number_of_stages == 1:
+        refuse("a region proposal network alone (number_of_stages: 1)")
+    if faster_rcnn.HasField("context_config"):
+        refuse("Context R-CNN (context_config)")
+    if predictor.HasField("rfcn_box_predictor"):
+        refuse("R-FCN (rfcn_box_predictor)")
+    if predictor.mask_rcnn_box_predictor.predict_keypoints:
+        refuse("predict_keypoints")
+
+
+def _refuse_ssd(ssd, refuse):
     coder = ssd.box_coder
     for name in ("keypoint_box_coder", "mean_stddev_box_coder", "square_box_coder"):
         if coder.HasField(name):
             refuse(name)
     if ssd.HasField("mask_head_config"):
         refuse("mask_head_config (SSD with masks)")
-    _refuse_resizer(ssd.image_resizer, refuse)
-    _refuse_post_processing(ssd.post_processing, refuse)
-    if ssd.num_classes < 1:
-        raise UserError(f"{path}: num_classes is missing; use the pipeline.config of the export")
-    if ssd.feature_extractor.type not in SSD_FEATURE_EXTRACTORS:
-        warnings.warn(
-            f"{path}: the feature extractor {ssd.feature_extractor.type!r} is untested; trust the check's verdict",
-            stacklevel=2,
-        )
 
 
 def _refuse_resizer(resizer, refuse):

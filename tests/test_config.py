@@ -48,7 +48,9 @@ def test_a_stray_word_is_dropped_with_a_warning(tmp_path, stray):
     ("old", "new", "named"),
     [
         ("ssd {", "center_net {", "CenterNet"),
-        ("ssd {", "faster_rcnn {", "faster_rcnn"),
+        ("ssd {", "experimental_model {", "experimental_model"),
+        ("ssd {", "faster_rcnn {\n    number_of_stages: 1", "region proposal network alone"),
+        ("ssd {", "faster_rcnn {\n    context_config { }", "Context R-CNN"),
         ("faster_rcnn_box_coder {", "keypoint_box_coder {", "keypoint_box_coder"),
         ("iou_threshold: 0.6", "iou_threshold: 0.6 soft_nms_sigma: 0.5", "soft-NMS"),
         ("iou_threshold: 0.6", "iou_threshold: 0.6 use_class_agnostic_nms: true", "use_class_agnostic_nms"),

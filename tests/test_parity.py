@@ -7,7 +7,7 @@ import pytest
 from conftest import DEMO, need_shared
 
 import parity
-from detector import in_image
+from detector import detect_image
 from image_batcher import load_image, preprocess
 
 zoo = pytest.mark.zoo
@@ -48,8 +48,7 @@ def test_same_file(key, detector, saved_model):
     for path in test_images(16, key):
         image = load_image(path)
         theirs = parity.tensorflow_detections(saved_model(key), image, model.metadata)
-        tensor, placement = preprocess(image, model.metadata["resizer"])
-        ours = in_image(model.infer(tensor[None])[0], placement)
+        ours = detect_image(model, image)
         for a, b in ((theirs, ours), (ours, theirs)):
             alone = parity.match_by_overlap(a, b, min_iou=0.98, max_score_difference=0.01)
             assert not [a.scores[i] for i in alone if a.scores[i] >= 0.1], path
@@ -94,9 +93,8 @@ def test_demo_finds_the_shapes(detector):
     found = total = 0
     for entry in truth["images"]:
         image = load_image(DEMO / "images" / entry["file_name"])
-        tensor, placement = preprocess(image, model.metadata["resizer"])
-        result = in_image(model.infer(tensor[None])[0].above(0.3), placement)
-        boxes = result.boxes * placement.size
+        result = detect_image(model, image).above(0.3)
+        boxes = result.boxes * np.float32(image.shape[:2] * 2)
         for note in (n for n in truth["annotations"] if n["image_id"] == entry["id"]):
             x, y, w, h = note["bbox"]
             iou = parity.box_iou(np.float32([[y, x, y + h, x + w]]), boxes)[0]
@@ -116,8 +114,7 @@ def test_average_precision_is_tensorflows(detector, saved_model, coco_images):
     model = detector("fpnlite", "--batch_size", "dynamic")
 
     def ours(image):
-        tensor, placement = preprocess(image, model.metadata["resizer"])
-        return in_image(model.infer(tensor[None])[0], placement)
+        return detect_image(model, image)
 
     def theirs(image):
         return parity.tensorflow_detections(saved_model("fpnlite"), image, model.metadata)
