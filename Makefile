@@ -24,7 +24,7 @@ test: lint
 	$(IN_VENV) -m pytest -m "not zoo and not gpu"
 
 test-zoo: $(VENV)/.ready-dev
-	$(IN_VENV) -m pytest -m "zoo" --durations=0
+	$(IN_VENV) -m pytest -m "zoo or models"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

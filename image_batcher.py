@@ -176,13 +176,16 @@ def keep_aspect_size(height, width, min_dimension, max_dimension):
 def preprocess(image, resizer):
     """Brings RGB [H, W, 3] to the network's input.
 
-    resizer: the dict of tfod_config.describe_resizer. Returns (float32 [height, width, 3], 0..255, Placement).
+    resizer: the dict of tfod_config.describe_resizer. Returns (float32 [height, width, 3], 0..255, Placement). Raises
+    ImageError for an image of which the resizer leaves nothing.
     """
     rows, columns = image.shape[:2]
     height, width = resizer["height"], resizer["width"]
     if resizer["kind"] == "fixed_shape":
         return resize_image(image, height, width), Placement(rows, columns, (height, width))
     new_height, new_width = keep_aspect_size(rows, columns, resizer["min_dimension"], resizer["max_dimension"])
+    if not new_height or not new_width:  # TensorFlow's resizer fails on it too
+        raise ImageError(f"{columns} x {rows} pixels are too long and thin for the model's resizer")
     tensor = np.empty((height, width, 3), np.float32)
     tensor[:] = np.float32(resizer["pad_value"])
     resize_image(image, new_height, new_width, out=tensor[:new_height, :new_width])

@@ -63,11 +63,15 @@ def main(argv=None):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         labels = read_labels(args.labels, detector.metadata["num_classes"])
         output = make_folder(args.output)
-        return process(detector, files, output, labels, args.nms_threshold)
+        mask_threshold = args.iou_threshold if args.detection_type == "segmentation" else None
+        return process(detector, files, output, labels, args.nms_threshold, mask_threshold)
 
 
-def process(detector, files, output, labels, threshold):
-    """Runs `detector` on `files`, writes their results into the folder `output`, prints the rates; returns the status."""
+def process(detector, files, output, labels, threshold, mask_threshold):
+    """Runs `detector` on `files`, writes their results into the folder `output`, prints the rates; returns the status.
+
+    threshold: detections that score less are left out. mask_threshold: draw masks from this value on; None: no masks.
+    """
     names = dict(zip(files, result_names(files), strict=True))
     batcher = ImageBatcher(files, detector.metadata["resizer"], detector.input.batch or 1)
     done, inference, drawing, started = 0, 0.0, 0.0, time.perf_counter()
@@ -80,7 +84,8 @@ def process(detector, files, output, labels, threshold):
             found = found.above(threshold)
             boxes = found.boxes * placement.size
             write_results(output / f"{names[path]}.tsv", boxes, found.scores, found.classes)
-            picture = draw_detections(image, boxes, found.scores, found.classes, labels)
+            masks = None if mask_threshold is None else found.masks
+            picture = draw_detections(image, boxes, found.scores, found.classes, labels, masks, mask_threshold)
             write_picture(output / f"{names[path]}.png", picture)
             bar.update()
         inference += inferred - begun

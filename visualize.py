@@ -46,12 +46,56 @@ def _font(size):
     return ImageFont.load_default(size)
 
 
-def draw_detections(image, boxes, scores, classes, names):
+def paste_mask(mask, box, height, width, threshold):
+    """Resizes a mask [h, w] to its box (bilinear) and thresholds after, as TFOD does.
+
+    box: yxyx in pixels of an image of height x width. Returns (bool [rows, columns], top, left): the mask over the pixels
+    that the box covers, and where they begin; a pixel is in the mask where the value at its centre reaches `threshold`.
+    """
+    ymin, xmin, ymax, xmax = (float(v) for v in box)
+    top, left = max(0, int(np.floor(ymin))), max(0, int(np.floor(xmin)))
+    bottom, right = min(height, int(np.ceil(ymax))), min(width, int(np.ceil(xmax)))
+    rows = _interpolation(np.arange(top, bottom) + 0.5, ymin, ymax, mask.shape[0])  # [rows, h]
+    columns = _interpolation(np.arange(left, right) + 0.5, xmin, xmax, mask.shape[1])  # [columns, w]
+    inside = rows.any(axis=1)[:, None] & columns.any(axis=1)[None]
+    return inside & (rows @ mask @ columns.T >= threshold), top, left
+
+
+def _interpolation(centres, low, high, count):
+    """Weights [n, count] of `count` equal cells between low and high at the points `centres`; 0 outside of them."""
+    place = (centres - low) / max(high - low, 1e-6) * count - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.clip(place, 0, count - 1)[:, None] - np.arange(count)[None]))
+    return weights * ((centres > low) & (centres < high))[:, None]
+
+
+def _blend_masks(image, masks, boxes, classes, order, threshold):
+    """Tints the pixels of each mask in its colour, with an opaque edge. image: RGB [H, W, 3]; returns a new one."""
+    image = image.copy()
+    height, width = image.shape[:2]
+    thick = max(1, round(min(height, width) / 400))
+    for i in order:
+        mask, top, left = paste_mask(masks[i], boxes[i], height, width, threshold)
+        colour = np.float32(class_colour(int(classes[i])))
+        padded = np.pad(mask, thick)
+        inner = mask.copy()
+        for dy, dx in ((-thick, 0), (thick, 0), (0, -thick), (0, thick)):
+            inner &= padded[thick + dy : thick + dy + mask.shape[0], thick + dx : thick + dx + mask.shape[1]]
+        region = image[top : top + mask.shape[0], left : left + mask.shape[1]]
+        region[inner] = (0.55 * region[inner] + 0.45 * colour).astype(np.uint8)
+        region[mask & ~inner] = colour.astype(np.uint8)
+    return image
+
+
+def draw_detections(image, boxes, scores, classes, names, masks=None, mask_threshold=0.5):
     """Draws boxes [N, 4] yxyx in pixels on RGB [H, W, 3]; scores [N] and classes [N] (0-based) label them.
 
-    Returns a Pillow image. Line width and text follow the image's size; better detections are drawn over worse ones.
+    masks: [N, h, w], each over its box, or None. Returns a Pillow image. Line width and text follow the image's size;
+    better detections are drawn over worse ones.
     """
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    image = np.ascontiguousarray(image)
+    if masks is not None:
+        image = _blend_masks(image, masks, boxes, classes, np.argsort(scores, kind="stable"), mask_threshold)
+    picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     shorter = min(picture.size)
     line = max(1, round(shorter / 240))

@@ -26,6 +26,9 @@ ZOO = {
     "mobilenet_v2": "ssd_mobilenet_v2_320x320_coco17_tpu-8",
     "mobilenet_v1_fpn": "ssd_mobilenet_v1_fpn_640x640_coco17_tpu-8",
     "resnet50_fpn": "ssd_resnet50_v1_fpn_640x640_coco17_tpu-8",
+    "faster_rcnn_640": "faster_rcnn_resnet50_v1_640x640_coco17_tpu-8",
+    "faster_rcnn_1333": "faster_rcnn_resnet50_v1_800x1333_coco17_gpu-8",
+    "mask_rcnn": "mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8",
 }
 
 
@@ -92,3 +95,18 @@ def saved_model():
 @pytest.fixture(scope="session")
 def coco_images():
     return sorted(need_shared("coco", "val2017").glob("*.jpg"))
+
+
+# Rows of the table at the end of `make test-zoo`: model -> (classes, conversion s, box, score, mask, TensorFlow, ORT ms).
+ROWS = {}
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not ROWS:
+        return
+    terminalreporter.section("models against TensorFlow")
+    columns = ("classes", "input", "conversion s", "box diff", "score diff", "mask diff", "TensorFlow ms", "ORT ms")
+    terminalreporter.write_line("| model | " + " | ".join(columns) + " |")
+    terminalreporter.write_line("|---" * (len(columns) + 1) + "|")
+    for model, row in ROWS.items():
+        terminalreporter.write_line(f"| {model} | " + " | ".join(row) + " |")

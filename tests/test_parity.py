@@ -1,43 +1,71 @@
 """The converted model gives TensorFlow's detections: on the same tensor, from the same file, for every batch size."""
 
 import json
+import re
+import time
 
 import numpy as np
 import pytest
-from conftest import DEMO, need_shared
+from conftest import DEMO, ROWS, need_shared
 
 import parity
 from detector import detect_image
 from image_batcher import load_image, preprocess
 
+pytestmark = pytest.mark.models
 zoo = pytest.mark.zoo
-ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2"]
-ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_fpn")]
+ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2", "faster_rcnn_640"]
+ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_fpn", "faster_rcnn_1333", "mask_rcnn")]
+SLOW = {"faster_rcnn_640": 3, "faster_rcnn_1333": 3, "mask_rcnn": 2}  # pictures to look at, where one takes seconds
 
 # Boxes (normalised) and scores. The models with made-up weights are so noisy that TensorFlow with and without oneDNN
 # disagrees with itself by 3.1e-4 (mobilenet_v2), 4.6e-5 (mobilenet_v1_fpn) and 3.5e-4 (resnet50_fpn) on these images.
 TOLERANCE = {"mobilenet_v2": 1e-3, "mobilenet_v1_fpn": 3e-4, "resnet50_fpn": 1e-3}
+TOLERANCE |= {"faster_rcnn_640": 1e-3, "faster_rcnn_1333": 1e-3, "mask_rcnn": 1e-3}
 
 
 def test_images(count, key):
     """Some pictures of the kind that the model was trained on."""
     if key == "demo":
         return sorted((DEMO / "images").glob("*.jpg"))
-    return sorted(need_shared("coco", "val2017").glob("*.jpg"))[:count]
+    return sorted(need_shared("coco", "val2017").glob("*.jpg"))[: SLOW.get(key, count)]
 
 
 test_images.__test__ = False
 
 
 @pytest.mark.parametrize("key", ALL)
-def test_same_tensor(key, detector, saved_model):
+def test_same_tensor(key, convert, detector, saved_model):
     tolerance = TOLERANCE.get(key, 1e-4)
+    model, theirs = detector(key, "--batch_size", "dynamic"), saved_model(key)
+    reports = []
     for path in test_images(12, key):
-        report = parity.compare(saved_model(key), detector(key, "--batch_size", "dynamic"), path, tie=tolerance)
+        report = parity.compare(theirs, model, path, tie=tolerance)
         assert report.unmatched == 0, path
         assert report.compared >= 95, path
         assert report.box_difference <= tolerance, path
         assert report.score_difference <= tolerance, path
+        assert report.mask_difference <= 1e-3, path
+        reports.append(report)
+    record_row(key, convert, reports, model, theirs, load_image(path))
+
+
+def record_row(key, convert, reports, model, theirs, image):
+    """Adds the model to the table that conftest prints."""
+    times = []
+    for detect in (theirs.detect, lambda image: detect_image(model, image)):
+        begun = time.perf_counter()
+        detect(image)
+        times.append(f"{1000 * (time.perf_counter() - begun):.0f}")
+    largest = (max(getattr(r, f"{part}_difference") for r in reports) for part in ("box", "score", "mask"))
+    seconds = re.search(r"Converted in ([\d.]+) s", convert(key, "--batch_size", "dynamic")[1])[1]
+    ROWS[model.metadata["source"]] = (
+        str(model.metadata["num_classes"]),
+        f"{model.input.height}x{model.input.width}",
+        seconds,
+        *(f"{value:.1e}" for value in largest),
+        *times,
+    )
 
 
 @pytest.mark.parametrize("key", ALL)

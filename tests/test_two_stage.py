@@ -1,0 +1,163 @@
+"""Faster and Mask R-CNN on tiny exports of the project's own: each rule that TFOD's stages follow, against TensorFlow."""
+
+import functools
+
+import numpy as np
+import pytest
+from conftest import DEMO
+from PIL import Image
+
+import create_onnx
+import infer
+import parity
+import tf_graph
+from cli import UserError
+from demo import tiny_mask_rcnn as tiny
+from detector import detect_image, open_detector
+from image_batcher import load_image, preprocess
+from visualize import draw_detections, paste_mask
+
+PICTURES = sorted((DEMO / "images").glob("*.jpg"))
+RNG = np.random.default_rng(3)
+EXPORTS = {
+    "mask": tiny.Export(),
+    "faster": tiny.Export(masks=False, share_box=True, keep_aspect=False, side=96, crop=8, seed=2),
+    "few_proposals": tiny.Export(first_threshold=0.9, seed=3),
+    "no_proposals": tiny.Export(first_threshold=0.9999, seed=4),
+    "ties": tiny.Export(ties=True, seed=5),
+    "thresholds": tiny.Export(masks=False, score_threshold=0.3, per_class=3, total=6, seed=6),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(name, *options) -> (folder of the export, path of its ONNX file)."""
+
+    @functools.cache
+    def save(name):
+        folder = tmp_path_factory.mktemp("tiny") / name
+        tiny.save_export(folder, EXPORTS[name])
+        return folder
+
+    @functools.cache
+    def convert(name, *options):
+        path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
+        status = create_onnx.main(["--saved_model", str(save(name)), "--onnx", str(path), *options])
+        assert status == 0
+        return save(name), path
+
+    return convert
+
+
+def images():
+    """Pictures of all shapes, and what tends to break a detector: (RGB image, whether it tells its places apart)."""
+    yield from ((load_image(path), True) for path in PICTURES[:4])
+    yield RNG.integers(0, 256, (100, 1, 3), dtype=np.uint8), True  # one pixel wide
+    yield np.asarray(Image.open(PICTURES[1]).resize((960, 160))), True  # a panorama, 6:1
+    # Alike all over, or all along one direction: equal scores in many places, of which rounding chooses.
+    yield RNG.integers(0, 256, (1, 50, 3), dtype=np.uint8), False
+    yield np.zeros((200, 150, 3), np.uint8), False
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_detections_are_tensorflows(name, exported):
+    folder, path = exported(name)
+    counts = []
+    with open_detector(path) as model, tf_graph.SavedModel(folder / "saved_model") as saved_model:
+        for image, has_places in images():
+            theirs = parity.tensorflow_detections(saved_model, image, model.metadata)
+            ours = detect_image(model, image)
+            report = parity.match_by_rank(theirs, ours)
+            assert report.unmatched == 0, image.shape
+            assert report.box_difference <= 1e-4 or not has_places, image.shape
+            assert report.score_difference <= 1e-4, image.shape
+            assert report.mask_difference <= 1e-3 or not has_places, image.shape
+            assert (ours.masks is not None) == EXPORTS[name].masks
+            counts.append(report.compared)
+    if name == "no_proposals":
+        assert max(counts) == 0
+    else:
+        assert max(counts) >= 5
+    if name == "few_proposals":
+        assert min(counts) < EXPORTS[name].total
+
+
+def test_every_batch_size_layout_and_type_gives_the_same(exported):
+    wanted = None
+    pictures = [load_image(path) for path in PICTURES[:4]]
+    for options in (
+        (),
+        ("--batch_size", "4"),
+        ("--batch_size", "dynamic", "--input_format", "NCHW"),
+        ("--batch_size", "3", "--input_type", "uint8"),
+    ):
+        with open_detector(exported("mask", *options)[1]) as model:
+            tensors, places = zip(*(preprocess(x, model.metadata["resizer"]) for x in pictures), strict=True)
+            batch, shapes = np.rint(np.stack(tensors)), np.float32([place.true_shape for place in places])
+            size = model.input.batch or 4
+            found = [d for i in range(0, 4, size) for d in model.infer(batch[i : i + size], shapes[i : i + size])]
+        wanted = wanted or found
+        for a, b in zip(wanted, found, strict=True):
+            report = parity.match_by_rank(a, b)
+            assert (report.unmatched, report.compared) == (0, len(a.scores))
+            assert max(report.box_difference, report.score_difference, report.mask_difference) < 1e-5
+
+
+def test_thresholds_and_mistakes(exported, tmp_path):
+    full, cut = (exported("mask", *options)[1] for options in ((), ("--second_nms_threshold", "0.4")))
+    image = load_image(PICTURES[0])
+    with open_detector(full) as a, open_detector(cut) as b:
+        assert detect_image(b, image).scores.tolist() == detect_image(a, image).above(0.4).scores.tolist()
+    folder = exported("mask")[0]
+    text = (folder / "pipeline.config").read_text()
+    for old, new, said in (
+        ("num_classes: 4", "num_classes: 5", "5 classes, the model predicts 4"),
+        ("SOFTMAX", "SIGMOID", "SIGMOID"),
+        ("faster_rcnn_inception_resnet_v2_keras", "faster_rcnn_resnet50_keras", "faster_rcnn_resnet50_keras"),
+    ):
+        config = tmp_path / "pipeline.config"
+        config.write_text(text.replace(old, new))
+        options = ["--saved_model", str(folder), "--pipeline_config", str(config), "--onnx", str(tmp_path / "m.onnx")]
+        with pytest.raises(UserError) as raised:
+            create_onnx.main(options)
+        assert said in str(raised.value)
+
+
+def test_segmentation_draws_masks(exported, tmp_path):
+    _, path = exported("mask")
+    common = ["--engine", str(path), "--input", str(PICTURES[0]), "--nms_threshold", "0.1", "--output"]
+    infer.main([*common, str(tmp_path / "boxes")])
+    infer.main([*common, str(tmp_path / "masks"), "--detection_type", "segmentation"])
+    infer.main([*common, str(tmp_path / "full"), "--detection_type", "segmentation", "--iou_threshold", "0"])
+    name = f"{PICTURES[0].stem}.png"
+    boxes, masks, full = (
+        np.asarray(Image.open(tmp_path / kind / name)).astype(int) for kind in ("boxes", "masks", "full")
+    )
+    changed = [(x != boxes).any(axis=2).sum() for x in (masks, full)]
+    assert 0 < changed[0] < changed[1]
+
+
+def test_a_mask_is_resized_to_its_box_and_thresholded_after():
+    ramp = np.tile(np.linspace(0, 1, 16, dtype=np.float32), (16, 1))  # rises from left to right
+    mask, top, left = paste_mask(ramp, (10, 20, 42, 84), 100, 200, 0.5)
+    assert (top, left, *mask.shape) == (10, 20, 32, 64)
+    assert mask[:, :32].sum() == 0
+    assert mask[:, 32:].all()
+    corner, top, left = paste_mask(np.ones((4, 4), np.float32), (-5.5, 90.2, 5, 130), 50, 100, 0.5)
+    assert (top, left) == (0, 90)
+    assert corner.shape == (5, 10)
+    assert corner[:, 0].sum() == 5  # the centre of pixel 90 is inside the box
+    thin, *_ = paste_mask(np.ones((4, 4), np.float32), (3.6, 3.6, 4.4, 4.4), 9, 9, 0.5)
+    assert not thin.any()  # no pixel's centre is inside
+
+
+def test_masks_have_a_clean_edge():
+    grey = np.full((60, 60, 3), 128, np.uint8)
+    box = np.float32([[10, 10, 50, 50]])
+    disc = (np.hypot(*np.mgrid[-1:1:33j, -1:1:33j]) < 0.8).astype(np.float32)
+    drawn = np.asarray(draw_detections(grey, box, np.float32([0.9]), np.array([1]), ["a", "b"], disc[None]))
+    row = drawn[30].astype(int)
+    tinted = [tuple(v) for v in row if tuple(v) != (128, 128, 128)]
+    assert len(set(tinted)) >= 3  # the frame, the opaque edge, the tint within
+    assert tuple(row[30]) != (128, 128, 128)
+    assert tuple(drawn[12, 45]) == (128, 128, 128)  # inside the box, outside the mask
