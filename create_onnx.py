@@ -244,7 +244,7 @@ def add_two_stage(network, shapes, cut, rcnn, metadata, window, folder):
     features, objectness, first_encodings, logits, encodings, *masks = network.outputs
     features = build.add("Transpose", features, perm=[0, 3, 1, 2])
     _, crops, *mask_crops = network.inputs
-    size, channels = rcnn.initial_crop_size, shapes[0][-1]
+    size, feature_shape = rcnn.initial_crop_size, shapes[0][1:]
 
     count = rcnn.first_stage_max_proposals
     proposals, valid = detection_graph.add_proposals(
@@ -256,7 +256,7 @@ def add_two_stage(network, shapes, cut, rcnn, metadata, window, folder):
         Suppression(metadata["proposal_score_threshold"], rcnn.first_stage_nms_iou_threshold, count, count),
         window,
     )
-    cropped = detection_graph.crop_features(build, features, proposals, count, size, channels)
+    cropped = detection_graph.crop_features(build, features, proposals, count, size, feature_shape)
     onnx_utils.replace_tensor(network, crops, cropped)
     settings = suppression(rcnn.second_stage_post_processing, metadata["score_threshold"])
     stage = SecondStage(count, box_columns == 4, settings)
@@ -265,7 +265,7 @@ def add_two_stage(network, shapes, cut, rcnn, metadata, window, folder):
     )
     network.outputs = [number, detection_graph.to_window(build, boxes, window), scores, labels]
     if masks:
-        cropped = detection_graph.crop_features(build, features, boxes, settings.total, size, channels)
+        cropped = detection_graph.crop_features(build, features, boxes, settings.total, size, feature_shape)
         onnx_utils.replace_tensor(network, mask_crops[0], cropped)
         masks = build.add("Transpose", masks[0], perm=[0, 3, 1, 2])  # [B * M, C, h, w]
         shape = (shapes[5][-1], *cut.mask_shape)

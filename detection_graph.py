@@ -193,25 +193,30 @@ def add_proposals(build, objectness, encodings, anchors, scales, settings, windo
     return proposals, build.add("Greater", scores, np.float32(0), dtype=bool)
 
 
-def crop_features(build, features, boxes, count, size, channels):
+def crop_features(build, features, boxes, count, size, shape):
     """TF's crop_and_resize, bilinear: features [B, C, H, W] and boxes [B, count, 4] -> [B * count, C, size, size].
 
-    Sample i of a row lies at y = ymin (H - 1) + i (ymax - ymin) (H - 1) / (size - 1), which is GridSample with
-    align_corners: -1 and 1 are the centres of the first and last pixel.
+    shape: (H, W, C). Sample i of a row lies at y = ymin (H - 1) + i (ymax - ymin) (H - 1) / (size - 1), which is
+    GridSample with align_corners: -1 and 1 are the centres of the first and last pixel. What lies outside is 0, and by
+    TensorFlow's own rounding a box that ends at the border may lie outside with its last samples: the arithmetic is the
+    kernel's (tensorflow/core/kernels/image/crop_and_resize_op.cc), step by step in float32.
     """
-    ymin, xmin, ymax, xmax = (
-        build.add("Unsqueeze", build.slice(boxes, 2, i, i + 1), np.int64([3])) for i in range(4)
-    )  # each [B, count, 1, 1]
-    steps = np.linspace(0, 1, size, dtype=np.float32)
+    height, width, channels = shape
+    corners = (build.slice(boxes, 2, i, i + 1) for i in range(4))
+    ymin, xmin, ymax, xmax = (build.add("Unsqueeze", corner, np.int64([3])) for corner in corners)  # [B, count, 1, 1]
 
-    def axis(low, high, shape):
-        place = build.add("Add", build.add("Mul", build.add("Sub", high, low), steps.reshape(shape)), low)
-        place = build.add("Sub", build.add("Mul", place, np.float32(2)), np.float32(1))
+    def axis(low, high, pixels, shape):
+        last, steps = np.float32(pixels - 1), np.arange(size, dtype=np.float32).reshape(shape)
+        step = build.add("Div", build.add("Mul", build.add("Sub", high, low), last), np.float32(size - 1))
+        place = build.add("Add", build.add("Mul", low, last), build.add("Mul", step, steps))
+        outside = build.add("Greater", place, last, dtype=bool)
+        place = build.add("Sub", build.add("Mul", place, np.float32(2 / last)), np.float32(1))
+        place = build.add("Where", outside, np.float32(3), place, dtype=np.float32)
         return build.add("Unsqueeze", build.add("Mul", place, np.ones((1, 1, size, size), np.float32)), np.int64([4]))
 
-    y, x = axis(ymin, ymax, (1, 1, size, 1)), axis(xmin, xmax, (1, 1, 1, size))  # [B, count, size, size, 1]
+    y, x = axis(ymin, ymax, height, (1, 1, size, 1)), axis(xmin, xmax, width, (1, 1, 1, size))
     grid = build.reshape(build.add("Concat", x, y, axis=4), [0, count * size, size, 2])
-    crops = build.add("GridSample", features, grid, align_corners=1, mode="bilinear", padding_mode="border")
+    crops = build.add("GridSample", features, grid, align_corners=1, mode="bilinear", padding_mode="zeros")
     crops = build.reshape(crops, [0, channels, count, size, size])
     crops = build.add("Transpose", crops, perm=[0, 2, 1, 3, 4])
     return build.reshape(crops, [-1, channels, size, size])

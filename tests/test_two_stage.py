@@ -70,7 +70,7 @@ def test_detections_are_tensorflows(name, exported):
             report = parity.match_by_rank(theirs, ours)
             assert report.unmatched == 0, image.shape
             assert report.box_difference <= 1e-4 or not has_places, image.shape
-            assert report.score_difference <= 1e-4, image.shape
+            assert report.score_difference <= (1e-4 if has_places else 1e-2), image.shape
             assert report.mask_difference <= 1e-3 or not has_places, image.shape
             assert (ours.masks is not None) == EXPORTS[name].masks
             counts.append(report.compared)
