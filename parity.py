@@ -22,6 +22,10 @@ class Report:
     mask_difference: float = 0.0
 
 
+# A box farther off than this in any coordinate (normalised) is another box, not a less exact one.
+FAR = 0.01
+
+
 def compare(saved_model, detector, image=None, tie=1e-4):
     """Runs an open tf_graph.SavedModel and an open detector on the same network input; returns a Report.
 
@@ -67,6 +71,9 @@ def match_by_rank(theirs, ours, tie=1e-4):
             lonely.append(score)
             continue
         distance = np.abs(ours.boxes[near] - box).max(axis=1)
+        if distance.min() > FAR:
+            lonely.append(score)
+            continue
         chosen = near[distance.argmin()]
         free[chosen] = False
         pairs += 1

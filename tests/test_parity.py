@@ -14,8 +14,9 @@ from image_batcher import load_image, preprocess
 
 pytestmark = pytest.mark.models
 zoo = pytest.mark.zoo
-ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2", "faster_rcnn_640"]
-ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_fpn", "faster_rcnn_1333", "mask_rcnn")]
+ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2"]
+ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_fpn")]
+ALL += [pytest.param(key, marks=zoo) for key in ("faster_rcnn_640", "faster_rcnn_1333", "mask_rcnn")]
 SLOW = {"faster_rcnn_640": 3, "faster_rcnn_1333": 3, "mask_rcnn": 2}  # pictures to look at, where one takes seconds
 
 # Boxes (normalised) and scores. The models with made-up weights are so noisy that TensorFlow with and without oneDNN
