@@ -1,7 +1,7 @@
 """Trains the demo's small SSD on synthetic shapes and exports it as TFOD exports its own models.
 
     python demo/train_demo_ssd.py --output demo            # 25 minutes on 2 cores
-    python demo/train_demo_ssd.py --output /tmp/x --steps 20
+    python demo/train_demo_ssd.py --output build/trial --steps 20
 
 Writes OUTPUT/ssd_mobilenet_v1_shapes/ (saved_model/, pipeline.config, labels.txt), OUTPUT/images/*.jpg and
 OUTPUT/instances_shapes.json (COCO format). The network is an SSD MobileNet v1 (Liu et al., 2016; Howard et al., 2017)
