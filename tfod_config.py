@@ -18,14 +18,12 @@ SCHEMA = {
     "Model": "ssd:Ssd faster_rcnn:FasterRcnn center_net:Unread experimental_model:Unread",
     "Unread": "",
     "Ssd": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor box_coder:BoxCoder"
-    " post_processing:PostProcessing add_background_class:bool=true mask_head_config:Unread"
-    " encode_background_as_zeros:bool=false",
+    " post_processing:PostProcessing add_background_class:bool=true mask_head_config:Unread",
     "FasterRcnn": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor number_of_stages:int32=2"
     " first_stage_nms_score_threshold:float=0.0 first_stage_nms_iou_threshold:float=0.7"
     " first_stage_max_proposals:int32=300 initial_crop_size:int32 maxpool_kernel_size:int32 maxpool_stride:int32"
     " second_stage_box_predictor:BoxPredictor second_stage_post_processing:PostProcessing"
-    " use_matmul_crop_and_resize:bool=false clip_anchors_to_image:bool=false use_static_shapes:bool=false"
-    " hard_example_miner:Unread context_config:Unread",
+    " context_config:Unread",
     "BoxPredictor": "mask_rcnn_box_predictor:MaskRcnnBoxPredictor rfcn_box_predictor:Unread",
     "MaskRcnnBoxPredictor": "share_box_across_classes:bool=false predict_instance_masks:bool=false"
     " predict_keypoints:bool=false mask_height:int32=15 mask_width:int32=15 masks_are_class_agnostic:bool=false",
