@@ -6,20 +6,23 @@ the network's input, normalised; None: the image fills it.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 import onnx_utils
 
-# Of an SSD's anchors, only the best by their best class go into NMS: the 1,000 best (box, class) pairs are certainly
+# Of an SSD's anchors, only the best by their best class go into NMS: the 1,500 best (box, class) pairs are certainly
 # among theirs, and the 100 detections of an image come from far fewer (README, "How many candidates").
-CANDIDATES = 1000
+CANDIDATES = 1500
 # Of the RPN's anchors, likewise: TensorRT's TopK takes no more, and the plugin looks at hardly more (4,096).
 PROPOSAL_CANDIDATES = 3840
 # Detections taken from the plugin beyond max_total_detections, in place of those that finish_nms drops: boxes without
 # area after clipping (at most 2 an image were seen), and those over max_detections_per_class where it limits.
 SPARE = 28
 SPARE_WITH_CLASS_LIMIT = 900
+# EfficientNMS: below this threshold it takes all scores to its sort, above it only those that pass.
+DENSE_BELOW = 0.007
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +53,19 @@ def add_ssd_detections(graph, heads, anchors, columns, settings, window):
     scores = logits if heads.converter == "SIGMOID" else heads.convert(build, logits)
     scores = heads.without_background(build, scores, 2, columns)
     candidates = min(CANDIDATES, len(anchors))
-    _, rows = build.top_k(build.add("ReduceMax", scores, axes=[2], keepdims=0), candidates)  # [B, K]
+    best, rows = build.top_k(build.add("ReduceMax", scores, axes=[2], keepdims=0), candidates)  # [B, K]
     scores = build.gather_rows(scores, rows)  # [B, K, C]
+    # What scores less than the last of these anchors does in its best class is not among the K best pairs: no need to
+    # sort it.
+    last = build.add("Unsqueeze", build.slice(best, 1, candidates - 1, candidates), np.int64([2]))
+    among_best = build.add("GreaterOrEqual", scores, last, dtype=bool)
     if heads.converter == "SIGMOID":
         scores = heads.convert(build, scores)
+    scores = build.add("Where", among_best, scores, np.float32(0), dtype=np.float32)
     reference = build.add("Gather", centre_and_size(anchors), rows, axis=0)  # [B, K, 4]
     boxes = decode_boxes(build, build.gather_rows(encodings, rows), reference, heads.box_scales)
     boxes.shape = [None, candidates, 4]
-    number, boxes, scores, classes = suppress(build, boxes, scores, settings, window)
+    number, boxes, scores, classes = suppress(build, boxes, scores, settings, window, few=True)
     graph.outputs = [number, to_window(build, boxes, window), scores, classes]
 
 
@@ -82,13 +90,17 @@ class Heads:
         return build.slice(scores, axis, 1, columns) if self.background else scores
 
 
-def suppress(build, boxes, scores, settings, window=None):
+def suppress(build, boxes, scores, settings, window=None, few=False):
     """Non-maximum suppression of boxes [B, K, 4] or [B, K, C, 4] with scores [B, K, C], as TFOD does it.
 
-    Returns (num_detections [B, 1], boxes [B, M, 4], scores [B, M], classes [B, M]); see finish_nms.
+    few: most scores are 0. Returns (num_detections [B, 1], boxes [B, M, 4], scores [B, M], classes [B, M]); see finish_nms.
     """
     # TensorFlow keeps what scores more than the threshold, the plugin what scores as much: a score of 0 is none.
     threshold = max(settings.score_threshold, float(np.finfo(np.float32).tiny))
+    # Below DENSE_BELOW the plugin sorts all scores, also those under the threshold. Square roots keep the order.
+    roots = math.ceil(max(0.0, math.log2(math.log(threshold) / math.log(DENSE_BELOW)))) if few and threshold < 1 else 0
+    for _ in range(roots):
+        scores, threshold = build.add("Sqrt", scores), math.sqrt(threshold)
     _, boxes, scores, classes = onnx_utils.efficient_nms(
         build,
         boxes,
@@ -97,6 +109,8 @@ def suppress(build, boxes, scores, settings, window=None):
         iou_threshold=settings.iou_threshold,
         max_output_boxes=settings.given,
     )
+    for _ in range(roots):
+        scores = build.add("Mul", scores, scores)
     return finish_nms(build, boxes, scores, classes, settings, window)
 
 
@@ -193,13 +207,16 @@ def add_proposals(build, objectness, encodings, anchors, scales, settings, windo
     return proposals, build.add("Greater", scores, np.float32(0), dtype=bool)
 
 
-def crop_features(build, features, boxes, count, size, shape):
+def crop_features(build, features, boxes, count, size, shape, zero_outside):
     """TF's crop_and_resize, bilinear: features [B, C, H, W] and boxes [B, count, 4] -> [B * count, C, size, size].
 
     shape: (H, W, C). Sample i of a row lies at y = ymin (H - 1) + i (ymax - ymin) (H - 1) / (size - 1), which is
-    GridSample with align_corners: -1 and 1 are the centres of the first and last pixel. What lies outside is 0, and by
-    TensorFlow's own rounding a box that ends at the border may lie outside with its last samples: the arithmetic is the
-    kernel's (tensorflow/core/kernels/image/crop_and_resize_op.cc), step by step in float32.
+    GridSample with align_corners: -1 and 1 are the centres of the first and last pixel.
+
+    zero_outside: as the op CropAndResize does it, where what lies outside is 0. By TensorFlow's own rounding a box that
+    ends at the border may lie outside with its last samples: the arithmetic is the kernel's
+    (tensorflow/core/kernels/image/crop_and_resize_op.cc), step by step in float32. Without: as the forms made of matmuls
+    or gathers do it, where such a sample is the border's pixel.
     """
     height, width, channels = shape
     corners = (build.slice(boxes, 2, i, i + 1) for i in range(4))
@@ -209,14 +226,16 @@ def crop_features(build, features, boxes, count, size, shape):
         last, steps = np.float32(pixels - 1), np.arange(size, dtype=np.float32).reshape(shape)
         step = build.add("Div", build.add("Mul", build.add("Sub", high, low), last), np.float32(size - 1))
         place = build.add("Add", build.add("Mul", low, last), build.add("Mul", step, steps))
-        outside = build.add("Greater", place, last, dtype=bool)
+        outside = build.add("Greater", place, last, dtype=bool) if zero_outside else None
         place = build.add("Sub", build.add("Mul", place, np.float32(2 / last)), np.float32(1))
-        place = build.add("Where", outside, np.float32(3), place, dtype=np.float32)
+        if zero_outside:
+            place = build.add("Where", outside, np.float32(3), place, dtype=np.float32)
         return build.add("Unsqueeze", build.add("Mul", place, np.ones((1, 1, size, size), np.float32)), np.int64([4]))
 
     y, x = axis(ymin, ymax, height, (1, 1, size, 1)), axis(xmin, xmax, width, (1, 1, 1, size))
     grid = build.reshape(build.add("Concat", x, y, axis=4), [0, count * size, size, 2])
-    crops = build.add("GridSample", features, grid, align_corners=1, mode="bilinear", padding_mode="zeros")
+    padding = "zeros" if zero_outside else "border"
+    crops = build.add("GridSample", features, grid, align_corners=1, mode="bilinear", padding_mode=padding)
     crops = build.reshape(crops, [0, channels, count, size, size])
     crops = build.add("Transpose", crops, perm=[0, 2, 1, 3, 4])
     return build.reshape(crops, [-1, channels, size, size])

@@ -402,6 +402,11 @@ def cropped_features(graph, crops, images, after):
     raise UserError("the SavedModel's crop of features was not found; is it a TFOD Faster or Mask R-CNN?")
 
 
+def crops_with_op(graph, crops, features):
+    """Whether the op CropAndResize cuts `crops` from `features`, and not matmuls or gathers in its stead."""
+    return "CropAndResize" in graph.ancestors(crops, stop={node_name(features)}).values()
+
+
 def mask_logits(graph):
     """Walks back from detection_masks, through the sigmoid and the choice of the class, to the mask head's output."""
     for name, op in graph.ancestors(graph.outputs["detection_masks"]).items():

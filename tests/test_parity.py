@@ -14,18 +14,15 @@ from image_batcher import load_image, preprocess
 
 pytestmark = pytest.mark.models
 zoo = pytest.mark.zoo
-ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2"]
+ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2", "faster_rcnn_640"]
 ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_fpn")]
-ALL += [pytest.param(key, marks=zoo) for key in ("faster_rcnn_640", "faster_rcnn_1333", "mask_rcnn")]
-SLOW = {"faster_rcnn_640": 3, "faster_rcnn_1333": 3, "mask_rcnn": 2}  # pictures to look at, where one takes seconds
+ALL += [pytest.param(key, marks=zoo) for key in ("faster_rcnn_1333", "mask_rcnn")]
+SLOW = {"faster_rcnn_640": 5, "faster_rcnn_1333": 3, "mask_rcnn": 2}  # pictures to look at, where one takes seconds
 
 # Boxes (normalised) and scores. The models with made-up weights are so noisy that TensorFlow with and without oneDNN
 # disagrees with itself by 3.1e-4 (mobilenet_v2), 4.6e-5 (mobilenet_v1_fpn) and 3.5e-4 (resnet50_fpn) on these images.
 TOLERANCE = {"mobilenet_v2": 1e-3, "mobilenet_v1_fpn": 3e-4, "resnet50_fpn": 1e-3}
 TOLERANCE |= {"faster_rcnn_640": 2e-3, "faster_rcnn_1333": 2e-3, "mask_rcnn": 2e-3}
-# Detections without a partner, at most: in some images one or two of the 300 proposals are others than TensorFlow's.
-# Not yet understood (issue 3); TensorFlow with and without oneDNN agrees on them.
-UNMATCHED = {"faster_rcnn_640": 6, "faster_rcnn_1333": 6, "mask_rcnn": 6}
 
 
 def test_images(count, key):
@@ -45,7 +42,7 @@ def test_same_tensor(key, convert, detector, saved_model):
     reports = []
     for path in test_images(12, key):
         report = parity.compare(theirs, model, path, tie=tolerance)
-        assert report.unmatched <= UNMATCHED.get(key, 0), path
+        assert report.unmatched <= parity.allowed_unmatched(model.metadata), path
         assert report.compared >= 94, path
         assert report.box_difference <= tolerance, path
         assert report.score_difference <= tolerance, path
@@ -83,7 +80,9 @@ def test_same_file(key, detector, saved_model):
         ours = detect_image(model, image)
         for a, b in ((theirs, ours), (ours, theirs)):
             alone = parity.match_by_overlap(a, b, min_iou=0.98, max_score_difference=0.01)
-            assert sum(a.scores[alone] >= 0.1) <= UNMATCHED.get(key, 0), path
+            # Of 300, one may be decided by an overlap that the noise of resizing moves across the NMS's threshold.
+            allowed = max(parity.allowed_unmatched(model.metadata), len(a.scores) // 200)
+            assert sum(a.scores[alone] >= 0.1) <= allowed, path
         seen += int((theirs.scores >= 0.1).sum())
     assert seen >= 20, "too few detections to prove anything"
 
