@@ -149,6 +149,13 @@ def fold_batch_norms(graph):
         norm.outputs.clear()
 
 
+def is_half_quantized(model):
+    """Whether the model has QuantizeLinear nodes in FP16 (precision.to_half)."""
+    quantized = {node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    half = onnx.TensorProto.FLOAT16
+    return any(tensor.name in quantized and tensor.data_type == half for tensor in model.graph.initializer)
+
+
 def replace_plugins(model):
     """Returns a copy of `model` in which every EfficientNMS_TRT node is standard ONNX with the plugin's exact semantics."""
     graph = gs.import_onnx(model)

@@ -139,7 +139,7 @@ def test_demo_finds_the_shapes(detector):
 @pytest.mark.zoo
 def test_average_precision_is_tensorflows(detector, saved_model, coco_images):
     """COCO AP on the 188 images: 0.250 and AP50 0.407 with TensorFlow."""
-    from coco_ap import average_precision
+    from coco import average_precision
 
     annotations = need_shared("coco", "instances_val2017_subset.json")
     model = detector("fpnlite", "--batch_size", "dynamic")

@@ -1,0 +1,106 @@
+"""Builds engines of a model in several precisions and prints the table of BENCHMARKS.md: build time, latency, accuracy.
+
+    python bench_gpu.py --onnx dynamic.onnx --output engines --input val2017 --annotations instances_val2017.json
+    python bench_gpu.py --onnx dynamic.onnx --output engines --input photos --precision fp32 fp16 --profile 10
+
+Needs an NVIDIA GPU. `dynamic.onnx` is a model of `create_onnx.py --batch_size dynamic`; int8 needs --calib_input, or a
+calibration in OUTPUT/int8.calib.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import build_engine
+import coco
+import parity
+from cli import UserError, make_folder, run
+from detector import detect_image, open_detector
+from image_batcher import find_images, load_image
+
+COLUMNS = (
+    "build s",
+    "MB",
+    "ms, batch 1",
+    "ms, batch 8",
+    "without CUDA graph",
+    "box diff",
+    "score diff",
+    "unmatched",
+    "AP",
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--onnx", required=True, help="the model.onnx, made with --batch_size dynamic")
+    add("--output", required=True, help="folder for the engines, the timing cache and results.jsonl")
+    add("--input", required=True, help="a folder of images")
+    add("--annotations", help="COCO annotations of the images: adds the AP")
+    add("--precision", nargs="+", choices=["fp32", "fp16", "int8"], default=["fp32", "fp16", "int8"])
+    add("--calib_input", help="calibration images, for int8")
+    add("--images", type=int, default=12, help="images to compare with ONNX Runtime; default: 12")
+    add("--profile", type=int, default=8, metavar="N", help="print the N slowest layers; default: 8")
+    return parser.parse_args(argv)
+
+
+def measure(args, precision, reference):
+    """Builds and measures one engine; returns {column: value}."""
+    folder = Path(args.output)
+    engine = folder / f"{Path(args.onnx).stem}.{precision}.trt"
+    options = ["--onnx", args.onnx, "--engine", str(engine), "--precision", precision, "--no_benchmark"]
+    if precision == "int8":
+        options += ["--calib_cache", str(folder / "int8.calib")]
+        options += ["--calib_input", args.calib_input] if args.calib_input else []
+    started = time.perf_counter()
+    build_engine.main(options)
+    row = {"build s": f"{time.perf_counter() - started:.0f}", "MB": f"{engine.stat().st_size / 1e6:.1f}"}
+    files = find_images(args.input)
+    with open_detector(engine) as detector:
+        fast, slow = ([detector.benchmark(size, graph=graph) for size in (1, 8)] for graph in (True, False))
+        row["ms, batch 1"], row["ms, batch 8"] = (f"{median:.3f} (p99 {worst:.3f})" for median, worst, _ in fast)
+        row["without CUDA graph"] = ", ".join(f"{median:.3f}" for median, _, _ in slow)
+        pairs = [(reference[path], detect_image(detector, load_image(path))) for path in files[: args.images]]
+        reports = [parity.match_by_rank(theirs, ours, tie=0.02) for theirs, ours in pairs]
+        row["box diff"] = f"{max(report.box_difference for report in reports):.1e}"
+        row["score diff"] = f"{max(report.score_difference for report in reports):.1e}"
+        row["unmatched"] = f"{sum(report.unmatched for report in reports)} of {sum(len(p[0].scores) for p in pairs)}"
+        row["AP"] = ""
+        if args.annotations:
+            ap, ap50 = coco.average_precision(
+                args.annotations, files, lambda image: detect_image(detector, image), detector.metadata["class_offset"]
+            )
+            row["AP"] = f"{ap:.4f} (AP50 {ap50:.4f})"
+        layers = list(detector.profile(1).items())
+        total = sum(ms for _, ms in layers)
+        print(f"{precision}: {len(layers)} layers, {total:.3f} ms with the profiler on")
+        for name, ms in layers[: args.profile]:
+            print(f"  {ms:.3f} ms {100 * ms / total:4.1f} %  {name[:150]}")
+    return row
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder = make_folder(args.output)
+    if not Path(args.onnx).is_file():
+        raise UserError(f"--onnx {args.onnx}: no such file; make it with create_onnx.py --batch_size dynamic")
+    with open_detector(args.onnx) as detector:
+        files = find_images(args.input)[: args.images]
+        reference = {path: detect_image(detector, load_image(path)) for path in files}
+    rows = {}
+    for precision in args.precision:
+        rows[precision] = measure(args, precision, reference)
+        with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"onnx": args.onnx, "precision": precision, **rows[precision]}) + "\n")
+    print("| precision | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for precision, row in rows.items():
+        print(f"| {precision} | " + " | ".join(row[column] for column in COLUMNS) + " |")
+    print(f"Wrote the engines and results.jsonl to {folder}. Next: copy the table into BENCHMARKS.md")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

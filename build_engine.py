@@ -1,0 +1,247 @@
+"""Builds a TensorRT engine from a model.onnx of create_onnx.py, for the GPU and the TensorRT version of this machine.
+
+    python build_engine.py --onnx model.onnx --engine engine.trt
+    python build_engine.py --onnx model.onnx --engine engine.trt --precision int8 --calib_input photos
+    python build_engine.py --onnx dynamic.onnx --engine engine.trt --batch 1 8 32
+
+FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py); box decoder, score filter and NMS stay in FP32.
+The engine holds the model's metadata and needs no companion file. TensorRT 8.6, 10 and 11.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import onnx_utils
+import precision
+import quantization
+from cli import UserError, check_writable, progress, run, warn, whole_file
+from detector import OnnxDetector, arrange, arrange_true_shapes, input_spec
+from image_batcher import ImageBatcher, find_images
+from trt_detector import GpuContext, TrtDetector, import_tensorrt, make_logger
+
+# TensorRT keeps no longer names.
+LONGEST_NAME = 4095
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-o", "--onnx", required=True, help="the model.onnx that create_onnx.py wrote")
+    add("-e", "--engine", required=True, help="the engine file to write")
+    add("-p", "--precision", choices=["fp32", "fp16", "int8"], default="fp16", help="default: fp16")
+    add("-b", "--batch", type=int, nargs=3, metavar=("MIN", "OPT", "MAX"), help="of a dynamic model; default: 1 8 8")
+    add("-w", "--workspace", type=float, default=4, metavar="GB", help="memory for the layers' scratch; default: 4")
+    add("-v", "--verbose", action="store_true", help="print what TensorRT says")
+    add("--calib_input", help="int8: an image or a folder of images like those to be detected in, about 100")
+    add("--calib_cache", help="int8: the calibration, read if it is of this model, else written; default: ENGINE.calib")
+    add("--calib_num_images", type=int, default=100, metavar="N", help="int8: at most that many images; default: 100")
+    add("--calib_batch_size", type=int, default=8, metavar="N", help="int8: images at a time; default: 8")
+    add(
+        "--timing_cache",
+        help="TensorRT's measurements, kept for the next build; default: timing.cache beside the engine",
+    )
+    add("--builder_optimization_level", type=int, choices=range(6), metavar="0..5", help="default: TensorRT's, 3")
+    add("--typed_onnx", metavar="FILE", help="also write the graph that TensorRT gets; it runs on ONNX Runtime too")
+    add("--no_benchmark", action="store_true", help="do not measure the engine's latency after building it")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    model = onnx_utils.load(args.onnx)
+    metadata = onnx_utils.read_metadata(model, args.onnx)
+    for path in filter(None, (args.engine, args.timing_cache, args.calib_cache, args.typed_onnx)):
+        check_writable(path)
+    batch = batch_range(args, metadata)
+    calibration = find_calibration(args, model) if args.precision == "int8" else None
+    trt, cuda = import_tensorrt(f"--engine {args.engine}")
+    strong = is_strongly_typed(trt)
+    typed, pinned = typed_model(args, model, metadata, calibration, strong)
+    if args.typed_onnx:
+        with whole_file(args.typed_onnx) as path:
+            onnx_utils.save(typed, path)
+    started = time.perf_counter()
+    with GpuContext(cuda), whole_file(args.engine) as path:
+        path.write_bytes(build(trt, args, typed, metadata, batch, pinned))
+    seconds = time.perf_counter() - started
+    report(args, batch, seconds)
+    print(f"Wrote {args.engine}. Next: python infer.py --engine {args.engine} --input IMAGES --output results")
+    return 0
+
+
+def batch_range(args, metadata):
+    """(least, best, most) images at a time. Raises UserError where --batch does not fit the model."""
+    fixed = metadata["batch_size"]
+    if fixed is not None:
+        if args.batch:
+            raise UserError(
+                f"--batch: {args.onnx} takes {fixed} at a time; convert it with create_onnx.py --batch_size dynamic"
+            )
+        return fixed, fixed, fixed
+    least, best, most = args.batch or (1, 8, 8)
+    if not 1 <= least <= best <= most:
+        raise UserError(f"--batch {least} {best} {most}: give three rising numbers from 1 on, MIN OPT MAX")
+    return least, best, most
+
+
+def is_strongly_typed(trt):
+    """Whether this TensorRT takes every tensor's type from the file (10 and later), or chooses among those allowed."""
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def typed_model(args, model, metadata, calibration, strong):
+    """The model in the precision asked for: (model, names of the nodes that stay in FP32)."""
+    if args.precision == "fp32":
+        return model, set()
+    pinned = precision.float32_names(model)
+    if args.precision == "int8":
+        ranges, left = calibration or calibrate(args, model, metadata)
+        model = quantization.quantize(model, ranges, left)
+        if not strong:  # TensorRT 8.6 takes QuantizeLinear in FP32 only, and chooses FP16 for the rest by itself
+            return model, pinned
+    return precision.to_half(model), pinned
+
+
+def find_calibration(args, model):
+    """The cached calibration, or None where it is to be made. Raises UserError if that cannot be."""
+    args.calib_cache = args.calib_cache or f"{args.engine}.calib"
+    found, reason = quantization.read_cache(args.calib_cache, model)
+    if found:
+        print(f"Using the calibration in {args.calib_cache}")
+        return found
+    if not args.calib_input:
+        raise UserError(f"--calib_cache {args.calib_cache}: {reason}; give calibration images with --calib_input")
+    if Path(args.calib_cache).exists():
+        warn(f"--calib_cache {args.calib_cache}: {reason}; calibrating anew")
+    if args.calib_num_images < 1 or args.calib_batch_size < 1:
+        raise UserError("--calib_num_images and --calib_batch_size: give numbers from 1 on")
+    find_images(args.calib_input)
+    return None
+
+
+def calibrate(args, model, metadata):
+    """Calibrates on --calib_input, finds the layers to leave in FP16, writes --calib_cache; returns (ranges, names)."""
+    files = find_images(args.calib_input)[: args.calib_num_images]
+    spec = input_spec(metadata)
+    size = spec.batch or args.calib_batch_size
+    batches = list(progress(ImageBatcher(files, metadata["resizer"], size), unit="batch", desc="reading"))
+    if not batches:
+        raise UserError(f"--calib_input {args.calib_input}: none of the {len(files)} images could be read")
+
+    def feeds():
+        for batch in progress(batches, unit="batch", desc="calibrating"):
+            feed = {spec.name: arrange(batch.tensor, spec)}
+            if spec.true_shape:
+                feed[spec.true_shape] = arrange_true_shapes(batch.true_shapes, len(batch.tensor), spec)
+            yield feed
+
+    def detect(candidate):
+        found = []
+        with OnnxDetector(args.onnx, candidate) as detector:
+            for batch in batches:
+                found += detector.infer(batch.tensor, batch.true_shapes)
+                if len(found) >= quantization.JUDGED_IMAGES:
+                    break
+        return found
+
+    ranges = quantization.calibrate(model, feeds())
+    left, plain, reached = quantization.choose_layers(model, ranges, detect)
+    layers = sum(map(len, quantization.layers(model).values()))
+    if left:
+        print(
+            f"{len(left)} of {layers} layers stay in FP16: with all in INT8 the detections disagree with FP32 by"
+            f" {plain:.2f}, without these by {reached:.2f} (0: the same, 1: nothing alike)"
+        )
+    quantization.write_cache(args.calib_cache, model, ranges, left)
+    return ranges, left
+
+
+def build(trt, args, model, metadata, batch, pinned):
+    """Builds the engine; returns its bytes. Raises UserError with TensorRT's own reason where it cannot."""
+    logger = make_logger(trt, args.verbose)
+    trt.init_libnvinfer_plugins(logger, "")
+    builder = trt.Builder(logger)
+    network = builder.create_network(network_flags(trt))
+    network.name = engine_name(metadata)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model.SerializeToString()):
+        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise UserError(f"{args.onnx} cannot be parsed by TensorRT {trt.__version__}: {reasons[:400]}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(args.workspace * 2**30))
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # No cuBLAS and no cuDNN: they need not be installed, and the convolutions of these networks do not need them.
+    sources = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+    config.set_tactic_sources(sum(1 << int(source) for source in sources))
+    if args.builder_optimization_level is not None:
+        config.builder_optimization_level = args.builder_optimization_level
+    if not is_strongly_typed(trt) and args.precision != "fp32":
+        allow_precisions(trt, config, network, args.precision, pinned)
+    add_profile(builder, config, network, batch)
+    cache_path = Path(args.timing_cache or Path(args.engine).with_name("timing.cache"))
+    cache = config.create_timing_cache(cache_path.read_bytes() if cache_path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise UserError(f"{args.onnx}: TensorRT could not build an engine ({logger.last()}); try another --workspace")
+    with whole_file(cache_path) as path:
+        path.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return bytes(engine)
+
+
+def network_flags(trt):
+    """How a network is created: 8.6 must be told that its batch is explicit, 11 knows nothing else."""
+    name = "STRONGLY_TYPED" if is_strongly_typed(trt) else "EXPLICIT_BATCH"
+    return 1 << int(getattr(trt.NetworkDefinitionCreationFlag, name))
+
+
+def engine_name(metadata):
+    """The metadata as JSON: a network's name comes back as its engine's."""
+    name = json.dumps({onnx_utils.METADATA_KEY: metadata}, sort_keys=True, separators=(",", ":"))
+    if len(name.encode()) > LONGEST_NAME:
+        raise UserError(f"the model's metadata is too long for an engine ({len(name)} bytes of {LONGEST_NAME})")
+    return name
+
+
+def allow_precisions(trt, config, network, wanted, pinned):
+    """TensorRT 8.6 chooses a type for every layer: allow it FP16 (and INT8), but for the layers named in `pinned`."""
+    config.set_flag(trt.BuilderFlag.FP16)
+    if wanted == "int8":
+        config.set_flag(trt.BuilderFlag.INT8)
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    floats = (trt.DataType.FLOAT, trt.DataType.HALF)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        if layer.name in pinned and all(x.dtype in floats and x.is_execution_tensor for x in outputs):
+            layer.precision = trt.DataType.FLOAT
+            for i in range(len(outputs)):
+                layer.set_output_type(i, trt.DataType.FLOAT)
+
+
+def add_profile(builder, config, network, batch):
+    """Which shapes the engine is for: the batch range where the model leaves the batch open."""
+    profile = builder.create_optimization_profile()
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        rest = tuple(tensor.shape)[1:]
+        profile.set_shape(tensor.name, *((size, *rest) for size in batch))
+    config.add_optimization_profile(profile)
+
+
+def report(args, batch, seconds):
+    """Prints what was built, and how fast it runs."""
+    size = Path(args.engine).stat().st_size / 1e6
+    with TrtDetector(args.engine) as detector:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in detector.shapes().items())
+        print(f"{args.precision} engine of {size:.1f} MB in {seconds:.0f} s: {shapes}")
+        if args.no_benchmark:
+            return
+        for images in sorted({batch[0], batch[1]}):
+            median, worst, captured = detector.benchmark(images)
+            how = "with a CUDA graph" if captured else "without a CUDA graph"
+            print(f"GPU latency of {images}: median {median:.3f} ms, p99 {worst:.3f} ms (200 runs, {how})")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,158 @@
+"""The FP16 and INT8 forms of a converted model, made in the ONNX graph: one way for every TensorRT version.
+
+Strongly typed TensorRT (10 and 11) takes precision from the file, so the file says it: FP16 tensors, QuantizeLinear and
+DequantizeLinear pairs. Box decoder, softmax, score filter, suppression and crops stay in FP32, whatever the form; they are
+found by their place in the graph (`float32_nodes`), not by name.
+"""
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+import onnx_utils
+
+# The layers with weights: what FP16 and INT8 are for. What lies before, between and behind them and an NMS is arithmetic
+# on coordinates and scores.
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+# Ops that move values and compute none: no precision is lost in them, so they take whatever type is at hand.
+MOVING = {"Concat", "Expand", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+MOVING |= {"MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}  # choices among values; what INT8 itself costs
+# Inputs that ONNX wants in float32 whatever the type of the op: the region and scales of Resize.
+ALWAYS_FLOAT32 = {"Resize": (1, 2)}
+# QuantizeLinear takes FP16 from this opset on.
+HALF_QUANTIZE_OPSET = 19
+LEAST_SCALE = 2.0**-20
+# ReduceMax and its like take their axes as an input from opset 18 on.
+REDUCTIONS = {"ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd", "ReduceL2"}
+
+
+def float32_nodes(graph):
+    """The ids of the nodes of a graphsurgeon graph that compute in float32 in every form.
+
+    All that lies between the inputs and the first layer with weights, before an NMS back to the layers with weights, and
+    behind an NMS up to the next ones or to the outputs; without the ops at its edges that only move values.
+    """
+    suppressions = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
+    found = {id(node) for node in suppressions}
+    _spread(found, suppressions, lambda node: [x.inputs[0] for x in node.inputs if x.inputs])
+    readers = [reader for tensor in graph.inputs for reader in tensor.outputs]
+    _spread(found, [*suppressions, *readers], lambda node: [x for tensor in node.outputs for x in tensor.outputs])
+    graph.toposort()
+    for node in graph.nodes:  # at the near edge: movers of what a layer with weights made
+        sources = [tensor.inputs[0] for tensor in _moved(node) if tensor.inputs]
+        if node.op in MOVING and sources and not any(id(source) in found for source in sources):
+            found.discard(id(node))
+    for node in reversed(graph.nodes):  # at the far edge: movers that feed only layers with weights
+        readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+        if node.op in MOVING and readers and not any(id(reader) in found for reader in readers):
+            found.discard(id(node))
+    return found
+
+
+def float32_names(model):
+    """The names of those nodes of an ONNX model."""
+    graph = gs.import_onnx(model)
+    wide = float32_nodes(graph)
+    return {node.name for node in graph.nodes if id(node) in wide}
+
+
+def _moved(node):
+    """The tensors whose values a node of MOVING hands on."""
+    return node.inputs if node.op == "Concat" else node.inputs[:1]
+
+
+def _spread(found, start, neighbours):
+    """Adds to `found` the ids of the nodes that are reached from those in `start` without passing a layer with weights."""
+    todo, seen = list(start), set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen or node.op in WEIGHTED:
+            continue
+        seen.add(id(node))
+        found.add(id(node))
+        todo.extend(neighbours(node))
+
+
+def to_half(model):
+    """Returns a converted model with all but `float32_nodes` in FP16; inputs and outputs keep their types.
+
+    QuantizeLinear and DequantizeLinear become FP16 too, which raises the file's opset to 19.
+    """
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    graph = _typed_graph(model)
+    if quantized:
+        _raise_opset(graph)
+    wide = float32_nodes(graph)
+    casts = {}
+
+    def cast(tensor, dtype):
+        if (id(tensor), dtype) not in casts:
+            casts[id(tensor), dtype] = onnx_utils.Builder(graph, f"{tensor.name}/{np.dtype(dtype).name}").cast(
+                tensor, dtype
+            )
+        return casts[id(tensor), dtype]
+
+    nodes = list(graph.nodes)
+    for node in nodes:
+        half = id(node) not in wide
+        kept = ALWAYS_FLOAT32.get(node.op, ())
+        for i, tensor in enumerate(node.inputs):
+            if tensor.dtype == np.float32 and half and i not in kept:
+                constant = isinstance(tensor, gs.Constant)
+                node.inputs[i] = _half_constant(tensor, casts) if constant else cast(tensor, np.float16)
+            elif tensor.dtype == np.float16 and not half:
+                node.inputs[i] = cast(tensor, np.float32)
+        for tensor in node.outputs:
+            if tensor.dtype == np.float32 and half and node.op != "Cast":
+                tensor.dtype = np.float16
+    for tensor in [tensor for tensor in graph.outputs if tensor.dtype == np.float16]:
+        name, tensor.name = tensor.name, f"{tensor.name}/half"
+        wide_tensor = cast(tensor, np.float32)
+        wide_tensor.name, wide_tensor.shape = name, tensor.shape
+        graph.outputs = [wide_tensor if x is tensor else x for x in graph.outputs]
+    return _export(graph.cleanup().toposort(), model)
+
+
+def _half_constant(tensor, cache):
+    if id(tensor) not in cache:
+        values = tensor.values
+        if any(
+            node.op in ("QuantizeLinear", "DequantizeLinear") and node.inputs[1] is tensor for node in tensor.outputs
+        ):
+            values = np.maximum(values, LEAST_SCALE)  # the scale of a channel whose weights are all but 0 would be 0
+        cache[id(tensor)] = gs.Constant(f"{tensor.name}/half", np.asarray(values, np.float16))
+    return cache[id(tensor)]
+
+
+def _typed_graph(model):
+    """The model as a graphsurgeon graph whose tensors all know their types."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    # Behind a plugin ONNX infers nothing: there, the types that the converter wrote count.
+    known = {info.name: info for info in inferred.graph.value_info}
+    for info in model.graph.value_info:
+        if info.name not in known:
+            inferred.graph.value_info.append(info)
+    return gs.import_onnx(inferred)
+
+
+def _raise_opset(graph):
+    """Opset 17 -> 19 for the ops that these graphs use."""
+    graph.opset = HALF_QUANTIZE_OPSET
+    for domain in graph.import_domains or []:
+        if domain.domain == "":
+            domain.version = HALF_QUANTIZE_OPSET
+    for node in graph.nodes:
+        if node.op in REDUCTIONS and "axes" in node.attrs:
+            axes = np.array(node.attrs.pop("axes"), np.int64)
+            node.inputs.append(gs.Constant(f"{node.name}/axes", axes))
+        if node.op == "Split" and len(node.inputs) == 1:
+            node.attrs["num_outputs"] = len(node.outputs)
+
+
+def _export(graph, model):
+    """graph -> ModelProto with the metadata of `model`."""
+    result = gs.export_onnx(graph)
+    for entry in model.metadata_props:
+        onnx.helper.set_model_props(result, {entry.key: entry.value})
+    result.producer_name = model.producer_name
+    return result

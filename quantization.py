@@ -1,0 +1,208 @@
+"""INT8: ranges measured on calibration images, QuantizeLinear/DequantizeLinear pairs in the graph, and the layers to leave.
+
+All by ONNX Runtime, so that it needs no GPU and serves every TensorRT version alike.
+"""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+import onnx_utils
+from cli import progress, whole_file
+from parity import box_iou
+from precision import float32_nodes
+
+# The layers with weights whose inputs are quantized.
+QUANTIZED = {"Conv", "Gemm", "MatMul"}
+# Bins of the histograms that calibration chooses a range from; ONNX Runtime's default of 128 leaves nothing to choose.
+HISTOGRAM_BINS = 2048
+# The disagreement with FP32 (see `disagreement`) that is let pass. FPNLite coco17: all layers in INT8 0.40 and 0.034 AP
+# lost (BENCHMARKS.md).
+TOLERATED = 0.12
+# Images on which the layers are judged: two dozen objects suffice to rank them.
+JUDGED_IMAGES = 12
+# A reference detection counts from this score on.
+CERTAIN = 0.1
+
+
+def calibrate(model, batches):
+    """Measures the range of every activation that `quantize` needs: entropy calibration (Migacz, "8-bit inference with
+    TensorRT", GTC 2017) by onnxruntime.quantization.
+
+    batches: iterable of dicts {input name: array} for the model. Returns {tensor name: (low, high)}.
+    """
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(onnx_utils.replace_plugins(model), path)
+        calibrator = create_calibrator(
+            path,
+            sorted(QUANTIZED),
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=CalibrationMethod.Entropy,
+            extra_options={"symmetric": True, "num_bins": HISTOGRAM_BINS},
+        )
+        calibrator.tensors_to_calibrate = activations(model)
+        for feed in batches:  # one at a time: the calibrator keeps every activation of what it is given
+            calibrator.collect_data(_Once(feed))
+        ranges = calibrator.compute_data()
+    return {name: tuple(float(x.item()) for x in data.range_value) for name, data in ranges.items()}
+
+
+def activations(model):
+    """The names of the tensors that `quantize` quantizes: what the quantized layers take in, weights apart."""
+    graph = gs.import_onnx(model)
+    wide = float32_nodes(graph)
+    layers = [node for node in graph.nodes if node.op in QUANTIZED and id(node) not in wide]
+    return {x.name for node in layers for x in node.inputs[:2] if isinstance(x, gs.Variable)}
+
+
+class _Once:
+    """A CalibrationDataReader of one feed."""
+
+    def __init__(self, feed):
+        self._feeds = [feed]
+
+    def get_next(self):
+        return self._feeds.pop() if self._feeds else None
+
+
+def quantize(model, ranges, exclude=()):
+    """Returns the model with QuantizeLinear/DequantizeLinear pairs around its layers with weights, INT8, symmetric,
+    weights per channel. ranges: of `calibrate`. exclude: names of nodes that stay as they are.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    graph = gs.import_onnx(model)
+    wide = float32_nodes(graph)
+    chosen = [node.name for node in graph.nodes if node.op in QUANTIZED and id(node) not in wide]
+    values = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    quantizer = QDQQuantizer(
+        copy,
+        True,  # per channel
+        False,  # reduce_range
+        QuantType.QInt8,
+        QuantType.QInt8,
+        TensorsData(CalibrationMethod.MinMax, values),
+        [name for name in chosen if name not in exclude],
+        [],
+        sorted(QUANTIZED),
+        {
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "QuantizeBias": False,
+            "AddQDQPairToWeight": True,
+            "DedicatedQDQPair": True,
+            "OpTypesToExcludeOutputQuantization": sorted(QUANTIZED),
+        },
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    result = quantizer.model.model
+    del result.metadata_props[:]
+    result.metadata_props.extend(model.metadata_props)
+    return result
+
+
+def layers(model):
+    """The layers that `quantize` quantizes: {name of their weights: names of the nodes that share them}."""
+    graph = gs.import_onnx(model)
+    wide = float32_nodes(graph)
+    groups = {}
+    for node in graph.nodes:
+        if node.op in QUANTIZED and id(node) not in wide:
+            groups.setdefault(node.inputs[1].name, []).append(node.name)
+    return groups
+
+
+def disagreement(reference, found):
+    """How far detections are from the reference, 0 (the same) to 1 (nothing alike).
+
+    reference and found: lists of Detections, one per image. Each reference detection from CERTAIN on counts by its score:
+    1 if none of its class overlaps it by half, else the relative difference in score plus what is missing of the overlap.
+    """
+    apart = total = 0.0
+    for theirs, ours in zip(reference, found, strict=True):
+        iou = box_iou(theirs.boxes, ours.boxes) * (theirs.classes[:, None] == ours.classes[None])
+        for score, overlaps in zip(theirs.scores, iou, strict=True):
+            if score >= CERTAIN:
+                best = int(overlaps.argmax()) if len(overlaps) else None
+                near = best is not None and overlaps[best] >= 0.5
+                missing = abs(score - ours.scores[best]) / score + 1 - overlaps[best] if near else 1.0
+                apart += float(score) * min(1.0, float(missing))
+                total += float(score)
+    return apart / total if total else 0.0
+
+
+def choose_layers(model, ranges, detect):
+    """The names of the nodes to leave unquantized so that the detections stay TOLERATED near to FP32's.
+
+    detect: model -> Detections of each of some calibration images. Layers are ranked by the disagreement that each causes
+    alone; the worst are left out, as few as will do. Returns (names, disagreement with all layers quantized, and without
+    those).
+    """
+    reference = detect(model)
+    groups = layers(model)
+    everything = {name for names in groups.values() for name in names}
+
+    def judge(excluded):
+        return disagreement(reference, detect(quantize(model, ranges, excluded)))
+
+    plain = judge(set())
+    if plain <= TOLERATED:
+        return [], plain, plain
+    bar = progress(groups.values(), unit="layer", desc="sensitivity")
+    harm = [judge(everything - set(names)) for names in bar]
+    order = sorted(zip(harm, groups.values(), strict=True), key=lambda pair: -pair[0])
+
+    def worst(count):
+        return {name for _, names in order[:count] for name in names}
+
+    low, high, reached = 0, len(order), 0.0
+    while high - low > 1:  # `low` left out are too few, `high` suffice
+        middle = (low + high) // 2
+        value = judge(worst(middle))
+        low, high, reached = (low, middle, value) if value <= TOLERATED else (middle, high, reached)
+    return sorted(worst(high)), plain, reached
+
+
+def fingerprint(model):
+    """What ties a calibration to a network: a hash of the model file's contents."""
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def read_cache(path, model):
+    """The calibration in the file `path`: (ranges, names of the nodes to leave), or None and why it does not serve."""
+    import onnxruntime
+
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        made_with, of, ranges, left = (content[key] for key in ("onnxruntime", "model", "ranges", "left"))
+    except FileNotFoundError:
+        return None, "there is none yet"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, "it is not a calibration of build_engine.py"
+    if of != fingerprint(model):
+        return None, "it belongs to another model.onnx"
+    if made_with != onnxruntime.__version__:
+        return None, f"it was made with ONNX Runtime {made_with}, this is {onnxruntime.__version__}"
+    return ({name: tuple(pair) for name, pair in ranges.items()}, left), None
+
+
+def write_cache(path, model, ranges, left):
+    import onnxruntime
+
+    content = {"onnxruntime": onnxruntime.__version__, "model": fingerprint(model), "ranges": ranges, "left": left}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,155 @@
+"""Engines on an NVIDIA GPU: run with `pytest -m gpu` where there is one. CI has none; test_engine.py tests the logic there."""
+
+import time
+
+import numpy as np
+import pytest
+from conftest import DEMO
+
+import build_engine
+import infer
+import parity
+from cli import UserError
+from detector import open_detector
+from image_batcher import load_image, preprocess
+
+pytestmark = pytest.mark.gpu
+PICTURES = sorted((DEMO / "images").glob("*.jpg"))[:8]
+
+
+@pytest.fixture(scope="module")
+def model(convert):
+    return convert("demo", "--batch_size", "dynamic")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def engine(model, folder):
+    """engine(precision) -> (path of an engine of the demo's model, seconds of its first build)."""
+    built = {}
+
+    def get(precision):
+        if precision not in built:
+            path = folder / f"{precision}.trt"
+            begun = time.perf_counter()
+            options = ["--batch", "1", "2", "4", "--no_benchmark", "--calib_input", str(DEMO / "images")]
+            assert build(model, path, precision, *options) == 0
+            built[precision] = path, time.perf_counter() - begun
+        return built[precision]
+
+    return get
+
+
+def build(model, path, precision, *options):
+    return build_engine.main(["--onnx", str(model), "--engine", str(path), "--precision", precision, *options])
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    with open_detector(model) as reference:
+        resizer = reference.metadata["resizer"]
+        tensor = np.stack([preprocess(load_image(path), resizer)[0] for path in PICTURES])
+        return tensor, reference.infer(tensor)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 0.02), ("int8", 0.15)])
+def test_detections_are_onnx_runtimes(engine, batch, precision, tolerance):
+    """TF32 and FP16 round; what is certain must be found all the same."""
+    tensor, wanted = batch
+    with open_detector(engine(precision)[0]) as detector:
+        found = [d for i in range(0, len(tensor), 4) for d in detector.infer(tensor[i : i + 4])]
+    for a, b in zip(wanted, found, strict=True):
+        alone = parity.match_by_overlap(a, b, min_iou=0.7, max_score_difference=tolerance)
+        assert not (a.scores[alone] >= 0.5).any()
+    assert sum((a.scores >= 0.5).sum() for a in wanted) >= 10
+
+
+def test_every_batch_size_gives_the_same_again_and_again(engine, batch):
+    """A CUDA graph for each size, taking turns: none may see another's shapes or buffers."""
+    tensor, _ = batch
+    with open_detector(engine("fp32")[0]) as detector:
+        wanted = [detector.infer(image[None])[0] for image in tensor[:4]]
+        for size in (4, 2, 3, 1, 4, 2, 1, 3):
+            for a, b in zip(wanted, detector.infer(tensor[:size]), strict=False):
+                report = parity.match_by_rank(a, b, tie=1e-3)
+                assert report.unmatched == 0
+                assert max(report.box_difference, report.score_difference) < 1e-3
+        with pytest.raises(ValueError, match="at most 4"):
+            detector.infer(tensor[:5])
+        median, worst, captured = detector.benchmark(2)
+        assert 0 < median <= worst < 50
+        assert captured
+        plain, _, captured = detector.benchmark(2, graph=False)
+        assert plain >= 0.8 * median
+        assert not captured
+        layers = detector.profile(1)
+        assert any("EfficientNMS" in name for name in layers)
+
+
+def test_a_second_build_uses_the_timing_cache(model, folder, engine):
+    _, first = engine("fp32")
+    begun = time.perf_counter()
+    build(model, folder / "again.trt", "fp32", "--batch", "1", "2", "4", "--no_benchmark")
+    assert time.perf_counter() - begun < first / 2
+
+
+def test_int8_uses_its_cache_and_refuses_another_models(model, folder, engine, convert, capsys):
+    path, _ = engine("int8")
+    cache = f"{path}.calib"
+    build(model, folder / "cached.trt", "int8", "--batch", "1", "2", "4", "--no_benchmark", "--calib_cache", cache)
+    assert "Using the calibration" in capsys.readouterr().out
+    other = convert("demo")[0]
+    with pytest.raises(UserError, match="belongs to another"):
+        build(other, folder / "other.trt", "int8", "--calib_cache", cache)
+    assert not (folder / "other.trt").exists()
+
+
+def test_infer_writes_the_same_table(engine, model, tmp_path):
+    for name, file in (("onnx", model), ("trt", engine("fp32")[0])):
+        argv = ["--engine", str(file), "--input", str(DEMO / "images"), "--output", str(tmp_path / name)]
+        assert infer.main(argv) == 0
+    for table in (tmp_path / "onnx").glob("*.tsv"):
+        a, b = (np.loadtxt(x, ndmin=2) for x in (table, tmp_path / "trt" / table.name))
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=0.3)
+
+
+def test_nothing_stays_on_the_gpu(engine):
+    import pycuda.driver as cuda
+
+    from trt_detector import GpuContext
+
+    path, _ = engine("fp32")
+    free = []
+    with GpuContext(cuda):
+        for _ in range(4):
+            with open_detector(path) as detector:
+                detector.infer(np.zeros((1, detector.input.height, detector.input.width, 3), np.float32))
+            free.append(cuda.mem_get_info()[0])
+    assert free[-1] >= free[0] - 2**20
+
+
+def test_files_that_are_no_engines_of_ours(engine, folder, tmp_path):
+    import tensorrt as trt
+
+    whole = engine("fp32")[0].read_bytes()
+    cases = {"empty": b"", "text": b"not an engine", "truncated": whole[: len(whole) // 2]}
+    for name, data in cases.items():
+        (tmp_path / f"{name}.trt").write_bytes(data)
+        with pytest.raises(UserError, match=rf"{name}\.trt: .*build_engine\.py"):
+            open_detector(tmp_path / f"{name}.trt")
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(build_engine.network_flags(trt))
+    tensor = network.add_input("x", trt.float32, (1, 4))
+    network.mark_output(network.add_identity(tensor).get_output(0))
+    (tmp_path / "foreign.trt").write_bytes(
+        bytes(builder.build_serialized_network(network, builder.create_builder_config()))
+    )
+    with pytest.raises(UserError, match=r"foreign\.trt: this tool did not make it"):
+        open_detector(tmp_path / "foreign.trt")
