@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import onnx_utils
+import ort_graph
 from cli import UserError
 from image_batcher import preprocess
 
@@ -70,9 +71,9 @@ class OnnxDetector:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
-            data = onnx_utils.replace_plugins(model).SerializeToString()
+            data = ort_graph.prepare(model).SerializeToString()
             # In FP16 the scales that this optimizer gives to biases underflow: FPNLite's AP falls to 0.01.
-            skipped = ["WeightBiasQuantization"] if onnx_utils.is_half_quantized(model) else []
+            skipped = ["WeightBiasQuantization"] if ort_graph.is_half_quantized(model) else []
             self._session = onnxruntime.InferenceSession(
                 data, options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
             )

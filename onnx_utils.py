@@ -1,4 +1,4 @@
-"""ONNX helpers: building blocks for graph surgery, metadata in the file, EfficientNMS_TRT in standard ops.
+"""ONNX helpers: building blocks for graph surgery, metadata in the file.
 
 Shapes: B batch, N boxes, C classes, M detections kept. Boxes are [ymin, xmin, ymax, xmax].
 """
@@ -15,8 +15,6 @@ from cli import UserError
 G_LOGGER.severity = G_LOGGER.ERROR
 OPSET = 17
 METADATA_KEY = "tfod_tensorrt"
-# The plugin sorts all (box, class) pairs and walks the best 4,096 only (EfficientNMS plugin, NmsImpl parameters).
-PLUGIN_MAX_PAIRS = 4096
 # The ONNX checker skips nodes of a domain that the file declares and does not know; TensorRT's parser finds plugins by
 # name in any domain.
 PLUGIN_DOMAIN = "TRT"
@@ -37,7 +35,7 @@ class Builder:
         self.count += 1
         name = f"{self.scope}/{op}_{self.count}"
         tensors = [
-            x if isinstance(x, gs.Tensor) else gs.Constant(f"{name}/input_{i}", np.ascontiguousarray(x))
+            x if isinstance(x, gs.Tensor) else gs.Constant(f"{name}/input_{i}", np.asarray(x, order="C"))
             for i, x in enumerate(inputs)
         ]
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * outputs
@@ -149,91 +147,9 @@ def fold_batch_norms(graph):
         norm.outputs.clear()
 
 
-def is_half_quantized(model):
-    """Whether the model has QuantizeLinear nodes in FP16 (precision.to_half)."""
-    quantized = {node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    half = onnx.TensorProto.FLOAT16
-    return any(tensor.name in quantized and tensor.data_type == half for tensor in model.graph.initializer)
-
-
-def replace_plugins(model):
-    """Returns a copy of `model` in which every EfficientNMS_TRT node is standard ONNX with the plugin's exact semantics."""
-    graph = gs.import_onnx(model)
-    for number, node in enumerate([n for n in graph.nodes if n.op == "EfficientNMS_TRT"]):
-        results = _standard_nms(Builder(graph, f"nms_{number}"), node)
-        for old, new in zip(list(node.outputs), results, strict=True):
-            new.shape = old.shape
-            replace_tensor(graph, old, new)
-        node.outputs.clear()
-    graph.cleanup().toposort()
-    graph.import_domains = [domain for domain in graph.import_domains or [] if domain.domain != PLUGIN_DOMAIN]
-    return gs.export_onnx(graph)
-
-
 def replace_tensor(graph, old, new):
     """Whatever reads `old` reads `new` instead, the graph's outputs too."""
     for consumer in list(old.outputs):
         consumer.inputs = [new if tensor is old else tensor for tensor in consumer.inputs]
     graph.outputs = [new if tensor is old else tensor for tensor in graph.outputs]
     old.inputs.clear()
-
-
-def _standard_nms(build, node):
-    """EfficientNMS_TRT in standard ops: for any batch, boxes shared by the classes or one per class."""
-    boxes, scores = node.inputs  # [B, N, 4] or [B, N, C, 4]; [B, N, C]
-    kept, threshold = int(node.attrs["max_output_boxes"]), np.float32(node.attrs["score_threshold"])
-    scores = build.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, N]
-    shape = build.add("Shape", scores, dtype=np.int64)
-    flat = _best_pairs(build, build.reshape(scores, [0, -1]))
-    scores = build.add("Reshape", flat, shape)
-
-    # ONNX suppresses at IoU > threshold and keeps score > threshold, the plugin at >= both: one step of float32 apart.
-    limits = (
-        np.array([kept], np.int64),
-        np.nextafter(np.float32([node.attrs["iou_threshold"]]), np.float32(0)),
-        np.nextafter(np.float32([threshold]), np.float32(-1)),
-    )
-    per_class = "Transpose" if len(boxes.shape) == 4 else None
-    if per_class:
-        boxes = build.add("Transpose", boxes, perm=[0, 2, 1, 3])  # [B, C, N, 4]
-        columns = build.slice(shape, 0, 2, 3)
-        as_batch = build.add("Concat", np.array([-1], np.int64), columns, np.array([4], np.int64), axis=0)
-        boxes = build.add("Reshape", boxes, as_batch)  # [B * C, N, 4]
-        shape = build.add("Concat", np.array([-1, 1], np.int64), columns, axis=0)
-        scores = build.add("Reshape", scores, shape)  # [B * C, 1, N]
-    picked = build.add("NonMaxSuppression", boxes, scores, *limits, dtype=np.int64)  # [S, 3]: image, class, box
-
-    nothing = build.add("Sub", build.add("Mul", scores, np.float32(0)), np.float32(1))
-    picked_scores = build.add("GatherND", scores, picked)
-    survivors = build.add("ScatterND", nothing, picked, picked_scores)  # -1 but at the survivors
-    flat = build.add("Reshape", survivors, build.add("Shape", flat, dtype=np.int64))
-    padding = np.array([0, 0, 0, kept], np.int64)  # so that there are `kept` columns to choose from
-    best, index = build.top_k(build.add("Pad", flat, padding, np.float32(-1)), kept)  # [B, M]
-
-    count = build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 1, 2)  # N
-    classes, rows = build.add("Div", index, count), build.add("Mod", index, count)
-    valid = build.add("GreaterOrEqual", best, threshold, dtype=bool)
-    if per_class:
-        last = build.add("Sub", build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 2, 3), np.int64([1]))
-        classes = build.add("Min", classes, last)
-        pair = build.add("Unsqueeze", rows, np.int64([2]))
-        pair = build.add("Concat", pair, build.add("Unsqueeze", classes, np.int64([2])), axis=2)
-        chosen = build.add("GatherND", node.inputs[0], pair, batch_dims=1)
-    else:
-        chosen = build.gather_rows(boxes, rows)
-    chosen = build.add("Where", build.add("Unsqueeze", valid, np.int64([2])), chosen, np.float32(0), dtype=np.float32)
-    number = build.add("ReduceSum", build.cast(valid, np.int32), np.int64([1]), keepdims=1)
-    scores = build.add("Where", valid, best, np.float32(0), dtype=np.float32)
-    classes = build.cast(build.add("Where", valid, classes, np.int64(0), dtype=np.int64), np.int32)
-    return number, chosen, scores, classes
-
-
-def _best_pairs(build, flat):
-    """flat [B, pairs] with all but the plugin's best 4,096 scores of each image set to -1."""
-    count = build.slice(build.add("Shape", flat, dtype=np.int64), 0, 1, 2)
-    most = build.add("Min", count, np.array([PLUGIN_MAX_PAIRS], np.int64))
-    best, _ = build.add("TopK", flat, most, outputs=2, dtype=(np.float32, np.int64), axis=-1, sorted=1)
-    least = build.slice(best, 1, -1, np.iinfo(np.int64).max)  # [B, 1]
-    return build.add(
-        "Where", build.add("GreaterOrEqual", flat, least, dtype=bool), flat, np.float32(-1), dtype=np.float32
-    )

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-import onnx_utils
+import ort_graph
 from cli import progress, whole_file
 from parity import box_iou
 from precision import float32_nodes
@@ -41,7 +41,7 @@ def calibrate(model, batches):
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.save(onnx_utils.replace_plugins(model), path)
+        onnx.save(ort_graph.prepare(model), path)
         calibrator = create_calibrator(
             path,
             sorted(QUANTIZED),

@@ -11,6 +11,7 @@ from test_convert import command
 
 import infer
 import onnx_utils
+import ort_graph
 from cli import UserError
 from image_batcher import load_image, result_names
 from visualize import _place, class_colour, draw_detections, read_labels
@@ -176,7 +177,7 @@ def test_drawing_scales_with_the_image_and_colours_are_stable():
 def test_the_stand_in_is_not_left_in_the_file(convert):
     model = onnx_utils.load(convert("demo")[0])
     before = model.SerializeToString()
-    onnx_utils.replace_plugins(model)
+    ort_graph.prepare(model)
     assert model.SerializeToString() == before
 
 

@@ -7,13 +7,14 @@ import onnxruntime
 import pytest
 
 import onnx_utils
+import ort_graph
 
 
 def plugin(boxes, scores, score_threshold, iou_threshold, kept):
     """The plugin's rule in numpy, for one image: boxes [N, 4] or [N, C, 4], scores [N, C]; lists (box, score, class)."""
     count, classes = scores.shape
     per_class = boxes if boxes.ndim == 3 else np.repeat(boxes[:, None], classes, axis=1)
-    order = np.argsort(-scores, axis=None, kind="stable")[: onnx_utils.PLUGIN_MAX_PAIRS]
+    order = np.argsort(-scores, axis=None, kind="stable")[: ort_graph.PLUGIN_MAX_PAIRS]
     chosen = []
     for row, label in zip(*np.unravel_index(order, (count, classes)), strict=True):
         if scores[row, label] < score_threshold or len(chosen) == kept:
@@ -37,7 +38,7 @@ def run(boxes, scores, **settings):
     b = gs.Variable("scores", np.float32, ["B", *scores.shape[1:]])
     build = onnx_utils.Builder(graph, "test")
     graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(build, a, b, **settings)
-    model = onnx_utils.replace_plugins(gs.export_onnx(graph))
+    model = ort_graph.prepare(gs.export_onnx(graph))
     onnx.checker.check_model(model)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"boxes": boxes, "scores": scores})

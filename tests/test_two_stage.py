@@ -3,12 +3,17 @@
 import functools
 
 import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime
 import pytest
 from conftest import DEMO
 from PIL import Image
 
 import create_onnx
+import detection_graph
 import infer
+import onnx_utils
+import ort_graph
 import parity
 import tf_graph
 from cli import UserError
@@ -164,3 +169,55 @@ def test_masks_have_a_clean_edge():
     assert len(set(tinted)) >= 3  # the frame, the opaque edge, the tint within
     assert tuple(row[30]) != (128, 128, 128)
     assert tuple(drawn[12, 45]) == (128, 128, 128)  # inside the box, outside the mask
+
+
+@pytest.mark.parametrize("zero_outside", [True, False])
+def test_crops_are_tensorflows_in_both_ops(zero_outside):
+    """GridSample, as TensorRT gets it, and RoiAlign, as ONNX Runtime does, against crop_and_resize: 2 images, 6x9 pixels."""
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(2, 5, 6, 9)).astype(np.float32)
+    low, high = rng.uniform(0, 0.5, (2, 40, 2)), rng.uniform(0.5, 0.98, (2, 40, 2))
+    boxes = np.concatenate([low, high], axis=2).astype(np.float32)
+    boxes[:, 0], boxes[:, 1] = 0, [0, 0, 1, 1]  # an empty box; the whole image, whose last sample is the last pixel
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    inputs = [gs.Variable("features", np.float32, ["b", 5, 6, 9]), gs.Variable("boxes", np.float32, ["b", 40, 4])]
+    graph.inputs = inputs
+    build = onnx_utils.Builder(graph, "test")
+    graph.outputs = [detection_graph.crop_features(build, *inputs, 40, 7, (6, 9, 5), zero_outside)]
+    model = gs.export_onnx(graph.cleanup().toposort())
+    model.ir_version = 8
+    tf = tf_graph.import_tensorflow()
+    image = np.repeat([0, 1], 40)
+    wanted = tf.image.crop_and_resize(features.transpose(0, 2, 3, 1), boxes.reshape(-1, 4), image, [7, 7]).numpy()
+    prepared = ort_graph.prepare(model)
+    assert {node.op_type for node in prepared.graph.node} & {"GridSample", "RoiAlign"} == {"RoiAlign"}
+    for form in (model, prepared):
+        session = onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
+        (crops,) = session.run(None, {"features": features, "boxes": boxes})
+        np.testing.assert_allclose(crops.transpose(0, 2, 3, 1), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_outside", [True, False])
+def test_a_sample_beyond_the_border_by_its_last_bit(zero_outside):
+    """The last sample of a box that ends at the border is at 5 of 0..5 or at 5.0000005: there the op gives 0."""
+    features = np.ones((1, 1, 6, 9), np.float32)
+    starts = np.random.default_rng(0).uniform(0, 0.9, 400).astype(np.float32)
+    boxes = np.stack([starts, np.zeros(400), np.ones(400), np.full(400, 0.5)], axis=1).astype(np.float32)
+    tf = tf_graph.import_tensorflow()
+    theirs = tf.image.crop_and_resize(features.transpose(0, 2, 3, 1), boxes, np.zeros(400, int), [7, 7]).numpy()[
+        :, -1, 0, 0
+    ]
+    assert 3 <= (theirs == 0).sum() < 380
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    graph.inputs = [
+        gs.Variable("features", np.float32, ["b", 1, 6, 9]),
+        gs.Variable("boxes", np.float32, ["b", 400, 4]),
+    ]
+    build = onnx_utils.Builder(graph, "test")
+    graph.outputs = [detection_graph.crop_features(build, *graph.inputs, 400, 7, (6, 9, 1), zero_outside)]
+    model = gs.export_onnx(graph.cleanup().toposort())
+    model.ir_version = 8
+    for form in (model, ort_graph.prepare(model)):
+        session = onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
+        (crops,) = session.run(None, {"features": features, "boxes": boxes[None]})
+        np.testing.assert_allclose(crops[:, 0, -1, 0], theirs if zero_outside else 1, atol=1e-5)
