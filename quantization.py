@@ -188,16 +188,17 @@ def read_cache(path, model):
 
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        made_with, of, ranges, left = (content[key] for key in ("onnxruntime", "model", "ranges", "left"))
+        made_with, of, left = (content[key] for key in ("onnxruntime", "model", "left"))
+        ranges = {name: (low, high) for name, (low, high) in content["ranges"].items()}
     except FileNotFoundError:
         return None, "there is none yet"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, "it is not a calibration of build_engine.py"
     if of != fingerprint(model):
         return None, "it belongs to another model.onnx"
     if made_with != onnxruntime.__version__:
         return None, f"it was made with ONNX Runtime {made_with}, this is {onnxruntime.__version__}"
-    return ({name: tuple(pair) for name, pair in ranges.items()}, left), None
+    return (ranges, left), None
 
 
 def write_cache(path, model, ranges, left):

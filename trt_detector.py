@@ -60,15 +60,15 @@ class GpuContext:
     """The first GPU's primary context, current while entered."""
 
     def __init__(self, cuda):
-        self._context = cuda.Device(0).retain_primary_context()
+        self._primary = cuda.Device(0).retain_primary_context()
 
     def __enter__(self):
-        self._context.push()
+        self._primary.push()
         return self
 
     def __exit__(self, *_):
-        self._context.pop()
-        self._context.detach()
+        self._primary.pop()
+        self._primary.detach()
 
 
 class TrtDetector:

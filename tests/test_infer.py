@@ -182,7 +182,7 @@ def test_the_stand_in_is_not_left_in_the_file(convert):
 
 
 def test_help_has_examples():
-    for script in ("create_onnx.py", "infer.py", "bench_cpu.py"):
+    for script in ("create_onnx.py", "infer.py", "bench_cpu.py", "bench_gpu.py"):
         process = command("--help", script=script)
         assert process.returncode == 0
         assert process.stdout.count(f"python {script}") >= 2

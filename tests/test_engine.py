@@ -1,0 +1,345 @@
+"""What build_engine.py does before and around TensorRT, without a GPU: graph forms, calibration, names, mistakes."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import tensorrt_bindings
+from conftest import DEMO, MODELS, ROOT, need_shared
+
+import build_engine
+import coco
+import onnx_utils
+import precision
+import quantization
+import trt_detector
+from cli import UserError
+from detector import Detections, OnnxDetector, detect_image, open_detector
+from image_batcher import load_image
+
+BINDINGS = MODELS.parent / "bindings"
+# What the scripts' variables are, of TensorRT's classes.
+OBJECTS = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "cache": "ITimingCache",
+    "layer": "ILayer",
+    "tensor": "ITensor",
+    "_engine": "ICudaEngine",
+    "_runtime": "Runtime",
+    "_context": "IExecutionContext",
+}
+# Called for TensorRT 8.6 alone, where networks are not strongly typed.
+WEAKLY_TYPED = {"allow_precisions"}
+COMMAND_LINE = {"parse_args"}  # its parser is argparse's
+
+
+def names_in(source, skipped=()):
+    """The dotted TensorRT names that a script uses: attributes of `trt`, and of the variables in OBJECTS."""
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if getattr(node, "name", None) not in skipped]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            chain = ast.unparse(node).removeprefix("self.").split(".")
+            if chain[0] in ("trt", "_trt") and len(chain) > 1:
+                found.add(".".join(chain[1:3]))
+            elif chain[0] in OBJECTS and len(chain) == 2:
+                found.add(f"{OBJECTS[chain[0]]}.{chain[1]}")
+    return found
+
+
+@pytest.mark.parametrize("version", tensorrt_bindings.PACKAGES)
+def test_every_tensorrt_name_exists_in_the_real_bindings(version):
+    known = tensorrt_bindings.names(version, BINDINGS)
+    skipped = COMMAND_LINE | (set() if version == "8.6.1" else WEAKLY_TYPED)
+    used = set()
+    for script in ("build_engine.py", "trt_detector.py"):
+        used |= names_in((ROOT / script).read_text(), skipped)
+    assert {"Builder", "IExecutionContext.execute_async_v3", "IBuilderConfig.set_tactic_sources"} <= used
+    assert len(used) > 40
+    assert not used - known
+    assert "Builder.no_such_method" not in known
+
+
+@pytest.mark.parametrize(
+    ("version", "flag"), [("8.6.1", "EXPLICIT_BATCH"), ("10.16", "STRONGLY_TYPED"), ("11.4", "STRONGLY_TYPED")]
+)
+def test_networks_are_strongly_typed_where_tensorrt_can(version, flag):
+    """The script's own functions, on the real bindings; the logger too, which only needs the Python side."""
+    code = (
+        "import tensorrt_bindings as trt, build_engine, trt_detector\n"
+        f"assert build_engine.network_flags(trt) == 1 << int(trt.NetworkDefinitionCreationFlag.{flag})\n"
+        "logger = trt_detector.make_logger(trt)\n"
+        "logger.log(trt.ILogger.ERROR, 'first\\nsecond'); logger.log(trt.ILogger.INFO, 'chatter')\n"
+        "assert logger.last() == 'first' and len(logger.errors) == 1\n"
+    )
+    folder = tensorrt_bindings.prepare(version, BINDINGS)
+    environment = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": f"{folder}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def types_by_op(model):
+    """{op: types of the float tensors that go into its nodes}."""
+    graph = precision._typed_graph(model)
+    types = {}
+    for node in graph.nodes:
+        types.setdefault(node.op, set()).update(np.dtype(x.dtype).name for x in node.inputs[:1] if x.dtype is not None)
+    return types
+
+
+@pytest.mark.parametrize("key", ["demo", "fpnlite", "faster_rcnn_640"])
+def test_only_the_network_is_half(key, convert):
+    model = onnx_utils.load(convert(key, "--batch_size", "dynamic")[0])
+    half = precision.to_half(model)
+    onnx.checker.check_model(half)
+    types = types_by_op(half)
+    assert types["Conv"] == {"float16"}
+    for op in ("Exp", "EfficientNMS_TRT", "Sqrt", "Sigmoid", "Softmax", "GridSample", "TopK"):
+        assert types.get(op, {"float32"}) == {"float32"}, op
+    assert half.ByteSize() < 0.6 * model.ByteSize()
+    for before, after in zip(model.graph.output, half.graph.output, strict=True):
+        assert before == after
+    assert onnx_utils.read_metadata(half, "half") == onnx_utils.read_metadata(model, "model")
+
+
+def test_half_precision_keeps_the_average_precision(convert, detector, coco_images):
+    """AP loss of FPNLite coco17 in FP16 at most 0.002 on the 188 images."""
+    annotations = need_shared("coco", "instances_val2017_subset.json")
+    path = convert("fpnlite", "--batch_size", "dynamic")[0]
+    scores = []
+    with OnnxDetector(path, precision.to_half(onnx_utils.load(path))) as half:
+        for model in (detector("fpnlite", "--batch_size", "dynamic"), half):
+            ap, _ = coco.average_precision(annotations, coco_images, lambda x, model=model: detect_image(model, x), 1)
+            scores.append(ap)
+    print(f"AP {scores[0]:.4f}, in FP16 {scores[1]:.4f}")
+    assert scores[1] >= scores[0] - 0.002
+
+
+def arguments(model, engine, *options):
+    return build_engine.parse_args(["--onnx", str(model), "--engine", str(engine), "--precision", "int8", *options])
+
+
+def calibrated(model, folder, images, *options):
+    """Calibrates the file `model` as build_engine.py does; returns (its contents, ranges, names of layers left, arguments)."""
+    args = arguments(model, folder / "engine.trt", "--calib_input", str(images), *options)
+    content = onnx_utils.load(model)
+    assert build_engine.find_calibration(args, content) is None
+    return content, *build_engine.calibrate(args, content, onnx_utils.read_metadata(content, model)), args
+
+
+@pytest.fixture(scope="module")
+def int8_demo(convert, tmp_path_factory):
+    model = convert("demo", "--batch_size", "dynamic")[0]
+    folder = tmp_path_factory.mktemp("int8")
+    return model, *calibrated(model, folder, DEMO / "images", "--calib_num_images", "4", "--calib_batch_size", "3")
+
+
+def test_quantized_detections_are_near(int8_demo):
+    path, model, ranges, left, _ = int8_demo
+    quantized = quantization.quantize(model, ranges, left)
+    kinds = [node.op_type for node in quantized.graph.node]
+    assert kinds.count("QuantizeLinear") >= 20
+    onnx.checker.check_model(quantized)
+    pictures = sorted((DEMO / "images").glob("*.jpg"))[4:]  # not those of the calibration
+    results = {}
+    for name, content in {"fp32": model, "int8": quantized, "half": precision.to_half(quantized)}.items():
+        with OnnxDetector(path, content) as detector:
+            results[name] = [detect_image(detector, load_image(picture)) for picture in pictures]
+    assert quantization.disagreement(results["fp32"], results["fp32"]) == 0
+    for name in ("int8", "half"):
+        assert 0 < quantization.disagreement(results["fp32"], results[name]) < 2 * quantization.TOLERATED
+
+
+def test_the_cache_belongs_to_one_network(int8_demo, convert, tmp_path, capsys, monkeypatch):
+    _, model, ranges, left, args = int8_demo
+    assert build_engine.find_calibration(args, model) == (ranges, left)
+    assert "Using the calibration" in capsys.readouterr().out
+
+    other = convert("demo", "--batch_size", "4")[0]
+    again = arguments(other, tmp_path / "e.trt", "--calib_cache", args.calib_cache)
+    with pytest.raises(UserError, match="belongs to another model"):
+        build_engine.find_calibration(again, onnx_utils.load(other))
+    again = arguments(
+        other, tmp_path / "e.trt", "--calib_cache", args.calib_cache, "--calib_input", str(DEMO / "images")
+    )
+    assert build_engine.find_calibration(again, onnx_utils.load(other)) is None
+    assert "calibrating anew" in capsys.readouterr().err
+
+    content = json.loads(Path(args.calib_cache).read_text())
+    for change, reason in (
+        ({"onnxruntime": "0.1"}, "made with ONNX Runtime 0.1"),
+        ({"ranges": None}, "not a calibration"),
+    ):
+        (tmp_path / "cache").write_text(json.dumps({**content, **change}))
+        found, why = quantization.read_cache(tmp_path / "cache", model)
+        assert found is None
+        assert reason in why
+    (tmp_path / "cache").write_text("TRT-8600-EntropyCalibration2")
+    assert quantization.read_cache(tmp_path / "cache", model)[0] is None
+
+
+def test_a_fixed_batch_calibrates_too(convert, tmp_path):
+    """Six images in batches of four: the last is filled up."""
+    model = convert("demo", "--batch_size", "4", "--input_type", "uint8")[0]
+    _, ranges, _, _ = calibrated(model, tmp_path, DEMO / "images", "--calib_num_images", "6")
+    assert len(ranges) >= 10
+    assert all(low < high for low, high in ranges.values())
+
+
+def test_disagreement():
+    box = np.float32([[0.1, 0.1, 0.5, 0.5]])
+    one = Detections(box, np.float32([0.8]), np.int32([1]))
+    for other, expected in (
+        (one, 0.0),
+        (Detections(box, np.float32([0.4]), np.int32([1])), 0.5),
+        (Detections(box, np.float32([0.8]), np.int32([2])), 1.0),
+        (Detections(box + np.float32([0, 0, 0, -0.1]), np.float32([0.8]), np.int32([1])), 0.25),
+        (Detections(box[:0], np.float32([]), np.int32([])), 1.0),
+    ):
+        assert quantization.disagreement([one], [other]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.zoo
+def test_int8_keeps_the_average_precision(convert, detector, coco_images, tmp_path):
+    """AP loss of FPNLite coco17 in INT8 at most 0.010, calibrated on the 96 images; both typed forms."""
+    annotations = need_shared("coco", "instances_val2017_subset.json")
+    path = convert("fpnlite", "--batch_size", "dynamic")[0]
+    model, ranges, left, _ = calibrated(path, tmp_path, need_shared("coco", "calibration"))
+    quantized = quantization.quantize(model, ranges, left)
+
+    def average_precision(detector):
+        return coco.average_precision(annotations, coco_images, lambda image: detect_image(detector, image), 1)[0]
+
+    reference = average_precision(detector("fpnlite", "--batch_size", "dynamic"))
+    for form in (quantized, precision.to_half(quantized)):
+        with OnnxDetector(path, form) as int8:
+            found = average_precision(int8)
+        print(f"AP {reference:.4f}, in INT8 {found:.4f}")
+        assert found >= reference - 0.010
+
+
+def cut_before_nms(model):
+    """The part of a converted model before its first NMS: TensorRT-RTX has no such plugin."""
+    graph = gs.import_onnx(model)
+    graph.outputs = list(next(node for node in graph.nodes if node.op == "EfficientNMS_TRT").inputs)
+    graph.cleanup(remove_unused_graph_inputs=True).toposort()
+    graph.import_domains = [domain for domain in graph.import_domains if domain.domain != onnx_utils.PLUGIN_DOMAIN]
+    return gs.export_onnx(graph)
+
+
+def build_with_rtx(model):
+    """Size of the engine that TensorRT-RTX's strongly typed builder makes for compute capability 8.0; needs no GPU."""
+    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is for Linux on x86-64")
+    logger = trt_detector.make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(build_engine.network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+    build_engine.add_profile(builder, config, network, (1, 2, 4))
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None, logger.errors
+    return engine.nbytes
+
+
+@pytest.mark.parametrize("key", ["demo", "fpnlite", "faster_rcnn_640"])
+def test_the_half_form_builds_strongly_typed(key, convert):
+    """SSDs whole but for the NMS, Faster R-CNN's first stage."""
+    model = onnx_utils.load(convert(key, "--batch_size", "dynamic")[0])
+    sizes = [build_with_rtx(cut_before_nms(form)) for form in (model, precision.to_half(model))]
+    assert 0 < sizes[1] < 0.8 * sizes[0]
+
+
+def test_the_quantized_form_builds_strongly_typed(int8_demo):
+    _, model, ranges, _, _ = int8_demo
+    assert build_with_rtx(cut_before_nms(precision.to_half(quantization.quantize(model, ranges)))) > 0
+
+
+def test_the_metadata_travels_in_the_engines_name(convert):
+    metadata = open_detector(convert("demo")[0]).metadata
+    name = build_engine.engine_name(metadata)
+    assert len(name.encode()) < build_engine.LONGEST_NAME
+    assert json.loads(name)[onnx_utils.METADATA_KEY] == metadata
+    with pytest.raises(UserError, match="too long for an engine"):
+        build_engine.engine_name({**metadata, "source": "x" * 5000})
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "1: [stdArchiveReader.cpp::StdArchiveReader::32] Error Code 1: Serialization (Serialization assertion "
+            "stdVersionRead == serializationVersion failed.Version tag does not match. Note: Current Version: 226, "
+            "Serialized Engine Version: 239)",
+            "another TensorRT version",
+        ),
+        (
+            "6: The engine plan file is generated on an incompatible device, expecting compute 9.0 got compute 8.6, "
+            "please rebuild.",
+            "another GPU",
+        ),
+        ("1: Serialization assertion magicTagRead == kMAGIC_TAG failed. Magic tag does not match", "truncated"),
+        ("2: [checkRuntime] OutOfMemory (no further information)", "too little GPU memory"),
+    ],
+)
+def test_why_an_engine_does_not_load(message, said):
+    text = trt_detector.explain(message, "8.6.0")
+    assert said in text
+    assert "build" in text
+
+
+def command(*options):
+    process = subprocess.run(
+        [sys.executable, ROOT / "build_engine.py", *map(str, options)], capture_output=True, text=True, cwd=ROOT
+    )
+    return process.returncode, process.stdout + process.stderr
+
+
+def test_mistakes_are_one_line(convert, tmp_path):
+    fixed, free = convert("demo")[0], convert("demo", "--batch_size", "dynamic")[0]
+    engine = tmp_path / "engine.trt"
+    foreign = tmp_path / "foreign.onnx"
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [], [])
+    onnx.save(onnx.helper.make_model(graph), foreign)
+    for options, said in (
+        (("--onnx", tmp_path / "none.onnx", "--engine", engine), "none.onnx"),
+        (("--onnx", foreign, "--engine", engine), "was not made by this tool's create_onnx.py"),
+        (("--onnx", fixed, "--engine", tmp_path / "no" / "engine.trt"), "does not exist"),
+        (("--onnx", fixed, "--engine", engine, "--batch", 1, 2, 4), "--batch_size dynamic"),
+        (("--onnx", free, "--engine", engine, "--batch", 4, 2, 8), "--batch 4 2 8"),
+        (("--onnx", free, "--engine", engine, "--precision", "int8"), "--calib_input"),
+        (("--onnx", free, "--engine", engine, "--precision", "int8", "--calib_input", tmp_path / "none"), "none"),
+    ):
+        status, text = command(*options)
+        assert status == 2, text
+        assert len(text.strip().splitlines()) == 1, text
+        assert said in text
+    assert {path.name for path in tmp_path.iterdir()} == {"foreign.onnx"}
+
+
+def test_without_tensorrt_it_says_what_to_install(convert, tmp_path):
+    status, text = command("--onnx", convert("demo")[0], "--engine", tmp_path / "engine.trt")
+    assert (status, len(text.strip().splitlines())) == (2, 1), text
+    assert "requirements-gpu.txt" in text or "no NVIDIA GPU" in text
+    (tmp_path / "engine.trt").write_bytes(b"not an engine")
+    with pytest.raises(UserError, match=r"engine\.trt: "):
+        open_detector(tmp_path / "engine.trt")
+
+
+def test_help_has_examples():
+    status, text = command("--help")
+    assert status == 0
+    assert text.count("python build_engine.py") >= 3
