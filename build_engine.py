@@ -64,7 +64,7 @@ def main(argv=None):
             onnx_utils.save(typed, path)
     started = time.perf_counter()
     with GpuContext(cuda), whole_file(args.engine) as path:
-        path.write_bytes(build(trt, args, typed, metadata, batch, pinned))
+        path.write_bytes(build(trt, args, typed, {**metadata, "precision": args.precision}, batch, pinned))
     seconds = time.perf_counter() - started
     report(args, batch, seconds)
     print(f"Wrote {args.engine}. Next: python infer.py --engine {args.engine} --input IMAGES --output results")

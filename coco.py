@@ -1,32 +1,213 @@
-"""COCO average precision of a detection function, by pycocotools."""
+"""COCO: which annotated image a file is, detections as COCO results, and the numbers, by pycocotools.
+
+Boxes are [ymin, xmin, ymax, xmax] in Detections and [x, y, width, height] in pixels in COCO's files.
+"""
 
 import contextlib
+import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from cli import UserError
 from image_batcher import load_image
+from visualize import paste_mask
+
+# The twelve numbers of COCOeval.summarize, in its order (cocodataset.org/#detection-eval).
+NUMBERS = {
+    "AP": "AP, IoU 0.50:0.95",
+    "AP50": "AP, IoU 0.50",
+    "AP75": "AP, IoU 0.75",
+    "AP_small": "AP, small objects",
+    "AP_medium": "AP, medium objects",
+    "AP_large": "AP, large objects",
+    "AR_1": "AR, 1 detection an image",
+    "AR_10": "AR, 10 detections an image",
+    "AR_100": "AR, 100 detections an image",
+    "AR_small": "AR, small objects",
+    "AR_medium": "AR, medium objects",
+    "AR_large": "AR, large objects",
+}
+# From this score on a detection is one that a user would see: an object that only weaker ones find counts as missed.
+SEEN = 0.3
 
 
-def average_precision(annotations, images, detect, class_offset):
-    """detect(RGB image) -> Detections, normalised to the image. Returns (AP, AP50) over the image files, named by their ids."""
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A missed object or a false alarm."""
+
+    image_id: int
+    category_id: int
+    box: list  # [x, y, width, height] in pixels
+    weight: float  # of a false alarm its score, of a missed object its share of the image's area
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What pycocotools found; shares are 0..1, and -1 where there is nothing to measure."""
+
+    numbers: dict  # {key of NUMBERS: value}
+    classes: list  # [(category id, name, objects, AP, AP50)]
+    curves: dict  # {IoU: precision [101] at recall 0, 0.01, ... 1, mean over the classes}
+    missed: list  # of Mistake, worst first
+    false_alarms: list
+
+
+def load_annotations(path):
+    """Reads a COCO annotation file with boxes; returns pycocotools' COCO. Raises UserError, naming it, if it is none."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(path))
+            for number, note in enumerate(truth.dataset["annotations"]):
+                note["id"] = number + 1  # pycocotools takes the id 0 for "no match", and needs them all different
+            truth.createIndex()
+        broken = not (truth.imgs and truth.cats) or any("bbox" not in note for note in truth.anns.values())
+    except FileNotFoundError as error:
+        raise UserError(f"--annotations {path}: no such file") from error
+    except Exception as error:  # pycocotools asserts and indexes into what it reads
+        raise UserError(f"--annotations {path}: not a COCO annotation file; give an instances_*.json") from error
+    if broken:
+        raise UserError(f"--annotations {path}: no images, categories or boxes in it; give an instances_*.json")
+    return truth
+
+
+def match_images(truth, files):
+    """Which annotated image each file is: by the annotations' file_name, else by a numeric name.
+
+    Returns ({path: image id}, files that no annotation knows, annotated images without a file).
+    """
+    by_name = {Path(image["file_name"]).name: key for key, image in truth.imgs.items() if image.get("file_name")}
+    known, unknown = {}, []
+    for path in map(Path, files):
+        image_id = by_name.get(path.name)
+        if image_id is None and path.stem.isdigit() and int(path.stem) in truth.imgs:
+            image_id = int(path.stem)
+        if image_id is None:
+            unknown.append(path)
+        else:
+            known[path] = image_id
+    return known, unknown, sorted(set(truth.imgs) - set(known.values()))
+
+
+def results_of(detections, image_id, size, class_offset, mask_threshold=None):
+    """Detections of an image of `size` (height, width) as a list of COCO results.
+
+    mask_threshold: adds each mask, pasted into its box and cut off there, run-length encoded; one at a time.
+    """
+    height, width = size
+    boxes = detections.boxes * np.float32([height, width, height, width])
+    corners = np.column_stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]])
+    results = []
+    for i, (box, score, label) in enumerate(
+        zip(corners.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True)
+    ):
+        entry = {"image_id": image_id, "category_id": label + class_offset, "bbox": box, "score": score}
+        if mask_threshold is not None:
+            entry["segmentation"] = encode_mask(detections.masks[i], boxes[i], height, width, mask_threshold)
+        results.append(entry)
+    return results
+
+
+def encode_mask(mask, box, height, width, threshold):
+    """A mask [h, w] over its box (yxyx, pixels) as COCO's run-length encoding of the whole image."""
+    inside, top, left = paste_mask(mask, box, height, width, threshold)
+    canvas = np.zeros((height, width), np.uint8, order="F")
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    encoded = rle.encode(canvas)
+    return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+
+
+def evaluate(truth, results, image_ids, detection_type="bbox"):
+    """COCO's evaluation of `results` (of results_of) on those images; detection_type: bbox or segmentation."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        results = []
-        for path in images:
-            image = load_image(path)
-            found = detect(image)
-            boxes = found.boxes * np.float32(image.shape[:2] * 2)
-            sizes = boxes[:, 2:] - boxes[:, :2]
-            rows = np.column_stack([boxes[:, 1], boxes[:, 0], sizes[:, 1], sizes[:, 0]]).tolist()
-            for box, score, label in zip(rows, found.scores.tolist(), found.classes.tolist(), strict=True):
-                entry = {"image_id": int(path.stem), "category_id": label + class_offset, "bbox": box, "score": score}
-                results.append(entry)
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluation.params.imgIds = [int(path.stem) for path in images]
+        kind = "bbox" if detection_type == "bbox" else "segm"
+        evaluation = COCOeval(truth, _load_results(truth, results, kind), kind)
+        evaluation.params.imgIds = sorted(set(image_ids))
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats[0], evaluation.stats[1]
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], all sizes, most detections
+    missed, false_alarms = _mistakes(truth, evaluation)
+    return Evaluation(
+        dict(zip(NUMBERS, map(float, evaluation.stats), strict=True)),
+        _per_class(truth, evaluation, precision),
+        _curves(precision),
+        missed,
+        false_alarms,
+    )
+
+
+def _load_results(truth, results, kind):
+    """pycocotools' COCO of the results; it cannot load none, and takes sizes from a box where there is one."""
+    if kind == "segm":
+        results = [{key: value for key, value in entry.items() if key != "bbox"} for entry in results]
+    else:
+        results = [{key: value for key, value in entry.items() if key != "segmentation"} for entry in results]
+    if results:
+        return truth.loadRes(results)
+    empty = COCO()
+    empty.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": []}
+    empty.createIndex()
+    return empty
+
+
+def _mean(values):
+    """Mean of those that are measured; -1 where none is."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
+
+
+def _per_class(truth, evaluation, precision):
+    images = set(evaluation.params.imgIds)
+    objects = dict.fromkeys(evaluation.params.catIds, 0)
+    for note in truth.anns.values():
+        if note["image_id"] in images and not note.get("iscrowd"):
+            objects[note["category_id"]] += 1
+    return [
+        (key, truth.cats[key].get("name", str(key)), objects[key], _mean(precision[:, :, k]), _mean(precision[0, :, k]))
+        for k, key in enumerate(evaluation.params.catIds)
+    ]
+
+
+def _curves(precision):
+    measured = precision[:, :, (precision[0] > -1).all(axis=0)]  # [IoU, recall, classes with objects]
+    if not measured.shape[2]:
+        return {}
+    means = measured.mean(axis=2)
+    return {"0.50": means[0], "0.75": means[5], "0.50:0.95": means.mean(axis=0)}
+
+
+def _mistakes(truth, evaluation):
+    """(missed objects, largest first; false alarms, surest first), at IoU 0.5."""
+    missed, false_alarms = [], []
+    everything = list(evaluation.params.areaRng[0])
+    for image in filter(None, evaluation.evalImgs):
+        if list(image["aRng"]) != everything:
+            continue
+        key = image["image_id"], image["category_id"]
+        scores = dict(zip(image["dtIds"], image["dtScores"], strict=True))
+        for found, matched, ignored in zip(image["dtIds"], image["dtMatches"][0], image["dtIgnore"][0], strict=True):
+            if not matched and not ignored and scores[found] >= SEEN:
+                false_alarms.append(Mistake(*key, evaluation.cocoDt.anns[found]["bbox"], scores[found]))
+        for wanted, matched, ignored in zip(image["gtIds"], image["gtMatches"][0], image["gtIgnore"], strict=True):
+            if not ignored and scores.get(matched, 0) < SEEN:
+                note, size = truth.anns[wanted], truth.imgs[key[0]]
+                whole = size.get("width", 1) * size.get("height", 1)
+                missed.append(Mistake(*key, note["bbox"], note["bbox"][2] * note["bbox"][3] / whole))
+    return (sorted(mistakes, key=lambda mistake: -mistake.weight) for mistakes in (missed, false_alarms))
+
+
+def average_precision(annotations, images, detect, class_offset):
+    """detect(RGB image) -> Detections. Returns (AP, AP50) of boxes over those of the image files that are annotated."""
+    truth = load_annotations(annotations)
+    known, _, _ = match_images(truth, images)
+    results = []
+    for path, image_id in known.items():
+        image = load_image(path)
+        results += results_of(detect(image), image_id, image.shape[:2], class_offset)
+    numbers = evaluate(truth, results, known.values()).numbers
+    return numbers["AP"], numbers["AP50"]

@@ -2,6 +2,7 @@
 
 import colorsys
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -86,10 +87,10 @@ def _blend_masks(image, masks, boxes, classes, order, threshold):
     return image
 
 
-def draw_detections(image, boxes, scores, classes, names, masks=None, mask_threshold=0.5):
+def draw_detections(image, boxes, scores, classes, names, masks=None, mask_threshold=0.5, with_scores=True):
     """Draws boxes [N, 4] yxyx in pixels on RGB [H, W, 3]; scores [N] and classes [N] (0-based) label them.
 
-    masks: [N, h, w], each over its box, or None. Returns a Pillow image. Line width and text follow the image's size;
+    masks: [N, h, w], each over its box, or None. with_scores: write the scores too. Returns a Pillow image. Line width and text follow the image's size;
     better detections are drawn over worse ones.
     """
     image = np.ascontiguousarray(image)
@@ -107,8 +108,56 @@ def draw_detections(image, boxes, scores, classes, names, masks=None, mask_thres
     for i in order[::-1]:
         label = int(classes[i])
         name = names[label] if label < len(names) else f"class {label + 1}"
-        _draw_label(draw, picture.size, boxes[i], f"{name} {scores[i]:.2f}", class_colour(label), font, line, taken)
+        text = f"{name} {scores[i]:.2f}" if with_scores else name
+        _draw_label(draw, picture.size, boxes[i], text, class_colour(label), font, line, taken)
     return picture
+
+
+def mark_box(picture, box, colour=(255, 60, 60)):
+    """Returns a copy of a Pillow image, somewhat dimmed but for the box (yxyx in pixels), which gets a frame."""
+    ymin, xmin, ymax, xmax = (float(v) for v in box)
+    inside = (
+        max(0, int(xmin)),
+        max(0, int(ymin)),
+        min(picture.width, int(xmax) + 1),
+        min(picture.height, int(ymax) + 1),
+    )
+    marked = Image.blend(picture, Image.new("RGB", picture.size), 0.35)
+    if inside[2] > inside[0] and inside[3] > inside[1]:
+        marked.paste(picture.crop(inside), inside)
+    _draw_box(ImageDraw.Draw(marked), box, colour, max(2, round(min(picture.size) / 160)))
+    return marked
+
+
+def mark_dashed(picture, box):
+    """Draws a thick dashed frame in red and white, unlike any detection's, around the box (yxyx in pixels)."""
+    ymin, xmin, ymax, xmax = (float(v) for v in box)
+    draw, line = ImageDraw.Draw(picture), max(3, round(min(picture.size) / 110))
+    out = line / 2 + 2
+    ymin, ymax = max(ymin - out, line / 2), min(ymax + out, picture.height - line / 2)
+    xmin, xmax = max(xmin - out, line / 2), min(xmax + out, picture.width - line / 2)
+    corners = [(xmin, ymin), (xmax, ymin), (xmax, ymax), (xmin, ymax), (xmin, ymin)]
+    for begin, end in itertools.pairwise(corners):
+        steps = max(1, round(np.hypot(end[0] - begin[0], end[1] - begin[1]) / (4 * line)))
+        for k in range(steps):
+            part = [
+                (begin[0] + (end[0] - begin[0]) * share, begin[1] + (end[1] - begin[1]) * share)
+                for share in (k / steps, (k + 1) / steps)
+            ]
+            draw.line(part, fill=(230, 0, 0) if k % 2 == 0 else (255, 255, 255), width=line)
+
+
+def side_by_side(panels):
+    """Pictures of one size next to each other, each under its title. panels: {title: Pillow image}."""
+    width, height = next(iter(panels.values())).size
+    font = _font(max(12, round(width / 32)))
+    bar, gap = round(1.8 * font.size), max(4, width // 120)
+    sheet = Image.new("RGB", (len(panels) * (width + gap) - gap, height + bar), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, picture) in enumerate(panels.items()):
+        sheet.paste(picture, (i * (width + gap), bar))
+        draw.text((i * (width + gap) + gap, bar / 2), title, font=font, fill=(0, 0, 0), anchor="lm")
+    return sheet
 
 
 def _draw_box(draw, box, colour, line):

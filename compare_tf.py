@@ -1,0 +1,402 @@
+"""Compares a converted model with TensorFlow: the untouched SavedModel and the engine on the same images, in numbers and
+side by side.
+
+    python compare_tf.py --engine model.onnx --saved_model exported/saved_model --input photos --output comparison
+    python compare_tf.py --engine engine.trt --saved_model exported --input val2017 --output comparison \\
+        --annotations instances_val2017.json --num_images 200
+
+Both sides take the image as it is in its file: TensorFlow's own resizer there, ours here. Writes comparison.json, a picture
+of each image (TensorFlow, the engine and, with --annotations, the ground truth) and report.html. Exit status 0 if the two
+agree within --tolerance, 1 if not.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+import coco
+import parity
+import report
+import tf_graph
+from cli import UserError, make_folder, progress, run, warn, whole_file
+from detector import Detections, detect_image, open_detector
+from image_batcher import ImageError, find_images, load_image, result_names
+from visualize import draw_detections, mark_dashed, paste_mask, read_labels, side_by_side
+
+# How far scores may be apart, and what share of the detections may lack a partner, by the engine's precision. FP32: two
+# orders of summation in a two-stage network differ by 0.013 (README); FP16 and INT8 round.
+TOLERANCES = {"fp32": 0.02, "fp16": 0.05, "int8": 0.25}
+BANDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+PICTURES_SHOWN = 24
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-e", "--engine", required=True, help="the converted model: model.onnx or engine.trt")
+    add("-m", "--saved_model", required=True, help="the SavedModel it was made of: its folder, or the export above it")
+    add("-i", "--input", required=True, help="an image or a folder of images")
+    add("-a", "--annotations", help="COCO annotations of the images: adds the ground truth and the AP of both sides")
+    add("-o", "--output", required=True, help="folder for the report; created if need be")
+    add("-l", "--labels", help="text file, one class name a line; default: COCO's names for a model of 90 classes")
+    add("-n", "--num_images", type=int, metavar="N", help="compare the first N images only")
+    add(
+        "-t",
+        "--nms_threshold",
+        type=float,
+        default=0.3,
+        metavar="SCORE",
+        help="what is compared and drawn; default: 0.3",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        help="largest difference in score, share without partner; default: 0.02 (fp32), 0.05 (fp16), 0.25 (int8)",
+    )
+    add("--detection_type", choices=["bbox", "segmentation"], default="bbox", help="compare boxes, or masks too")
+    add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
+    add("-p", "--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
+    return parser.parse_args(argv)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """The detections of one image on both sides, and who belongs to whom."""
+
+    path: Path
+    theirs: Detections
+    ours: Detections
+    pairs: list  # [(index in theirs, index in ours, IoU of the boxes)]
+    alone: tuple  # (indices of theirs, of ours) without partner, from the threshold on
+    classes_differ: int  # of those, pairs that overlap but for their class
+    mask_ious: list
+
+    @property
+    def scores(self):
+        """The scores of the pairs, [pairs, 2]: theirs, ours."""
+        return np.array([(self.theirs.scores[i], self.ours.scores[j]) for i, j, _ in self.pairs]).reshape(-1, 2)
+
+    @property
+    def difference(self):
+        """How much to look at: the scores of the lonely, and what the pairs are apart."""
+        lonely = self.theirs.scores[self.alone[0]].sum() + self.ours.scores[self.alone[1]].sum()
+        return float(lonely + np.abs(np.diff(self.scores, axis=1)).sum() + sum(1 - iou for _, _, iou in self.pairs))
+
+
+def compare_detections(path, theirs, ours, size, threshold, mask_threshold=None):
+    """Pairs the detections of an image of `size` (height, width): TensorFlow's surest first, each with the free one of its
+    class that overlaps it most, by half at least. What scores less than `threshold` on both sides does not count.
+    """
+    iou = parity.box_iou(theirs.boxes, ours.boxes)
+    possible = iou * (theirs.classes[:, None] == ours.classes[None])
+    free, pairs = np.ones(len(ours.scores), bool), []
+    for i in range(len(theirs.scores)):
+        row = possible[i] * free
+        if len(row) and row.max() >= 0.5:
+            j = int(row.argmax())
+            free[j] = False
+            pairs.append((i, j, float(row[j])))
+    matched = {i for i, _, _ in pairs}
+    alone = (
+        [i for i, score in enumerate(theirs.scores) if score >= threshold and i not in matched],
+        [j for j in np.flatnonzero(free).tolist() if ours.scores[j] >= threshold],
+    )
+    pairs = [pair for pair in pairs if max(theirs.scores[pair[0]], ours.scores[pair[1]]) >= threshold]
+    differ = int((iou[np.ix_(*alone)] >= 0.5).any(axis=1).sum()) if all(alone) else 0
+    masks = []
+    if mask_threshold is not None:
+        masks = [mask_iou(theirs, i, ours, j, size, mask_threshold) for i, j, _ in pairs]
+    return Comparison(Path(path), theirs, ours, pairs, alone, differ, masks)
+
+
+def mask_iou(theirs, i, ours, j, size, threshold):
+    """Intersection over union of two pasted masks; 1 where both are empty."""
+    pasted = []
+    for side, index in ((theirs, i), (ours, j)):
+        canvas = np.zeros(size, bool)
+        inside, top, left = paste_mask(side.masks[index], side.boxes[index] * (size * 2), *size, threshold)
+        canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+        pasted.append(canvas)
+    union = (pasted[0] | pasted[1]).sum()
+    return float((pasted[0] & pasted[1]).sum() / union) if union else 1.0
+
+
+def summarise(comparisons, threshold, tolerance):
+    """The numbers of all images as a dict, with `passed`: both sides agree within the tolerance."""
+    scores = np.concatenate([np.zeros((0, 2)), *(comparison.scores for comparison in comparisons)])
+    apart = np.abs(scores[:, 0] - scores[:, 1])
+    ious = np.array([iou for comparison in comparisons for _, _, iou in comparison.pairs])
+    lonely = [sum(len(comparison.alone[side]) for comparison in comparisons) for side in (0, 1)]
+    masks = [iou for comparison in comparisons for iou in comparison.mask_ious]
+    total = 2 * len(scores) + sum(lonely)
+    share = sum(lonely) / total if total else 0.0
+    edges = [threshold, *(edge for edge in BANDS if edge > threshold), 1.0]
+    bands = []
+    for low, high in itertools.pairwise(edges):
+        last = high == 1.0
+        inside = (scores[:, 0] >= low) & ((scores[:, 0] < high) | last)
+        without = sum(
+            low <= score and (score < high or last)
+            for comparison in comparisons
+            for score in comparison.theirs.scores[comparison.alone[0]]
+        )
+        bands.append(
+            {
+                "from": low,
+                "to": high,
+                "partnered": int(inside.sum()),
+                "alone": int(without),
+                **_spread(apart[inside], "score"),
+            }
+        )
+    numbers = {
+        "images": len(comparisons),
+        "partnered": len(scores),
+        "alone_in_tensorflow": lonely[0],
+        "alone_in_engine": lonely[1],
+        "share_alone": share,
+        "class_disagreements": sum(comparison.classes_differ for comparison in comparisons),
+        **_spread(apart, "score"),
+        "smallest_iou": float(ious.min()) if len(ious) else None,
+        "median_iou": float(np.median(ious)) if len(ious) else None,
+        "bands": bands,
+        "tolerance": tolerance,
+    }
+    if masks:
+        numbers |= {"smallest_mask_iou": min(masks), "median_mask_iou": float(np.median(masks))}
+    numbers["passed"] = bool((apart.max() if len(apart) else 0) <= tolerance and share <= tolerance)
+    return numbers
+
+
+def _spread(differences, name):
+    return {
+        f"largest_{name}_difference": float(differences.max()) if len(differences) else None,
+        f"median_{name}_difference": float(np.median(differences)) if len(differences) else None,
+    }
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    files = find_images(args.input)[: args.num_images]
+    if args.num_images is not None and args.num_images < 1:
+        raise UserError(f"--num_images {args.num_images}: give a number from 1 on")
+    truth = coco.load_annotations(args.annotations) if args.annotations else None
+    folder = tf_graph.find_saved_model(args.saved_model)
+    with open_detector(args.engine) as detector:
+        metadata = detector.metadata
+        masks = args.detection_type == "segmentation"
+        if masks and not metadata.get("mask_size"):
+            raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
+        names = read_labels(args.labels, metadata["num_classes"])
+        output = make_folder(args.output)
+        with tf_graph.SavedModel(folder) as saved_model:
+            comparisons, times = run_both(saved_model, detector, files, args)
+    if not comparisons:
+        raise UserError(f"--input {args.input}: none of the {len(files)} images could be read")
+    tolerance = args.tolerance if args.tolerance is not None else TOLERANCES[metadata.get("precision", "fp32")]
+    numbers = summarise(comparisons, args.nms_threshold, tolerance)
+    numbers["milliseconds"] = {name: float(np.median(values)) for name, values in times.items()}
+    if truth:
+        numbers["average_precision"] = both_average_precisions(truth, comparisons, metadata, args)
+    text = verdict(numbers)
+    draw_all(comparisons, truth, names, metadata, args, output)
+    with whole_file(output / "comparison.json") as path:
+        path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_report(output / "report.html", args, metadata, numbers, comparisons, output, text)
+    print_numbers(numbers)
+    print(text)
+    print(f"Wrote comparison.json, {len(comparisons)} pictures and report.html. Next: open {output / 'report.html'}")
+    return 0 if numbers["passed"] else 1
+
+
+def run_both(saved_model, detector, files, args):
+    """Runs both sides on each file; returns ([Comparison], {side: milliseconds of each image})."""
+    comparisons, times = [], {"TensorFlow": [], "engine": []}
+    mask_threshold = args.iou_threshold if args.detection_type == "segmentation" else None
+    sides = {
+        "TensorFlow": lambda image: parity.tensorflow_detections(saved_model, image, detector.metadata),
+        "engine": lambda image: detect_image(detector, image),
+    }
+    for path in progress(files, unit="image"):
+        try:
+            image = load_image(path)
+            if not comparisons:
+                for detect in sides.values():
+                    detect(image)  # the first run sets things up
+            found = {}
+            for name, detect in sides.items():
+                begun = time.perf_counter()
+                found[name] = detect(image)
+                times[name].append(1000 * (time.perf_counter() - begun))
+        except ImageError as error:
+            warn(f"{path}: skipped, {error}")
+            continue
+        size = image.shape[:2]
+        comparisons.append(compare_detections(path, *found.values(), size, args.nms_threshold, mask_threshold))
+    return comparisons, times
+
+
+def both_average_precisions(truth, comparisons, metadata, args):
+    """COCO's AP and AP50 of either side over the annotated images."""
+    known, _, _ = coco.match_images(truth, [comparison.path for comparison in comparisons])
+    if not known:
+        warn(f"--annotations {args.annotations} knows none of the images: no AP")
+        return None
+    threshold = args.iou_threshold if args.detection_type == "segmentation" else None
+    result = {}
+    for side, name in (("theirs", "TensorFlow"), ("ours", "engine")):
+        results = []
+        for comparison in comparisons:
+            if comparison.path in known:
+                image_id = known[comparison.path]
+                size = load_image(comparison.path).shape[:2]
+                found = getattr(comparison, side)
+                results += coco.results_of(found, image_id, size, metadata["class_offset"], threshold)
+        numbers = coco.evaluate(truth, results, known.values(), args.detection_type).numbers
+        result[name] = {key: numbers[key] for key in ("AP", "AP50")}
+    return result
+
+
+def verdict(numbers):
+    return (
+        f"{'PASSED' if numbers['passed'] else 'FAILED'}: {numbers['partnered']} detections in {numbers['images']} images"
+        f" partnered, {numbers['alone_in_tensorflow']} of TensorFlow's and {numbers['alone_in_engine']} of the engine's alone"
+        f" ({100 * numbers['share_alone']:.1f} %), largest score difference {_text(numbers['largest_score_difference'])}"
+        f" (tolerance {numbers['tolerance']:g})"
+    )
+
+
+def _text(value, digits="{:.2g}"):
+    return "-" if value is None else digits.format(value)
+
+
+def rows(numbers):
+    """The numbers as (text, value) lines."""
+    ms = numbers["milliseconds"]
+    lines = [
+        ("images", str(numbers["images"])),
+        ("partnered detections", str(numbers["partnered"])),
+        ("alone in TensorFlow", str(numbers["alone_in_tensorflow"])),
+        ("alone in the engine", str(numbers["alone_in_engine"])),
+        ("class disagreements", str(numbers["class_disagreements"])),
+        ("largest score difference", _text(numbers["largest_score_difference"])),
+        ("median score difference", _text(numbers["median_score_difference"])),
+        ("smallest IoU of partners", _text(numbers["smallest_iou"], "{:.4f}")),
+        ("median IoU of partners", _text(numbers["median_iou"], "{:.4f}")),
+    ]
+    if "median_mask_iou" in numbers:
+        lines.append(("smallest IoU of masks", f"{numbers['smallest_mask_iou']:.4f}"))
+        lines.append(("median IoU of masks", f"{numbers['median_mask_iou']:.4f}"))
+    for side, result in (numbers.get("average_precision") or {}).items():
+        lines.append((f"{side}: AP, AP50", f"{result['AP']:.4f}, {result['AP50']:.4f}"))
+    lines += [(f"{side}: ms an image, median", f"{value:.1f}") for side, value in ms.items()]
+    return lines
+
+
+def print_numbers(numbers):
+    for text, value in rows(numbers):
+        print(f"{text:28} {value}")
+
+
+def draw_all(comparisons, truth, names, metadata, args, output):
+    """Writes NAME.jpg of every image: the sides next to each other, detections without partner in a dashed frame."""
+    folder = make_folder(output / "pictures")
+    known = coco.match_images(truth, [comparison.path for comparison in comparisons])[0] if truth else {}
+    titles = result_names([comparison.path for comparison in comparisons])
+    for comparison, name in zip(progress(comparisons, unit="picture"), titles, strict=True):
+        image = load_image(comparison.path)
+        panels = {}
+        for side, found, alone in zip(
+            ("TensorFlow", "engine"), (comparison.theirs, comparison.ours), comparison.alone, strict=True
+        ):
+            count = int((found.scores >= args.nms_threshold).sum())
+            title = f"{side}: {count} detections" + (f", {len(alone)} without partner" if alone else "")
+            panels[title] = draw_side(image, found, alone, names, args)
+        if comparison.path in known:
+            panels["ground truth"] = draw_truth(image, truth, known[comparison.path], names, metadata["class_offset"])
+        picture = side_by_side(panels)
+        with whole_file(folder / f"{name}.jpg") as path:
+            picture.save(path, quality=88)
+
+
+def draw_side(image, found, alone, names, args):
+    shown = found.above(args.nms_threshold)
+    boxes = shown.boxes * np.float32(image.shape[:2] * 2)
+    masks = shown.masks if args.detection_type == "segmentation" else None
+    picture = draw_detections(image, boxes, shown.scores, shown.classes, names, masks, args.iou_threshold)
+    for index in alone:
+        mark_dashed(picture, found.boxes[index] * np.float32(image.shape[:2] * 2))
+    return picture
+
+
+def draw_truth(image, truth, image_id, names, class_offset):
+    notes = truth.imgToAnns[image_id]
+    boxes = np.float32([note["bbox"] for note in notes]).reshape(-1, 4)
+    corners = np.column_stack([boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]])
+    classes = np.int64([note["category_id"] - class_offset for note in notes])
+    return draw_detections(image, corners, np.ones(len(notes)), classes, names, with_scores=False)
+
+
+def write_report(path, args, metadata, numbers, comparisons, output, text):
+    """report.html: the numbers, score against score, the overlaps, the pictures that differ most."""
+    bands = [
+        (
+            f"{band['from']:g} to {band['to']:g}",
+            band["partnered"],
+            band["alone"],
+            _text(band["largest_score_difference"]),
+            _text(band["median_score_difference"]),
+        )
+        for band in numbers["bands"]
+    ]
+    titles = result_names([comparison.path for comparison in comparisons])
+    order = sorted(range(len(comparisons)), key=lambda i: -comparisons[i].difference)[:PICTURES_SHOWN]
+    figures = []
+    for i in order:
+        picture = report.shrink(report.Image.open(output / "pictures" / f"{titles[i]}.jpg"), 1400)
+        figures.append((picture, f"{comparisons[i].path.name}: difference {comparisons[i].difference:.3g}"))
+    columns = ("TensorFlow's score", "partnered", "alone", "largest score difference", "median")
+    parts = [
+        report.verdict(numbers["passed"], text),
+        report.section("Numbers", report.table(("", ""), rows(numbers), "numbers")),
+        report.section("By score", report.table(columns, bands, "bands")),
+        report.section("Score and overlap", report.plots(scatter(comparisons), histogram(comparisons))),
+        report.section(
+            "Side by side",
+            report.pictures(figures, 1),
+            note=f"Most difference first, {len(figures)} of {len(comparisons)}; a dashed frame marks a detection without"
+            " partner. All of them are in the folder pictures.",
+        ),
+    ]
+    subtitle = f"{metadata['source']}: {args.saved_model} against {args.engine} on {args.input}"
+    report.write_page(path, "TensorFlow against the converted model", subtitle, parts)
+
+
+def scatter(comparisons):
+    scores = np.concatenate([np.zeros((0, 2)), *(comparison.scores for comparison in comparisons)])
+
+    def draw(axes):
+        axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        axes.scatter(scores[:, 0], scores[:, 1], s=9, alpha=0.5, linewidths=0)
+        axes.set(xlabel="score, TensorFlow", ylabel="score, engine", xlim=(0, 1.01), ylim=(0, 1.01), aspect="equal")
+
+    return report.plot(draw)
+
+
+def histogram(comparisons):
+    ious = [iou for comparison in comparisons for _, _, iou in comparison.pairs]
+
+    def draw(axes):
+        axes.hist(ious, bins=np.linspace(0.5, 1, 51))
+        axes.set(xlabel="IoU of partnered boxes", ylabel="detections", yscale="log" if ious else "linear")
+
+    return report.plot(draw)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,248 @@
+"""Evaluates a model on annotated images: COCO's average precision and recall of boxes or masks, by pycocotools.
+
+    python eval_coco.py --engine model.onnx --input val2017 --annotations instances_val2017.json
+    python eval_coco.py --engine engine.trt --input val2017 --annotations instances_val2017.json --output evaluation
+    python eval_coco.py --engine mask.onnx --input images --annotations mine.json --detection_type segmentation
+
+With --output, writes detections.json (COCO results), metrics.json, per_class.csv and report.html, a page to look at.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import csv
+import functools
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+from PIL import Image
+
+import coco
+import report
+from cli import UserError, make_folder, progress, run, warn, whole_file
+from detector import open_detector
+from image_batcher import ImageBatcher, find_images, load_image
+from visualize import mark_box
+
+# Above this score threshold detections are missing that average precision counts.
+MEANINGLESS_FROM = 0.05
+MISTAKES_SHOWN = 12
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-e", "--engine", required=True, help="the model: model.onnx or engine.trt")
+    add("-i", "--input", required=True, help="a folder of images (or one image)")
+    add("-a", "--annotations", required=True, help="COCO annotations of the images, instances_*.json")
+    add("-o", "--output", help="folder for the results and the report; created if need be; default: print only")
+    add(
+        "--detection_type",
+        choices=["bbox", "segmentation"],
+        default="bbox",
+        help="evaluate boxes or masks; default: bbox",
+    )
+    add(
+        "-t",
+        "--nms_threshold",
+        type=float,
+        default=0.0,
+        metavar="SCORE",
+        help="leave out weaker detections; default: 0",
+    )
+    add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
+    add("-b", "--batch_size", type=int, metavar="N", help="images at a time, of a dynamic model; default: 8")
+    add("-p", "--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    truth = coco.load_annotations(args.annotations)
+    files = find_images(args.input)
+    known, unknown, absent = coco.match_images(truth, files)
+    print(
+        f"{len(known)} annotated images; left out: {len(unknown)} files that the annotations do not know,"
+        f" {len(absent)} annotated images that are not in {args.input}"
+    )
+    if not known:
+        raise UserError(f"--annotations {args.annotations} knows none of the {len(files)} images in {args.input}")
+    output = make_folder(args.output) if args.output else None
+    with open_detector(args.engine) as detector:
+        check_model(detector.metadata, truth, args)
+        results, evaluated, seconds = detect(detector, known, args)
+        metadata = detector.metadata
+    if not evaluated:
+        raise UserError(f"--input {args.input}: none of the {len(known)} annotated images could be read")
+    print(f"{len(evaluated)} images in {seconds:.1f} s: {len(evaluated) / seconds:.1f} images/s")
+    evaluation = coco.evaluate(truth, results, evaluated.values(), args.detection_type)
+    for key, text in coco.NUMBERS.items():
+        print(f"{text:28} {show(evaluation.numbers[key])}")
+    if not output:
+        print(f"Evaluated {args.engine}. Next: add --output DIR for a report with curves, classes and pictures")
+        return 0
+    write_results(output, args, metadata, evaluation, results, evaluated)
+    write_report(output / "report.html", args, metadata, evaluation, truth, evaluated)
+    print(f"Wrote detections.json, metrics.json, per_class.csv and report.html. Next: open {output / 'report.html'}")
+    return 0
+
+
+def show(value):
+    """A share as text: COCO's -1 is nothing to measure."""
+    return "-" if value < 0 else f"{value:.3f}"
+
+
+def check_model(metadata, truth, args):
+    """Warns where the numbers will mean little; raises UserError where masks are asked of a model that has none."""
+    if args.detection_type == "segmentation":
+        if not metadata.get("mask_size"):
+            raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
+        if any("segmentation" not in note for note in truth.anns.values()):
+            raise UserError(f"--annotations {args.annotations} has objects without masks; use --detection_type bbox")
+    threshold = max(args.nms_threshold, metadata["score_threshold"])
+    if threshold > MEANINGLESS_FROM:
+        where = "--nms_threshold" if args.nms_threshold >= threshold else f"the NMS in {args.engine}"
+        warn(
+            f"{where} leaves out what scores less than {threshold:g}: average precision counts those too and comes out low"
+        )
+    ids = range(metadata["class_offset"], metadata["class_offset"] + metadata["num_classes"])
+    beyond = [key for key in truth.cats if key not in ids]
+    if beyond:
+        warn(
+            f"{len(beyond)} categories of {args.annotations} are none of the model's (ids {ids[0]} to {ids[-1]}): their AP is 0"
+        )
+
+
+def detect(detector, known, args):
+    """Runs the detector on the files of `known` {path: image id}.
+
+    Returns (COCO results, those of `known` that could be read, seconds). Decoding goes on in threads ahead of the network,
+    masks are pasted in processes behind it.
+    """
+    size = batch_size(detector, args)
+    batcher = ImageBatcher(known, detector.metadata["resizer"], size)
+    masks = args.detection_type == "segmentation"
+    to_results = functools.partial(
+        coco.results_of,
+        class_offset=detector.metadata["class_offset"],
+        mask_threshold=args.iou_threshold if masks else None,
+    )
+    results, evaluated, started = [], {}, time.perf_counter()
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    waiting = collections.deque()
+    with progress(known, unit="image") as bar, process_pool(workers if masks else 0) as pool:
+        for batch in batcher:
+            found = detector.infer(batch.tensor, batch.true_shapes)
+            for path, placement, detections in zip(batch.paths, batch.placements, found, strict=True):
+                evaluated[path] = known[path]
+                task = detections.above(args.nms_threshold), known[path], (placement.height, placement.width)
+                if not masks:
+                    results += to_results(*task)
+                    continue
+                waiting.append(pool.submit(to_results, *task))
+                while len(waiting) > 4 * workers:
+                    results += waiting.popleft().result()
+            bar.update(len(batch.paths))
+        while waiting:
+            results += waiting.popleft().result()
+    return results, evaluated, time.perf_counter() - started
+
+
+def process_pool(workers):
+    """A pool of fresh processes (a forked one would share the GPU's state), or a stand-in where none are wanted."""
+    if not workers:
+        return concurrent.futures.ThreadPoolExecutor(1)
+    return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def batch_size(detector, args):
+    """Images at a time: what a fixed model takes, or --batch_size. Raises UserError where the model cannot."""
+    fixed, most = detector.input.batch, getattr(detector, "most", None)
+    if args.batch_size is None:
+        return fixed or min(8, most or 8)
+    limit = fixed or most
+    if args.batch_size < 1 or (limit and args.batch_size > limit):
+        raise UserError(
+            f"--batch_size {args.batch_size}: {args.engine} takes 1 to {limit or 'any number of'} images at a time"
+        )
+    return args.batch_size
+
+
+def write_results(output, args, metadata, evaluation, results, evaluated):
+    """detections.json, metrics.json and per_class.csv."""
+    with whole_file(output / "detections.json") as path:
+        path.write_text(json.dumps(results), encoding="utf-8")
+    metrics = {
+        "engine": str(args.engine),
+        "model": metadata["source"],
+        "detection_type": args.detection_type,
+        "images": len(evaluated),
+        "score_threshold": max(args.nms_threshold, metadata["score_threshold"]),
+        **evaluation.numbers,
+    }
+    with whole_file(output / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    with whole_file(output / "per_class.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["category_id", "name", "objects", "AP", "AP50"])
+        writer.writerows([key, name, count, show(ap), show(ap50)] for key, name, count, ap, ap50 in evaluation.classes)
+
+
+def write_report(path, args, metadata, evaluation, truth, evaluated):
+    """report.html: the numbers, the classes, precision-recall curves, the worst mistakes as pictures."""
+    numbers = [(text, show(evaluation.numbers[key])) for key, text in coco.NUMBERS.items()]
+    found = [row for row in evaluation.classes if row[2]]
+    rows = [(name, count, show(ap), show(ap50)) for _, name, count, ap, ap50 in sorted(found, key=lambda row: -row[3])]
+    files = {image_id: file for file, image_id in evaluated.items()}
+    kind = "boxes" if args.detection_type == "bbox" else "masks"
+    parts = [
+        report.section("COCO numbers", report.table(("", kind), numbers, "numbers")),
+        report.section("Precision and recall", report.plots(curves(evaluation)), note="Mean over the classes."),
+        report.section(
+            "Classes", report.table(("class", "objects", "AP", "AP50"), rows, "classes"), note="Best first."
+        ),
+        report.section(
+            "Worst misses",
+            mistakes(evaluation.missed, files, truth, "share of the image"),
+            note=f"The largest objects that no detection of their class from {coco.SEEN} on overlaps by half.",
+        ),
+        report.section(
+            "Worst false alarms",
+            mistakes(evaluation.false_alarms, files, truth, "score"),
+            note="The surest detections that overlap no object of their class by half.",
+        ),
+    ]
+    subtitle = (
+        f"{metadata['source']}, {args.engine}: {len(evaluated)} images of {args.input}, {Path(args.annotations).name}"
+    )
+    report.write_page(path, f"COCO evaluation, {kind}", subtitle, parts)
+
+
+def curves(evaluation):
+    def draw(axes):
+        for iou, precision in evaluation.curves.items():
+            axes.plot([i / 100 for i in range(101)], precision, label=f"IoU {iou}")
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        if evaluation.curves:
+            axes.legend()
+
+    return report.plot(draw)
+
+
+def mistakes(found, files, truth, unit):
+    """Pictures of the worst mistakes, each with its box marked."""
+    figures = []
+    for mistake in found[:MISTAKES_SHOWN]:
+        x, y, width, height = mistake.box
+        picture = mark_box(Image.fromarray(load_image(files[mistake.image_id])), (y, x, y + height, x + width))
+        name = truth.cats.get(mistake.category_id, {}).get("name", mistake.category_id)
+        caption = f"{name}: {unit} {mistake.weight:.2f}, {files[mistake.image_id].name}"
+        figures.append((report.shrink(picture, 480), caption))
+    return report.pictures(figures, 4) if figures else "<p>None.</p>"
+
+
+if __name__ == "__main__":
+    run(main)

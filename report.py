@@ -1,0 +1,103 @@
+"""A report as one self-contained HTML page: numbers, plots (SVG, by matplotlib) and pictures inside the file."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from cli import whole_file
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; --good: #1a7f37; --bad: #c62828; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+p.note { opacity: .75; margin-top: .2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { background: var(--soft); position: sticky; top: 0; }
+.scroll { max-height: 30rem; overflow: auto; display: inline-block; border: 1px solid var(--line); }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots figure { margin: 0; background: #fff; border-radius: 6px; }
+.plots svg { max-width: 100%; height: auto; display: block; }
+.pictures { display: grid; gap: 1rem; } .pictures figure { margin: 0; }
+.pictures img { width: 100%; height: auto; max-height: 26rem; object-fit: contain; object-position: left top; display: block; }
+figcaption { font-size: .85rem; opacity: .85; padding: .2rem 0; overflow-wrap: anywhere; }
+.passed { color: var(--good); } .failed { color: var(--bad); } .verdict { font-weight: 600; font-size: 1.1rem; }
+"""
+
+
+def write_page(path, title, subtitle, parts):
+    """Writes the page; parts: HTML of the functions below, in order."""
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
+        f'<p class="note">{html.escape(subtitle)}</p>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
+    )
+    with whole_file(path) as temporary:
+        Path(temporary).write_text(page, encoding="utf-8")
+
+
+def section(title, *parts, note=""):
+    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    return f"<h2>{html.escape(title)}</h2>\n{note}\n" + "\n".join(parts)
+
+
+def table(columns, rows, identity=""):
+    """A table that scrolls where it is long. columns: names; rows: lists of str; identity: its id."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table id="{html.escape(identity)}"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def verdict(passed, text):
+    return f'<p class="verdict {"passed" if passed else "failed"}">{html.escape(text)}</p>'
+
+
+def plots(*figures):
+    return '<div class="plots">' + "".join(f"<figure>{figure}</figure>" for figure in figures) + "</div>"
+
+
+def plot(draw, width=5.2, height=3.8):
+    """SVG of a matplotlib plot: `draw(axes)` draws it."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+        figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+        axes.set_axisbelow(True)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def pictures(figures, columns):
+    """figures: list of (Pillow image, caption); `columns` to a row."""
+    cells = "\n".join(
+        f'<figure><img loading="lazy" alt="{html.escape(caption)}" src="{_data_url(picture)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for picture, caption in figures
+    )
+    return f'<div class="pictures" style="grid-template-columns: repeat({columns}, minmax(0, 1fr))">\n{cells}\n</div>'
+
+
+def shrink(picture, longest):
+    """The picture with its longer side at most `longest` pixels."""
+    picture = picture.copy()
+    picture.thumbnail((longest, longest), Image.Resampling.BILINEAR)
+    return picture
+
+
+def _data_url(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
