@@ -53,6 +53,7 @@ class Evaluation:
     numbers: dict  # {key of NUMBERS: value}
     classes: list  # [(category id, name, objects, AP, AP50)]
     curves: dict  # {IoU: precision [101] at recall 0, 0.01, ... 1, mean over the classes}
+    class_curves: dict  # {category id: precision [101]} at IoU 0.50
     missed: list  # of Mistake, worst first
     false_alarms: list
 
@@ -136,6 +137,7 @@ def evaluate(truth, results, image_ids, detection_type="bbox"):
         dict(zip(NUMBERS, map(float, evaluation.stats), strict=True)),
         _per_class(truth, evaluation, precision),
         _curves(precision),
+        {key: precision[0, :, k] for k, key in enumerate(evaluation.params.catIds) if (precision[0, :, k] > -1).all()},
         missed,
         false_alarms,
     )

@@ -32,7 +32,6 @@ from visualize import draw_detections, mark_dashed, paste_mask, read_labels, sid
 # orders of summation in a two-stage network differ by 0.013 (README); FP16 and INT8 round.
 TOLERANCES = {"fp32": 0.02, "fp16": 0.05, "int8": 0.25}
 BANDS = (0.1, 0.3, 0.5, 0.7, 0.9)
-PICTURES_SHOWN = 24
 
 
 def parse_args(argv=None):
@@ -60,6 +59,7 @@ def parse_args(argv=None):
     )
     add("--detection_type", choices=["bbox", "segmentation"], default="bbox", help="compare boxes, or masks too")
     add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
+    add("--pictures", type=int, default=24, metavar="N", help="pictures shown in the report; default: 24")
     add("-p", "--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
     return parser.parse_args(argv)
 
@@ -182,9 +182,9 @@ def _spread(differences, name):
 
 def main(argv=None):
     args = parse_args(argv)
-    files = find_images(args.input)[: args.num_images]
     if args.num_images is not None and args.num_images < 1:
         raise UserError(f"--num_images {args.num_images}: give a number from 1 on")
+    files = find_images(args.input)[: args.num_images]
     truth = coco.load_annotations(args.annotations) if args.annotations else None
     folder = tf_graph.find_saved_model(args.saved_model)
     with open_detector(args.engine) as detector:
@@ -194,6 +194,7 @@ def main(argv=None):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         names = read_labels(args.labels, metadata["num_classes"])
         output = make_folder(args.output)
+        args.runtime = detector.runtime
         with tf_graph.SavedModel(folder) as saved_model:
             comparisons, times = run_both(saved_model, detector, files, args)
     if not comparisons:
@@ -312,7 +313,7 @@ def draw_all(comparisons, truth, names, metadata, args, output):
         image = load_image(comparison.path)
         panels = {}
         for side, found, alone in zip(
-            ("TensorFlow", "engine"), (comparison.theirs, comparison.ours), comparison.alone, strict=True
+            ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.alone, strict=True
         ):
             count = int((found.scores >= args.nms_threshold).sum())
             title = f"{side}: {count} detections" + (f", {len(alone)} without partner" if alone else "")
@@ -355,7 +356,7 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
         for band in numbers["bands"]
     ]
     titles = result_names([comparison.path for comparison in comparisons])
-    order = sorted(range(len(comparisons)), key=lambda i: -comparisons[i].difference)[:PICTURES_SHOWN]
+    order = sorted(range(len(comparisons)), key=lambda i: -comparisons[i].difference)[: args.pictures]
     figures = []
     for i in order:
         picture = report.shrink(report.Image.open(output / "pictures" / f"{titles[i]}.jpg"), 1400)
@@ -365,7 +366,7 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
         report.verdict(numbers["passed"], text),
         report.section("Numbers", report.table(("", ""), rows(numbers), "numbers")),
         report.section("By score", report.table(columns, bands, "bands")),
-        report.section("Score and overlap", report.plots(scatter(comparisons), histogram(comparisons))),
+        report.section("Score and overlap", report.plots(scatter(comparisons, args.runtime), histogram(comparisons))),
         report.section(
             "Side by side",
             report.pictures(figures, 1),
@@ -377,13 +378,13 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
     report.write_page(path, "TensorFlow against the converted model", subtitle, parts)
 
 
-def scatter(comparisons):
+def scatter(comparisons, runtime):
     scores = np.concatenate([np.zeros((0, 2)), *(comparison.scores for comparison in comparisons)])
 
     def draw(axes):
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
         axes.scatter(scores[:, 0], scores[:, 1], s=9, alpha=0.5, linewidths=0)
-        axes.set(xlabel="score, TensorFlow", ylabel="score, engine", xlim=(0, 1.01), ylim=(0, 1.01), aspect="equal")
+        axes.set(xlabel="score, TensorFlow", ylabel=f"score, {runtime}", xlim=(0, 1.01), ylim=(0, 1.01), aspect="equal")
 
     return report.plot(draw)
 
@@ -393,7 +394,9 @@ def histogram(comparisons):
 
     def draw(axes):
         axes.hist(ious, bins=np.linspace(0.5, 1, 51))
-        axes.set(xlabel="IoU of partnered boxes", ylabel="detections", yscale="log" if ious else "linear")
+        axes.set(xlabel="IoU of partnered boxes", ylabel="detections")
+        if ious:  # a few far apart must show beside thousands that agree
+            axes.set(yscale="log", ylim=(0.8, None))
 
     return report.plot(draw)
 

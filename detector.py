@@ -58,6 +58,8 @@ def open_detector(path):
 class OnnxDetector:
     """A model.onnx on ONNX Runtime. A context manager."""
 
+    runtime = "ONNX Runtime"
+
     def __init__(self, path, model=None):
         """model: the contents of the file, or what is to run in its place; None: read it."""
         try:

@@ -29,7 +29,7 @@ from visualize import mark_box
 
 # Above this score threshold detections are missing that average precision counts.
 MEANINGLESS_FROM = 0.05
-MISTAKES_SHOWN = 12
+CLASSES_PLOTTED = 6
 
 
 def parse_args(argv=None):
@@ -55,6 +55,9 @@ def parse_args(argv=None):
     )
     add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add("-b", "--batch_size", type=int, metavar="N", help="images at a time, of a dynamic model; default: 8")
+    add(
+        "--pictures", type=int, default=12, metavar="N", help="misses and false alarms shown in the report; default: 12"
+    )
     add("-p", "--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
     return parser.parse_args(argv)
 
@@ -200,18 +203,18 @@ def write_report(path, args, metadata, evaluation, truth, evaluated):
     kind = "boxes" if args.detection_type == "bbox" else "masks"
     parts = [
         report.section("COCO numbers", report.table(("", kind), numbers, "numbers")),
-        report.section("Precision and recall", report.plots(curves(evaluation)), note="Mean over the classes."),
+        report.section("Precision and recall", report.plots(*curves(evaluation))),
         report.section(
             "Classes", report.table(("class", "objects", "AP", "AP50"), rows, "classes"), note="Best first."
         ),
         report.section(
             "Worst misses",
-            mistakes(evaluation.missed, files, truth, "share of the image"),
+            mistakes(evaluation.missed[: args.pictures], files, truth, "share of the image"),
             note=f"The largest objects that no detection of their class from {coco.SEEN} on overlaps by half.",
         ),
         report.section(
             "Worst false alarms",
-            mistakes(evaluation.false_alarms, files, truth, "score"),
+            mistakes(evaluation.false_alarms[: args.pictures], files, truth, "score"),
             note="The surest detections that overlap no object of their class by half.",
         ),
     ]
@@ -222,20 +225,26 @@ def write_report(path, args, metadata, evaluation, truth, evaluated):
 
 
 def curves(evaluation):
-    def draw(axes):
-        for iou, precision in evaluation.curves.items():
-            axes.plot([i / 100 for i in range(101)], precision, label=f"IoU {iou}")
-        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-        if evaluation.curves:
+    """Two plots: the mean over the classes for several IoUs, and the classes with most objects."""
+    recall = [i / 100 for i in range(101)]
+    common = sorted((row for row in evaluation.classes if row[2]), key=lambda row: -row[2])[:CLASSES_PLOTTED]
+    lines = {"mean over the classes": {f"IoU {iou}": line for iou, line in evaluation.curves.items()}}
+    lines["most frequent classes, IoU 0.50"] = {name: evaluation.class_curves[key] for key, name, *_ in common}
+
+    def draw(axes, title):
+        for label, precision in lines[title].items():
+            axes.plot(recall, precision, label=label)
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
+        if lines[title]:
             axes.legend()
 
-    return report.plot(draw)
+    return [report.plot(lambda axes, title=title: draw(axes, title)) for title in lines]
 
 
 def mistakes(found, files, truth, unit):
     """Pictures of the worst mistakes, each with its box marked."""
     figures = []
-    for mistake in found[:MISTAKES_SHOWN]:
+    for mistake in found:
         x, y, width, height = mistake.box
         picture = mark_box(Image.fromarray(load_image(files[mistake.image_id])), (y, x, y + height, x + width))
         name = truth.cats.get(mistake.category_id, {}).get("name", mistake.category_id)

@@ -20,7 +20,7 @@ from visualize import draw_detections, read_labels
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-e", "--engine", required=True, help="the model: model.onnx from create_onnx.py")
+    add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
     add("-i", "--input", required=True, help="an image or a folder of images (jpg, jpeg, png, bmp)")
     add("-o", "--output", required=True, help="folder for the results; created if need be")
     add("-l", "--labels", help="text file, one class name a line; default: COCO's names for a model of 90 classes")

@@ -21,7 +21,8 @@ th:first-child, td:first-child { text-align: left; } thead th { background: var(
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots figure { margin: 0; background: #fff; border-radius: 6px; }
 .plots svg { max-width: 100%; height: auto; display: block; }
 .pictures { display: grid; gap: 1rem; } .pictures figure { margin: 0; }
-.pictures img { width: 100%; height: auto; max-height: 26rem; object-fit: contain; object-position: left top; display: block; }
+.pictures img { width: 100%; height: auto; object-fit: contain; object-position: left top; display: block; }
+.pictures.small img { max-height: 20rem; }
 figcaption { font-size: .85rem; opacity: .85; padding: .2rem 0; overflow-wrap: anywhere; }
 .passed { color: var(--good); } .failed { color: var(--bad); } .verdict { font-weight: 600; font-size: 1.1rem; }
 """
@@ -47,11 +48,9 @@ def section(title, *parts, note=""):
 def table(columns, rows, identity=""):
     """A table that scrolls where it is long. columns: names; rows: lists of str; identity: its id."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    head = f"<thead><tr>{head}</tr></thead>" if any(columns) else ""
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table id="{html.escape(identity)}"><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
+    return f'<div class="scroll"><table id="{html.escape(identity)}">{head}\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def verdict(passed, text):
@@ -83,11 +82,12 @@ def plot(draw, width=5.2, height=3.8):
 def pictures(figures, columns):
     """figures: list of (Pillow image, caption); `columns` to a row."""
     cells = "\n".join(
-        f'<figure><img loading="lazy" alt="{html.escape(caption)}" src="{_data_url(picture)}">'
+        f'<figure><img alt="{html.escape(caption)}" src="{_data_url(picture)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for picture, caption in figures
     )
-    return f'<div class="pictures" style="grid-template-columns: repeat({columns}, minmax(0, 1fr))">\n{cells}\n</div>'
+    small = " small" if columns > 1 else ""
+    return f'<div class="pictures{small}" style="grid-template-columns: repeat({columns}, minmax(0, 1fr))">\n{cells}\n</div>'
 
 
 def shrink(picture, longest):

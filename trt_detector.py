@@ -74,6 +74,8 @@ class GpuContext:
 class TrtDetector:
     """An engine made by build_engine.py. A context manager: everything on the GPU is freed on exit."""
 
+    runtime = "TensorRT"
+
     def __init__(self, path):
         """Raises UserError, naming the file and what to do, where the engine cannot run here."""
         self._path = Path(path)

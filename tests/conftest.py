@@ -97,16 +97,27 @@ def coco_images():
     return sorted(need_shared("coco", "val2017").glob("*.jpg"))
 
 
-# Rows of the table at the end of `make test-zoo`: model -> (classes, conversion s, box, score, mask, TensorFlow, ORT ms).
+# Rows of the table at the end of `make test-zoo`, {model: values of COLUMNS}.
 ROWS = {}
+COLUMNS = ("`feature_extractor.type`", "classes", "input", "conversion s", "box diff", "score diff", "mask diff")
+COLUMNS += ("TensorFlow ms", "ONNX Runtime ms")
+README = ROOT / "README.md"
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_addoption(parser):
+    parser.addoption("--update-readme", action="store_true", help="put the table of models into README.md")
+
+
+def pytest_terminal_summary(terminalreporter, config):
     if not ROWS:
         return
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {model} | " + " | ".join(row) + " |" for model, row in ROWS.items()]
     terminalreporter.section("models against TensorFlow")
-    columns = ("classes", "input", "conversion s", "box diff", "score diff", "mask diff", "TensorFlow ms", "ORT ms")
-    terminalreporter.write_line("| model | " + " | ".join(columns) + " |")
-    terminalreporter.write_line("|---" * (len(columns) + 1) + "|")
-    for model, row in ROWS.items():
-        terminalreporter.write_line(f"| {model} | " + " | ".join(row) + " |")
+    for line in lines:
+        terminalreporter.write_line(line)
+    if config.getoption("--update-readme"):
+        begin, end = "<!-- models: make readme-table -->\n", "<!-- end -->"
+        before, rest = README.read_text(encoding="utf-8").split(begin)
+        table = "\n".join(lines)
+        README.write_text(f"{before}{begin}{table}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")

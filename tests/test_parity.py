@@ -61,8 +61,9 @@ def record_row(key, convert, reports, model, theirs, image):
     largest = (max(getattr(r, f"{part}_difference") for r in reports) for part in ("box", "score", "mask"))
     seconds = re.search(r"Converted in ([\d.]+) s", convert(key, "--batch_size", "dynamic")[1])[1]
     ROWS[model.metadata["source"]] = (
+        f"`{model.metadata['architecture']}`",
         str(model.metadata["num_classes"]),
-        f"{model.input.height}x{model.input.width}",
+        f"{model.input.height}x{model.input.width}{', keep aspect' if model.input.true_shape else ''}",
         seconds,
         *(f"{value:.1e}" for value in largest),
         *times,

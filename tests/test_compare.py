@@ -1,0 +1,186 @@
+"""compare_tf.py: who belongs to whom, what counts as agreement, and what the pages and pictures show."""
+
+import json
+
+import numpy as np
+import pytest
+from browser import open_page
+from conftest import DEMO, DEMO_MODEL, model_folder, need_shared
+from PIL import Image
+from test_coco import TRUTH, tiny_masks  # noqa: F401  (a fixture)
+
+import compare_tf
+from cli import UserError
+from detector import Detections
+
+
+def detections(*rows, masks=None):
+    """rows: (ymin, xmin, ymax, xmax, score, class)."""
+    rows = np.array(rows, np.float32).reshape(-1, 6)
+    return Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int32), masks)
+
+
+BOX = (0.1, 0.1, 0.5, 0.5)
+NEAR = (0.1, 0.1, 0.5, 0.52)
+FAR = (0.6, 0.6, 0.9, 0.9)
+
+
+def compared(theirs, ours, **options):
+    return compare_tf.compare_detections("a.jpg", theirs, ours, (100, 200), 0.3, **options)
+
+
+def test_partners_are_of_one_class_and_overlap():
+    theirs = detections((*BOX, 0.9, 1), (*FAR, 0.8, 2), (*BOX, 0.5, 3), (*FAR, 0.1, 4))
+    ours = detections((*NEAR, 0.85, 1), (*FAR, 0.8, 5), (*BOX, 0.28, 3), (*FAR, 0.2, 6))
+    found = compared(theirs, ours)
+    assert [(i, j) for i, j, _ in found.pairs] == [(0, 0), (2, 2)]  # 0.5 against 0.28: one side passes the threshold
+    assert found.pairs[0][2] == pytest.approx(0.4 * 0.4 / (0.4 * 0.42), abs=1e-4)
+    assert found.alone == ([1], [1])
+    assert found.classes_differ == 1
+    assert found.difference > compared(theirs, theirs).difference == 0
+
+
+def test_each_has_one_partner():
+    """Two detections on one object are not both partners of the same one; the surer chooses first."""
+    theirs = detections((*BOX, 0.9, 1), (*NEAR, 0.8, 1))
+    found = compared(theirs, detections((*NEAR, 0.9, 1)))
+    assert [(i, j) for i, j, _ in found.pairs] == [(0, 0)]
+    assert found.alone == ([1], [])
+    nothing = compared(detections(), detections())
+    assert (nothing.pairs, nothing.alone, nothing.difference) == ([], ([], []), 0)
+
+
+def test_masks_are_compared_as_they_are_pasted():
+    full, half = np.ones((1, 4, 4), np.float32), np.zeros((1, 4, 4), np.float32)
+    half[:, :, :2] = 1
+    pair = [detections((*BOX, 0.9, 1), masks=masks) for masks in (full, half)]
+    (iou,) = compared(*pair, mask_threshold=0.5).mask_ious
+    assert iou == pytest.approx(0.5, abs=0.03)
+    assert compared(pair[0], pair[0], mask_threshold=0.5).mask_ious == [1.0]
+
+
+def test_the_summary_and_its_verdict():
+    theirs = detections((*BOX, 0.95, 1), (*FAR, 0.45, 2))
+    near = detections((*BOX, 0.94, 1), (*FAR, 0.46, 2))
+    numbers = compare_tf.summarise([compared(theirs, near)] * 3, 0.3, 0.02)
+    assert numbers["passed"]
+    assert (numbers["partnered"], numbers["alone_in_tensorflow"], numbers["images"]) == (6, 0, 3)
+    assert numbers["largest_score_difference"] == pytest.approx(0.01, abs=1e-6)
+    assert [(band["from"], band["to"], band["partnered"]) for band in numbers["bands"]] == [
+        (0.3, 0.5, 3),
+        (0.5, 0.7, 0),
+        (0.7, 0.9, 0),
+        (0.9, 1.0, 3),
+    ]
+    assert not compare_tf.summarise([compared(theirs, near)], 0.3, 0.005)["passed"]
+    lonely = compare_tf.summarise([compared(theirs, near), compared(theirs, detections())], 0.3, 0.02)
+    assert not lonely["passed"]
+    assert lonely["share_alone"] == pytest.approx(2 / 6)
+    assert lonely["bands"][0]["alone"] == 1
+    assert compare_tf.summarise([compared(detections(), detections())], 0.3, 0.02)["passed"]
+
+
+def run(tmp_path, capsys, **changes):
+    """Runs the script on the demo; returns (status, what it printed, its numbers)."""
+    options = {"saved_model": DEMO_MODEL, "input": DEMO / "images", "output": tmp_path, **changes}
+    status = compare_tf.main([text for key, value in options.items() for text in (f"--{key}", str(value))])
+    return status, capsys.readouterr().out, json.loads((tmp_path / "comparison.json").read_text())
+
+
+def red_pixels(path):
+    """Pixels of the dashed frame's red, a wide margin for JPEG."""
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return int((np.abs(picture - [230, 0, 0]).max(axis=2) < 30).sum())
+
+
+def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
+    model = convert("demo", "--batch_size", "dynamic")[0]
+    status, printed, numbers = run(
+        tmp_path, capsys, engine=model, annotations=TRUTH, labels=DEMO_MODEL / "labels.txt", num_images=5
+    )
+    assert status == 0
+    assert "\nPASSED: " in printed
+    assert printed.splitlines()[-1].endswith(f"open {tmp_path / 'report.html'}")
+    assert numbers["images"] == 5
+    assert numbers["partnered"] >= 10
+    assert numbers["largest_score_difference"] < 1e-4
+    both = numbers["average_precision"]
+    assert both["TensorFlow"]["AP"] == pytest.approx(both["engine"]["AP"], abs=0.001)
+    assert both["engine"]["AP50"] > 0.7
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 5
+    wide, high = Image.open(tmp_path / "pictures" / "shapes_01.jpg").size
+    assert wide > 3 * 480  # TensorFlow, the engine, the ground truth
+    assert high > 640
+    text, pictures, broken, collapsed, too_wide = open_page(tmp_path / "report.html")
+    assert "PASSED" in text
+    assert f"partnered detections {numbers['partnered']}" in text
+    assert f"TensorFlow: AP, AP50 {both['TensorFlow']['AP']:.4f}" in text
+    assert "score, ONNX Runtime" in text  # the axis of the scatter plot
+    assert (pictures, broken, collapsed, too_wide) == (5, 0, 0, False)
+
+
+def test_a_model_that_differs_fails(convert, tmp_path, capsys):
+    """An engine whose threshold hides what TensorFlow finds: FAILED, and the pictures mark what is alone."""
+    agreeing = convert("demo", "--batch_size", "dynamic")[0]
+    run(tmp_path / "same", capsys, engine=agreeing, num_images=4)
+    cut = convert("demo", "--first_nms_threshold", "0.8")[0]
+    status, printed, numbers = run(tmp_path / "cut", capsys, engine=cut, num_images=4)
+    assert status == 1
+    assert "\nFAILED: " in printed
+    assert numbers["alone_in_tensorflow"] > 0
+    assert numbers["alone_in_engine"] == 0
+    names = [path.name for path in (tmp_path / "cut" / "pictures").glob("*.jpg")]
+    marked = sum(red_pixels(tmp_path / "cut" / "pictures" / name) for name in names)
+    assert marked > 500 + sum(red_pixels(tmp_path / "same" / "pictures" / name) for name in names)
+    text = open_page(tmp_path / "cut" / "report.html")[0]
+    assert "FAILED" in text
+    assert f"alone in TensorFlow {numbers['alone_in_tensorflow']}" in text
+
+
+def test_masks_of_the_tiny_model_agree(tiny_masks, tmp_path, capsys):  # noqa: F811
+    saved_model, model, annotations = tiny_masks
+    status, _, numbers = run(
+        tmp_path,
+        capsys,
+        engine=model,
+        saved_model=saved_model,
+        annotations=annotations,
+        detection_type="segmentation",
+        nms_threshold=0.05,
+    )
+    assert status == 0
+    assert numbers["smallest_mask_iou"] > 0.98
+    both = numbers["average_precision"]
+    for key in ("AP", "AP50"):
+        assert both["TensorFlow"][key] == pytest.approx(both["engine"][key], abs=0.001)
+
+
+def test_mistakes_are_named(convert, tmp_path, capsys):
+    model = convert("demo")[0]
+    for match, changes in (
+        ("gives no masks", {"detection_type": "segmentation"}),
+        ("--num_images 0", {"num_images": 0}),
+        ("no_model: no such folder", {"saved_model": tmp_path / "no_model"}),
+        ("missing.json: no such file", {"annotations": tmp_path / "missing.json"}),
+    ):
+        with pytest.raises(UserError, match=match):
+            run(tmp_path, capsys, engine=model, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_coco17_agrees_with_tensorflow(convert, coco_images, tmp_path, capsys):
+    """AP and AP50 of both sides on the 188 images, from the files: equal to the third digit, TensorFlow's 0.250 and 0.407."""
+    status, _, numbers = run(
+        tmp_path,
+        capsys,
+        engine=convert("fpnlite", "--batch_size", "dynamic")[0],
+        saved_model=model_folder("fpnlite"),
+        input=coco_images[0].parent,
+        annotations=need_shared("coco", "instances_val2017_subset.json"),
+    )
+    assert status == 0
+    assert numbers["partnered"] > 1000
+    both = numbers["average_precision"]
+    for key, known in (("AP", 0.250), ("AP50", 0.407)):
+        assert both["TensorFlow"][key] == pytest.approx(known, abs=0.001)
+        assert both["engine"][key] == pytest.approx(both["TensorFlow"][key], abs=0.001)
