@@ -26,7 +26,7 @@ import tf_graph
 from cli import UserError, make_folder, progress, run, warn, whole_file
 from detector import Detections, detect_image, open_detector
 from image_batcher import ImageError, find_images, load_image, result_names
-from visualize import draw_detections, mark_dashed, paste_mask, read_labels, side_by_side
+from visualize import draw_detections, paste_mask, read_labels, side_by_side
 
 # How far scores may be apart, and what share of the detections may lack a partner, by the engine's precision. FP32: two
 # orders of summation in a two-stage network differ by 0.013 (README); FP16 and INT8 round.
@@ -316,7 +316,9 @@ def draw_all(comparisons, truth, names, metadata, args, output):
             ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.alone, strict=True
         ):
             count = int((found.scores >= args.nms_threshold).sum())
-            title = f"{side}: {count} detections" + (f", {len(alone)} without partner" if alone else "")
+            title = f"{side}: {count} detection{'s' if count != 1 else ''}" + (
+                f", {len(alone)} without partner" if alone else ""
+            )
             panels[title] = draw_side(image, found, alone, names, args)
         if comparison.path in known:
             panels["ground truth"] = draw_truth(image, truth, known[comparison.path], names, metadata["class_offset"])
@@ -326,13 +328,18 @@ def draw_all(comparisons, truth, names, metadata, args, output):
 
 
 def draw_side(image, found, alone, names, args):
-    shown = found.above(args.nms_threshold)
-    boxes = shown.boxes * np.float32(image.shape[:2] * 2)
+    shown, pixels = found.above(args.nms_threshold), np.float32(image.shape[:2] * 2)
     masks = shown.masks if args.detection_type == "segmentation" else None
-    picture = draw_detections(image, boxes, shown.scores, shown.classes, names, masks, args.iou_threshold)
-    for index in alone:
-        mark_dashed(picture, found.boxes[index] * np.float32(image.shape[:2] * 2))
-    return picture
+    return draw_detections(
+        image,
+        shown.boxes * pixels,
+        shown.scores,
+        shown.classes,
+        names,
+        masks,
+        args.iou_threshold,
+        dashed=found.boxes[alone] * pixels,
+    )
 
 
 def draw_truth(image, truth, image_id, names, class_offset):
@@ -362,17 +369,18 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
         picture = report.shrink(report.Image.open(output / "pictures" / f"{titles[i]}.jpg"), 1400)
         figures.append((picture, f"{comparisons[i].path.name}: difference {comparisons[i].difference:.3g}"))
     columns = ("TensorFlow's score", "partnered", "alone", "largest score difference", "median")
+    side_by_side_part = report.section(
+        "Side by side",
+        report.pictures(figures, 1),
+        note=f"Most difference first, {len(figures)} of {len(comparisons)}; a dashed frame marks a detection without partner."
+        " All of them are in the folder pictures.",
+    )
     parts = [
         report.verdict(numbers["passed"], text),
         report.section("Numbers", report.table(("", ""), rows(numbers), "numbers")),
         report.section("By score", report.table(columns, bands, "bands")),
         report.section("Score and overlap", report.plots(scatter(comparisons, args.runtime), histogram(comparisons))),
-        report.section(
-            "Side by side",
-            report.pictures(figures, 1),
-            note=f"Most difference first, {len(figures)} of {len(comparisons)}; a dashed frame marks a detection without"
-            " partner. All of them are in the folder pictures.",
-        ),
+        *([side_by_side_part] if figures else []),
     ]
     subtitle = f"{metadata['source']}: {args.saved_model} against {args.engine} on {args.input}"
     report.write_page(path, "TensorFlow against the converted model", subtitle, parts)

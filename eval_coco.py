@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="leave out weaker detections; default: 0",
     )
     add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
-    add("-b", "--batch_size", type=int, metavar="N", help="images at a time, of a dynamic model; default: 8")
+    add("-b", "--batch_size", type=int, metavar="N", help="images at a time, of a dynamic model; default: 8, of a two-stage model 1")
     add(
         "--pictures", type=int, default=12, metavar="N", help="misses and false alarms shown in the report; default: 12"
     )
@@ -164,8 +164,9 @@ def process_pool(workers):
 def batch_size(detector, args):
     """Images at a time: what a fixed model takes, or --batch_size. Raises UserError where the model cannot."""
     fixed, most = detector.input.batch, getattr(detector, "most", None)
-    if args.batch_size is None:
-        return fixed or min(8, most or 8)
+    if args.batch_size is None:  # a two-stage model's crops fill gigabytes at 8 images
+        usual = 1 if detector.metadata["meta_architecture"] == "faster_rcnn" else 8
+        return fixed or min(usual, most or usual)
     limit = fixed or most
     if args.batch_size < 1 or (limit and args.batch_size > limit):
         raise UserError(
@@ -207,17 +208,20 @@ def write_report(path, args, metadata, evaluation, truth, evaluated):
         report.section(
             "Classes", report.table(("class", "objects", "AP", "AP50"), rows, "classes"), note="Best first."
         ),
-        report.section(
-            "Worst misses",
-            mistakes(evaluation.missed[: args.pictures], files, truth, "share of the image"),
-            note=f"The largest objects that no detection of their class from {coco.SEEN} on overlaps by half.",
-        ),
-        report.section(
-            "Worst false alarms",
-            mistakes(evaluation.false_alarms[: args.pictures], files, truth, "score"),
-            note="The surest detections that overlap no object of their class by half.",
-        ),
     ]
+    if args.pictures:
+        parts += [
+            report.section(
+                "Worst misses",
+                mistakes(evaluation.missed[: args.pictures], files, truth, "share of the image"),
+                note=f"The largest objects that no detection of their class from {coco.SEEN} on overlaps by half.",
+            ),
+            report.section(
+                "Worst false alarms",
+                mistakes(evaluation.false_alarms[: args.pictures], files, truth, "score"),
+                note="The surest detections that overlap no object of their class by half.",
+            ),
+        ]
     subtitle = (
         f"{metadata['source']}, {args.engine}: {len(evaluated)} images of {args.input}, {Path(args.annotations).name}"
     )

@@ -87,10 +87,11 @@ def _blend_masks(image, masks, boxes, classes, order, threshold):
     return image
 
 
-def draw_detections(image, boxes, scores, classes, names, masks=None, mask_threshold=0.5, with_scores=True):
+def draw_detections(image, boxes, scores, classes, names, masks=None, mask_threshold=0.5, with_scores=True, dashed=()):
     """Draws boxes [N, 4] yxyx in pixels on RGB [H, W, 3]; scores [N] and classes [N] (0-based) label them.
 
-    masks: [N, h, w], each over its box, or None. with_scores: write the scores too. Returns a Pillow image. Line width and text follow the image's size;
+    masks: [N, h, w], each over its box, or None. with_scores: write the scores too. dashed: boxes
+    that get a frame to be noticed (mark_dashed). Returns a Pillow image. Line width and text follow the image's size;
     better detections are drawn over worse ones.
     """
     image = np.ascontiguousarray(image)
@@ -104,6 +105,8 @@ def draw_detections(image, boxes, scores, classes, names, masks=None, mask_thres
     order = np.argsort(scores, kind="stable")
     for i in order:
         _draw_box(draw, boxes[i], class_colour(int(classes[i])), line)
+    for box in dashed:
+        mark_dashed(picture, box)
     taken = []
     for i in order[::-1]:
         label = int(classes[i])
@@ -150,7 +153,7 @@ def mark_dashed(picture, box):
 def side_by_side(panels):
     """Pictures of one size next to each other, each under its title. panels: {title: Pillow image}."""
     width, height = next(iter(panels.values())).size
-    font = _font(max(12, round(width / 32)))
+    font = _font(max(12, round(width / 26)))
     bar, gap = round(1.8 * font.size), max(4, width // 120)
     sheet = Image.new("RGB", (len(panels) * (width + gap) - gap, height + bar), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
