@@ -54,7 +54,13 @@ def parse_args(argv=None):
         help="leave out weaker detections; default: 0",
     )
     add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
-    add("-b", "--batch_size", type=int, metavar="N", help="images at a time, of a dynamic model; default: 8, of a two-stage model 1")
+    add(
+        "-b",
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help="images at a time, of a dynamic model; default: 8, of a two-stage model 1",
+    )
     add(
         "--pictures", type=int, default=12, metavar="N", help="misses and false alarms shown in the report; default: 12"
     )
