@@ -1,6 +1,8 @@
 """One interface to a converted model, whatever runs it: `input` says what it takes, `infer(batch)` gives detections."""
 
+import concurrent.futures
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,8 @@ class OnnxDetector:
         model = model or onnx_utils.load(path)
         self.metadata = onnx_utils.read_metadata(model, path)
         self.input = input_spec(self.metadata)
+        self.busy_seconds = 0.0  # spent in the network
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -93,6 +97,19 @@ class OnnxDetector:
         true_shapes: [n, 2] height and width of the images within padded inputs (image_batcher.Placement.true_shape);
         None: they fill them.
         """
+        begun = time.perf_counter()
+        found = self._run(batch, true_shapes)
+        self.busy_seconds += time.perf_counter() - begun
+        return found
+
+    def start(self, batch, true_shapes=None):
+        """Like infer, but returns at once; `finish` takes what this returns and gives the Detections. In order."""
+        return self._thread.submit(self.infer, batch, true_shapes)
+
+    def finish(self, ticket):
+        return ticket.result()
+
+    def _run(self, batch, true_shapes):
         given, feed = len(batch), {self.input.name: arrange(batch, self.input)}
         if self.input.true_shape:
             feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
@@ -100,6 +117,7 @@ class OnnxDetector:
         return split_detections(outputs, given)
 
     def close(self):
+        self._thread.shutdown(cancel_futures=True)
         self._session = None
 
     def __enter__(self):

@@ -24,7 +24,8 @@ import coco
 import report
 from cli import UserError, make_folder, progress, run, warn, whole_file
 from detector import open_detector
-from image_batcher import ImageBatcher, find_images, load_image
+from image_batcher import find_images, load_image
+from pipeline import choose_batch_size, detect_files
 from visualize import mark_box
 
 # Above this score threshold detections are missing that average precision counts.
@@ -131,33 +132,36 @@ def detect(detector, known, args):
     Returns (COCO results, those of `known` that could be read, seconds). Decoding goes on in threads ahead of the network,
     masks are pasted in processes behind it.
     """
-    size = batch_size(detector, args)
-    batcher = ImageBatcher(known, detector.metadata["resizer"], size)
+    usual = 1 if detector.metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
+    size = choose_batch_size(detector, args.batch_size, usual)
     masks = args.detection_type == "segmentation"
+    workers = max(1, (os.cpu_count() or 2) - 1)
     to_results = functools.partial(
         coco.results_of,
         class_offset=detector.metadata["class_offset"],
         mask_threshold=args.iou_threshold if masks else None,
     )
     results, evaluated, started = [], {}, time.perf_counter()
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    waiting = collections.deque()
     with progress(known, unit="image") as bar, process_pool(workers if masks else 0) as pool:
-        for batch in batcher:
-            found = detector.infer(batch.tensor, batch.true_shapes)
-            for path, placement, detections in zip(batch.paths, batch.placements, found, strict=True):
-                evaluated[path] = known[path]
-                task = detections.above(args.nms_threshold), known[path], (placement.height, placement.width)
-                if not masks:
-                    results += to_results(*task)
-                    continue
-                waiting.append(pool.submit(to_results, *task))
-                while len(waiting) > 4 * workers:
-                    results += waiting.popleft().result()
-            bar.update(len(batch.paths))
-        while waiting:
-            results += waiting.popleft().result()
+
+        def work(path, _, placement, found):
+            task = found.above(args.nms_threshold), known[path], (placement.height, placement.width)
+            return pool.submit(to_results, *task) if masks else to_results(*task)
+
+        waiting = collections.deque()
+        for path, found in detect_files(detector, list(known), size, work, None, 0):
+            evaluated[path] = known[path]
+            waiting.append(found)
+            while len(waiting) > 4 * workers:
+                results += _value(waiting.popleft())
+            bar.update()
+        for found in waiting:
+            results += _value(found)
     return results, evaluated, time.perf_counter() - started
+
+
+def _value(found):
+    return found.result() if isinstance(found, concurrent.futures.Future) else found
 
 
 def process_pool(workers):
@@ -165,20 +169,6 @@ def process_pool(workers):
     if not workers:
         return concurrent.futures.ThreadPoolExecutor(1)
     return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-
-
-def batch_size(detector, args):
-    """Images at a time: what a fixed model takes, or --batch_size. Raises UserError where the model cannot."""
-    fixed, most = detector.input.batch, getattr(detector, "most", None)
-    if args.batch_size is None:  # a two-stage model's crops fill gigabytes at 8 images
-        usual = 1 if detector.metadata["meta_architecture"] == "faster_rcnn" else 8
-        return fixed or min(usual, most or usual)
-    limit = fixed or most
-    if args.batch_size < 1 or (limit and args.batch_size > limit):
-        raise UserError(
-            f"--batch_size {args.batch_size}: {args.engine} takes 1 to {limit or 'any number of'} images at a time"
-        )
-    return args.batch_size
 
 
 def write_results(output, args, metadata, evaluation, results, evaluated):

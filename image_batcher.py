@@ -17,6 +17,11 @@ from PIL import Image
 
 from cli import UserError, warn
 
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 # Rows of output per step of the resize: the few hundred kB it touches stay in the processor's cache.
 BLOCK_ROWS = 64
@@ -83,6 +88,8 @@ def load_image(path):
     try:
         if os.path.getsize(path) == 0:
             raise ImageError("the file is empty")
+        if (image := _decode_jpeg(path)) is not None:
+            return image
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
@@ -96,6 +103,25 @@ def load_image(path):
         raise ImageError("it is not an image that Pillow reads") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(str(error).strip() or type(error).__name__) from error
+
+
+def _decode_jpeg(path):
+    """A JPEG of the usual kind by simplejpeg, half as long again as fast as Pillow and bit for bit the same (both are
+    libjpeg-turbo); None for any other file, and where simplejpeg is not installed."""
+    if simplejpeg is None:
+        return None
+    with open(path, "rb") as file:
+        data = file.read(2)
+        if data != b"\xff\xd8":
+            return None
+        data += file.read()
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None  # broken: Pillow says how
 
 
 def _to_rgb(image):
@@ -203,13 +229,14 @@ class ImageBatcher:
         self.paths, self.resizer, self.batch_size = list(paths), resizer, batch_size
         self.threads, self.ahead = threads or min(8, os.cpu_count() or 1), ahead
         self.skipped = 0
-        self.decode_seconds = 0.0  # spent in all threads together, resizing included
+        self.decode_seconds = self.resize_seconds = 0.0  # spent in all threads together
 
     def _prepare(self, path):
         begun = time.perf_counter()
         image = load_image(path)
+        decoded = time.perf_counter()
         tensor, placement = preprocess(image, self.resizer)
-        return path, image, tensor, placement, time.perf_counter() - begun
+        return path, image, tensor, placement, (decoded - begun, time.perf_counter() - decoded)
 
     def _images(self):
         """Yields (path, image, tensor, placement) of the readable files in order."""
@@ -224,7 +251,8 @@ class ImageBatcher:
                     path, future = waiting.popleft()
                     try:
                         *item, seconds = future.result()
-                        self.decode_seconds += seconds
+                        self.decode_seconds += seconds[0]
+                        self.resize_seconds += seconds[1]
                         yield item
                     except ImageError as error:
                         self.skipped += 1

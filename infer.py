@@ -2,19 +2,29 @@
 
     python infer.py --engine model.onnx --input photos --output results
     python infer.py --engine model.onnx --input photo.jpg --output results --labels labels.txt --nms_threshold 0.5
+    python infer.py --engine engine.trt --input photos --benchmark --batch_size 8
 
 Each line of NAME.tsv is a detection: xmin, ymin, xmax, ymax (pixels of the original image), score, class (0-based: the
 line of the labels file). Exit status 1 if an image could not be read.
 """
 
 import argparse
+import concurrent.futures
+import itertools
+import os
+import sys
 import time
 from pathlib import Path
 
 from cli import UserError, make_folder, progress, run, whole_file
 from detector import open_detector
 from image_batcher import ImageBatcher, find_images, result_names
+from pipeline import Times, choose_batch_size, detect_files
 from visualize import draw_detections, read_labels
+
+# JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.
+JPEG_QUALITY = 92
+WRITERS = min(8, os.cpu_count() or 1)
 
 
 def parse_args(argv=None):
@@ -22,7 +32,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
     add("-i", "--input", required=True, help="an image or a folder of images (jpg, jpeg, png, bmp)")
-    add("-o", "--output", required=True, help="folder for the results; created if need be")
+    add("-o", "--output", help="folder for the results; created if need be")
     add("-l", "--labels", help="text file, one class name a line; default: COCO's names for a model of 90 classes")
     add(
         "-t",
@@ -34,6 +44,21 @@ def parse_args(argv=None):
     )
     add("--detection_type", choices=["bbox", "segmentation"], default="bbox", help="draw boxes, or masks too")
     add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
+    add("-b", "--batch_size", type=int, metavar="N", help="images at a time, of a dynamic model; default: 1")
+    add(
+        "--format",
+        choices=["jpg", "png"],
+        default="jpg",
+        help="of the pictures; png loses nothing and takes 20 times as long",
+    )
+    add("--benchmark", action="store_true", help="write nothing; measure each stage and how they overlap")
+    add(
+        "--benchmark_images",
+        type=int,
+        default=500,
+        metavar="N",
+        help="images of a benchmark, the input repeated; default: 500",
+    )
     add("--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
     return parser.parse_args(argv)
 
@@ -46,13 +71,19 @@ def write_results(path, boxes, scores, classes):
 
 
 def write_picture(path, picture):
+    options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
     with whole_file(path) as temporary:
-        picture.save(temporary, compress_level=1)  # a photo packs hardly better at higher levels, only slower
+        picture.save(temporary, **options)
 
 
 def main(argv=None):
     args = parse_args(argv)
     files = find_images(args.input)
+    if args.benchmark:
+        with open_detector(args.engine) as detector:
+            return benchmark(detector, files, args)
+    if not args.output:
+        raise UserError("--output: name a folder for the results")
     source = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
     if Path(args.output).resolve() == source.resolve():
         raise UserError(
@@ -62,46 +93,99 @@ def main(argv=None):
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         labels = read_labels(args.labels, detector.metadata["num_classes"])
+        size = choose_batch_size(detector, args.batch_size, 1)
         output = make_folder(args.output)
-        mask_threshold = args.iou_threshold if args.detection_type == "segmentation" else None
-        return process(detector, files, output, labels, args.nms_threshold, mask_threshold)
+        return process(detector, files, size, output, labels, args)
 
 
-def process(detector, files, output, labels, threshold, mask_threshold):
-    """Runs `detector` on `files`, writes their results into the folder `output`, prints the rates; returns the status.
-
-    threshold: detections that score less are left out. mask_threshold: draw masks from this value on; None: no masks.
-    """
+def process(detector, files, batch_size, output, labels, args):
+    """Runs `detector` on `files`, writes their results into the folder `output`, prints the rates; returns the status."""
     names = dict(zip(files, result_names(files), strict=True))
-    batcher = ImageBatcher(files, detector.metadata["resizer"], detector.input.batch or 1)
-    done, inference, drawing, started = 0, 0.0, 0.0, time.perf_counter()
-    bar = progress(files, unit="image")
-    for batch in batcher:
-        begun = time.perf_counter()
-        results = detector.infer(batch.tensor, batch.true_shapes)
-        inferred = time.perf_counter()
-        for path, image, placement, found in zip(batch.paths, batch.images, batch.placements, results, strict=True):
-            found = found.above(threshold)
-            boxes = found.boxes * placement.size
-            write_results(output / f"{names[path]}.tsv", boxes, found.scores, found.classes)
-            masks = None if mask_threshold is None else found.masks
-            picture = draw_detections(image, boxes, found.scores, found.classes, labels, masks, mask_threshold)
-            write_picture(output / f"{names[path]}.png", picture)
-            bar.update()
-        inference += inferred - begun
-        drawing += time.perf_counter() - inferred
-        done += len(batch.paths)
-    bar.close()
+    masks_from = args.iou_threshold if args.detection_type == "segmentation" else None
+
+    written = []
+
+    def write(path, image, placement, found):
+        found = found.above(args.nms_threshold)
+        boxes = found.boxes * placement.size
+        write_results(output / f"{names[path]}.tsv", boxes, found.scores, found.classes)
+        masks = None if masks_from is None else found.masks
+        picture = draw_detections(image, boxes, found.scores, found.classes, labels, masks, masks_from)
+        write_picture(output / f"{names[path]}.{args.format}", picture)
+        written.append(path)
+
+    times, started = Times(), time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool, progress(files, unit="image") as bar:
+        done = detect_files(detector, files, batch_size, write, pool, WRITERS, times)
+        try:
+            for _ in done:
+                bar.update()
+        except KeyboardInterrupt:
+            done.close()
+            pool.shutdown()
+            print(f"stopped: the results of {len(written)} of {len(files)} images are in {output}", file=sys.stderr)
+            return 130
     seconds = time.perf_counter() - started
-    if not done:
+    if not times.images:
         raise UserError(f"none of the {len(files)} images could be read; nothing was written")
-    ms = {"decode": batcher.decode_seconds, "inference": inference, "drawing": drawing}
-    stages = ", ".join(f"{name} {1000 * value / done:.1f} ms" for name, value in ms.items())
-    print(f"{done} images in {seconds:.1f} s: {done / seconds:.1f} images/s; per image: {stages}")
-    if batcher.skipped:
-        print(f"{batcher.skipped} of {len(files)} images were skipped (see the warnings)")
-    print(f"Wrote {done} pictures (.png) and tables (.tsv) to {output}. Next: look at {output / names[files[0]]}.png")
-    return 1 if batcher.skipped else 0
+    print(
+        f"{times.images} images in {seconds:.1f} s: {times.images / seconds:.1f} images/s; per image: {stages(times)}"
+    )
+    if times.skipped:
+        print(f"{times.skipped} of {len(files)} images were skipped (see the warnings)")
+    first = output / f"{names[files[0]]}.{args.format}"
+    print(f"Wrote {times.images} pictures (.{args.format}) and tables (.tsv) to {output}. Next: look at {first}")
+    return 1 if times.skipped else 0
+
+
+def stages(times):
+    """Milliseconds per image of each stage; they overlap."""
+    ms = {"decode": times.decode, "resize": times.resize, "network": times.network, "results": times.work}
+    return ", ".join(f"{name} {1000 * value / times.images:.1f} ms" for name, value in ms.items())
+
+
+def benchmark(detector, files, args):
+    """Prints what each stage takes, what it could do alone, and how near the whole comes to the slowest of them."""
+    size = choose_batch_size(detector, args.batch_size, 1)
+    count = max(size, args.benchmark_images)
+    repeated = list(itertools.islice(itertools.cycle(files), count))
+    decoder, network = decoder_limit(detector, repeated, size), network_limit(detector, repeated, size)
+    times, begun = Times(), time.perf_counter()
+    for _ in detect_files(detector, repeated, size, lambda *item: item[3].above(args.nms_threshold), None, 0, times):
+        pass
+    seconds = time.perf_counter() - begun
+    if not times.images:
+        raise UserError(f"none of the {len(files)} images could be read")
+    whole, lower = times.images / seconds, min(decoder, network)
+    busy = times.decode + times.resize + times.network + times.work
+    print(f"{times.images} images of {args.input}, {size} at a time, {args.engine} on {detector.runtime}")
+    print(f"per image: {stages(times)}; {busy / seconds:.2f} stages at work at a time")
+    print(f"end to end            {whole:8.1f} images/s")
+    print(f"network alone         {network:8.1f} images/s")
+    print(f"decode and resize     {decoder:8.1f} images/s")
+    print(f"{100 * whole / lower:.0f} % of the lower limit. Nothing was written. Next: infer.py with --output")
+    return 0
+
+
+def decoder_limit(detector, files, size):
+    """Images per second that are decoded, resized and put into batches, with nothing else to do."""
+    begun, count = time.perf_counter(), 0
+    for batch in ImageBatcher(files, detector.metadata["resizer"], size):
+        count += len(batch.paths)
+    return count / (time.perf_counter() - begun)
+
+
+def network_limit(detector, files, size):
+    """Images per second of the network alone, copies and postprocessing included, on one batch again and again."""
+    batch = next(iter(ImageBatcher(files[: 4 * size], detector.metadata["resizer"], size)), None)
+    if batch is None:
+        return float("inf")
+    detector.infer(batch.tensor, batch.true_shapes)
+    begun, rounds = time.perf_counter(), 0
+    while rounds * size < len(files):
+        detector.infer(batch.tensor, batch.true_shapes)
+        rounds += 1
+    return rounds * size / (time.perf_counter() - begun)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Tensor-name API only, which TensorRT 8.6, 10 and 11 share (TensorRT developer gu
 
 import ctypes
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from cli import UserError
 from detector import arrange, arrange_true_shapes, input_spec, split_detections
 
 REBUILD = "build it here with build_engine.py"
+# Batches that may be under way: one is computed while the results of the one before are taken and the next is copied.
+SLOTS = 2
 INSTALL = "pip install -r requirements-gpu.txt"
 
 
@@ -83,7 +86,8 @@ class TrtDetector:
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
         self._gpu = GpuContext(self._cuda)
         self._gpu.__enter__()
-        self._graphs, self._buffers, self._context, self._engine = {}, {}, None, None
+        self._graphs, self._slots, self._context, self._engine = {}, [], None, None
+        self._turn, self._ended, self.busy_seconds = 0, 0.0, 0.0
         try:
             self._load(data)
         except BaseException:
@@ -113,19 +117,19 @@ class TrtDetector:
         self._outputs = [name for name in names if mode(name) != given]
         self.most = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
         try:
-            for name in names:
-                self._allocate(name)
+            for _ in range(SLOTS):
+                self._slots.append({})
+                for name in names:
+                    self._slots[-1][name] = self._allocate(name)
         except cuda.MemoryError as error:
             raise UserError(f"--engine {self._path}: too little GPU memory; build it for a smaller --batch") from error
 
     def _allocate(self, name):
-        """Memory for `most` images, in page-locked memory here and on the GPU."""
+        """Memory for `most` images: page-locked here, and on the GPU."""
         dtype = self._trt.nptype(self._engine.get_tensor_dtype(name))
         shape = tuple(self._engine.get_tensor_shape(name))
         host = self._cuda.pagelocked_empty((self.most, *shape[1:]), dtype)
-        device = self._cuda.mem_alloc(host.nbytes)
-        self._buffers[name] = host, device
-        self._context.set_tensor_address(name, int(device))
+        return host, self._cuda.mem_alloc(host.nbytes)
 
     def shapes(self):
         """{tensor name: shape} of the engine, -1 where the batch is open."""
@@ -137,43 +141,62 @@ class TrtDetector:
         true_shapes: [n, 2] height and width of the images within padded inputs (image_batcher.Placement.true_shape);
         None: they fill them.
         """
-        given = len(batch)
+        return self.finish(self.start(batch, true_shapes))
+
+    def start(self, batch, true_shapes=None):
+        """Like infer, but returns when the work is queued; `finish` takes what this returns and gives the Detections.
+
+        In order, and at most SLOTS at a time: each has its own buffers.
+        """
+        begun, given = time.perf_counter(), len(batch)
         if given > self.most:
             raise ValueError(f"the engine takes at most {self.most} images at a time, not {given}")
         feed = {self.input.name: arrange(batch, self.input)}
         if self.input.true_shape:
             feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
         size = len(feed[self.input.name])
+        slot, self._turn = self._turn, (self._turn + 1) % SLOTS
+        buffers = self._slots[slot]
         for name, array in feed.items():
-            host, device = self._buffers[name]
+            host, device = buffers[name]
             host[:size] = array
             self._cuda.memcpy_htod_async(device, host[:size], self._stream)
-        self._execute(size)
-        results = {}
+        self._execute(slot, size)
         for name in self._outputs:
-            host, device = self._buffers[name]
-            results[name] = host[:size]
-            self._cuda.memcpy_dtoh_async(results[name], device, self._stream)
-        self._stream.synchronize()
-        return split_detections({name: array.copy() for name, array in results.items()}, given)
+            host, device = buffers[name]
+            self._cuda.memcpy_dtoh_async(host[:size], device, self._stream)
+        done = self._cuda.Event()
+        done.record(self._stream)
+        return slot, size, given, done, begun
 
-    def _execute(self, size):
-        """Runs the network on `size` images in the device buffers: a CUDA graph, captured at the first call for a size."""
-        if size not in self._graphs:
-            for name in self._inputs:
-                self._context.set_input_shape(name, (size, *self._buffers[name][0].shape[1:]))
+    def finish(self, ticket):
+        slot, size, given, done, begun = ticket
+        done.synchronize()
+        results = {name: self._slots[slot][name][0][:size].copy() for name in self._outputs}
+        ended = time.perf_counter()
+        self.busy_seconds += ended - max(begun, self._ended)
+        self._ended = ended
+        return split_detections(results, given)
+
+    def _execute(self, slot, size):
+        """Runs the network on `size` images in a slot's buffers: a CUDA graph, captured at the first call for them."""
+        if (slot, size) not in self._graphs:
+            self._bind(slot, size)
             self._enqueue()  # the first run of a shape allocates, which cannot be captured
             self._stream.synchronize()
-            self._graphs[size] = CudaGraph.capture(self._stream, self._enqueue)
-            self._shape = size
-        if self._graphs[size]:
-            self._graphs[size].launch()
-            return
-        if self._shape != size:
-            for name in self._inputs:
-                self._context.set_input_shape(name, (size, *self._buffers[name][0].shape[1:]))
-            self._shape = size
-        self._enqueue()
+            self._graphs[slot, size] = CudaGraph.capture(self._stream, self._enqueue)
+        if graph := self._graphs[slot, size]:
+            graph.launch()
+        else:
+            self._bind(slot, size)
+            self._enqueue()
+
+    def _bind(self, slot, size):
+        """Points the context at a slot's buffers, with `size` images in them."""
+        for name, (host, device) in self._slots[slot].items():
+            self._context.set_tensor_address(name, int(device))
+            if name in self._inputs:
+                self._context.set_input_shape(name, (size, *host.shape[1:]))
 
     def _enqueue(self):
         if not self._context.execute_async_v3(self._stream.handle):
@@ -184,24 +207,20 @@ class TrtDetector:
 
         Returns (median ms, 99th percentile ms, whether a CUDA graph was replayed).
         """
-        cuda = self._cuda
-        self._execute(size)
-        captured = graph and self._graphs[size] is not None
-        if not captured:
-            for name in self._inputs:
-                self._context.set_input_shape(name, (size, *self._buffers[name][0].shape[1:]))
-        run = self._graphs[size].launch if captured else self._enqueue
+        self._execute(0, size)
+        captured = graph and self._graphs[0, size] is not None
+        self._bind(0, size)
+        run = self._graphs[0, size].launch if captured else self._enqueue
         for _ in range(20):
             run()
         times = []
         for _ in range(runs):
-            begin, end = cuda.Event(), cuda.Event()
+            begin, end = self._cuda.Event(), self._cuda.Event()
             begin.record(self._stream)
             run()
             end.record(self._stream)
             end.synchronize()
             times.append(end.time_since(begin))
-        self._shape = size
         return float(np.median(times)), float(np.percentile(times, 99)), captured
 
     def profile(self, size, runs=20):
@@ -215,9 +234,7 @@ class TrtDetector:
             def report_layer_time(self, name, ms):
                 times[name] = times.get(name, 0.0) + ms
 
-        for name in self._inputs:
-            self._context.set_input_shape(name, (size, *self._buffers[name][0].shape[1:]))
-        self._shape = size
+        self._bind(0, size)
         self._enqueue()
         self._stream.synchronize()
         self._context.profiler = Profiler()
@@ -229,10 +246,11 @@ class TrtDetector:
     def close(self):
         for graph in filter(None, self._graphs.values()):
             graph.free()
-        for _, device in self._buffers.values():
-            device.free()
+        for buffers in self._slots:
+            for _, device in buffers.values():
+                device.free()
         # The order matters: a context outlives neither its engine nor the CUDA context.
-        self._graphs, self._buffers, self._context, self._stream = {}, {}, None, None
+        self._graphs, self._slots, self._context, self._stream = {}, [], None, None
         self._engine = self._runtime = None
         if self._gpu:
             self._gpu.__exit__()

@@ -27,7 +27,7 @@ def test_pictures_and_tables(convert, detector, tmp_path):
     model, _ = convert("demo")
     process = command(
         *("--engine", model, "--input", DEMO / "images", "--output", tmp_path / "out", "--labels", LABELS),
-        *("--preprocessor", "anything", "--nms_threshold", "0.4"),
+        *("--preprocessor", "anything", "--nms_threshold", "0.4", "--format", "png"),
         script="infer.py",
     )
     assert process.returncode == 0, process.stderr
@@ -69,8 +69,8 @@ def test_two_inputs_with_one_stem_and_bad_files(convert, tmp_path):
     assert "c.jpg: skipped" in process.stderr
     assert "d.png: skipped" in process.stderr
     assert "2 of 5 images were skipped" in process.stdout
-    pictures = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
-    assert pictures == ["a.PNG.png", "a.jpg.png", "b.png"]
+    pictures = sorted(p.name for p in (tmp_path / "out").glob("*.jpg"))
+    assert pictures == ["a.PNG.jpg", "a.jpg.jpg", "b.jpg"]
 
 
 def test_result_names_do_not_collide(tmp_path):

@@ -1,0 +1,218 @@
+"""The pipeline of infer.py and eval_coco.py: order, errors that name the file, Ctrl-C, memory that stays flat."""
+
+import concurrent.futures
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import DEMO, ROOT
+
+import image_batcher
+import infer
+import parity
+from cli import UserError
+from detector import detect_image, open_detector
+from image_batcher import load_image
+from pipeline import Times, choose_batch_size, detect_files
+
+PICTURES = sorted((DEMO / "images").glob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def model(convert):
+    return convert("demo", "--batch_size", "dynamic")[0]
+
+
+@pytest.fixture(scope="module")
+def demo_detector(model):
+    with open_detector(model) as detector:
+        yield detector
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("workers", [0, 4])
+def test_results_come_in_order_and_are_the_images_own(demo_detector, size, workers):
+    files = [*PICTURES, *PICTURES[::-1], PICTURES[0]]
+    wanted = {path: detect_image(demo_detector, load_image(path)) for path in PICTURES}
+    pause = itertools.cycle((0.02, 0, 0.01))
+
+    def work(path, image, placement, found):
+        time.sleep(next(pause))  # the later are done sooner
+        return image.shape[:2] == (placement.height, placement.width), found
+
+    times = Times()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(detect_files(demo_detector, files, size, work, pool if workers else None, workers, times))
+    assert [path for path, _ in results] == files
+    for path, (right, found) in results:
+        report = parity.match_by_rank(wanted[path], found)
+        assert right
+        assert (report.unmatched, report.compared) == (0, len(found.scores))
+    assert times.images == len(files)
+    assert min(times.decode, times.resize, times.network, times.work) > 0
+
+
+def test_few_images_are_in_memory_at_a_time(demo_detector):
+    """However slow the work is, the stages before wait for it."""
+    alive, most, lock = [0], [0], threading.Lock()
+    files = PICTURES * 20
+    begun = iter(files)
+
+    def work(*_):
+        with lock:
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+        time.sleep(0.005)
+        with lock:
+            alive[0] -= 1
+
+    read = []
+    original = image_batcher.load_image
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_batcher, "load_image", lambda path: read.append(path) or original(path))
+        done = detect_files(demo_detector, files, 2, work, pool, 2)
+        for _ in range(10):
+            next(done)
+        assert len(read) < 60
+        done.close()
+    assert most[0] <= 2
+    assert next(begun) == files[0]
+
+
+def test_an_error_stops_everything_and_names_the_file(demo_detector):
+    before = threading.active_count()
+
+    def work(path, *_):
+        if path == PICTURES[3]:
+            raise OSError("disk full")
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+        pytest.raises(UserError, match=r"shapes_04\.jpg: .*disk full"),
+    ):
+        list(detect_files(demo_detector, PICTURES * 10, 2, work, pool, 2))
+    with (
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+        pytest.raises(UserError, match=r"the network failed on .*shapes_01\.jpg"),
+    ):
+        list(detect_files(demo_detector, PICTURES[:1], 1, work, pool, 2)) if break_network(demo_detector) else None
+    demo_detector.__dict__.pop("start")
+    time.sleep(0.2)
+    assert threading.active_count() <= before + 1
+    assert len(list(detect_files(demo_detector, PICTURES[:3], 2, lambda *_: None, None, 0))) == 3
+
+
+def break_network(detector):
+    """Makes the detector get batches of a wrong shape, which ONNX Runtime or its wrapper refuses."""
+    start = type(detector).start
+    detector.start = lambda batch, true_shapes: start(detector, batch[:, :-1], true_shapes)
+    return True
+
+
+def test_broken_images_are_skipped(demo_detector, tmp_path, capsys):
+    shutil.copy(PICTURES[0], tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(PICTURES[1].read_bytes()[:3000])
+    shutil.copy(PICTURES[2], tmp_path / "c.jpg")
+    times = Times()
+    files = sorted(tmp_path.iterdir())
+    done = [path.name for path, _ in detect_files(demo_detector, files, 2, lambda *_: None, None, 0, times)]
+    assert (done, times.skipped) == (["a.jpg", "c.jpg"], 1)
+    assert "b.jpg: skipped" in capsys.readouterr().err
+
+
+def test_simplejpeg_and_pillow_decode_alike(tmp_path, monkeypatch):
+    from PIL import Image
+
+    files = list(PICTURES)
+    for mode, options in (("L", {}), ("RGB", {"progressive": True}), ("RGB", {"subsampling": 0}), ("CMYK", {})):
+        files.append(tmp_path / f"{len(files)}.jpg")
+        Image.open(PICTURES[0]).convert(mode).save(files[-1], **options)
+    assert image_batcher.simplejpeg is not None
+    fast = [load_image(path) for path in files]
+    assert [image_batcher._decode_jpeg(path) is not None for path in files] == [True] * (len(files) - 1) + [False]
+    monkeypatch.setattr(image_batcher, "simplejpeg", None)
+    for path, image in zip(files, fast, strict=True):
+        np.testing.assert_array_equal(load_image(path), image, err_msg=str(path))
+
+
+def test_batch_size_is_what_the_model_takes(demo_detector, convert):
+    assert choose_batch_size(demo_detector, None, 8) == 8
+    assert choose_batch_size(demo_detector, 3, 8) == 3
+    with open_detector(convert("demo", "--batch_size", "4")[0]) as fixed:
+        assert choose_batch_size(fixed, None, 8) == 4
+        with pytest.raises(UserError, match="--batch_size 5: the model takes 1 to 4"):
+            choose_batch_size(fixed, 5, 8)
+    with pytest.raises(UserError, match="--batch_size 0"):
+        choose_batch_size(demo_detector, 0, 8)
+
+
+def many(folder, count):
+    """A folder of `count` links to the demo's pictures."""
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:05}.jpg").symlink_to(PICTURES[i % len(PICTURES)])
+    return folder
+
+
+def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
+    source = many(tmp_path / "in", 3000)
+    command = [sys.executable, ROOT / "infer.py", "--engine", model, "--input", source, "--output", tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("*.tsv"))) < 20:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    done = int(re.search(r"stopped: the results of (\d+) of 3000 images", errors)[1])
+    assert "Traceback" not in errors
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not [name for name in names if name.startswith(".")]
+    assert 20 <= done < 3000
+    assert {f"{i:05}.{kind}" for i in range(done) for kind in ("jpg", "tsv")} <= names
+
+
+def test_memory_and_handles_stay_flat(demo_detector):
+    """1,600 images; BENCHMARKS.md has 10,000."""
+
+    def state():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))
+
+    marks = []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for count, _ in enumerate(detect_files(demo_detector, PICTURES * 200, 4, lambda *_: None, pool, 2)):
+            if count in (400, 1599):
+                marks.append(state())
+    (early, early_handles), (late, late_handles) = marks
+    assert late < early + 40  # MB; 1,200 images would be 1,100
+    assert late_handles <= early_handles + 2
+
+
+def test_the_benchmark_writes_nothing(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--engine", str(model), "--input", str(DEMO / "images"), "--benchmark", "--benchmark_images", "60"]
+    assert infer.main([*options, "--batch_size", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("60 images of")
+    assert "4 at a time" in printed
+    rates = [
+        float(re.search(rf"^{name}\s+([\d.]+) images/s$", printed, re.MULTILINE)[1])
+        for name in ("end to end", "network alone", "decode and resize")
+    ]
+    assert min(rates) > 5
+    share = int(re.search(r"^(\d+) % of the lower limit", printed, re.MULTILINE)[1])
+    assert share == pytest.approx(100 * rates[0] / min(rates[1:]), abs=1.5)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="--output"):
+        infer.main(options[:4])
