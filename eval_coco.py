@@ -1,4 +1,4 @@
-"""Evaluates a model on annotated images: COCO's average precision and recall of boxes or masks, by pycocotools.
+"""Evaluates a model on annotated images: COCO's average precision and recall of boxes or masks.
 
     python eval_coco.py --engine model.onnx --input val2017 --annotations instances_val2017.json
     python eval_coco.py --engine engine.trt --input val2017 --annotations instances_val2017.json --output evaluation
@@ -95,7 +95,8 @@ def main(argv=None):
         print(f"Evaluated {args.engine}. Next: add --output DIR for a report with curves, classes and pictures")
         return 0
     write_results(output, args, metadata, evaluation, results, evaluated)
-    write_report(output / "report.html", args, metadata, evaluation, truth, evaluated)
+    worst = coco.find_mistakes(truth, results, evaluated.values(), args.detection_type) if args.pictures else ()
+    write_report(output / "report.html", args, metadata, evaluation, worst, truth, evaluated)
     print(f"Wrote detections.json, metrics.json, per_class.csv and report.html. Next: open {output / 'report.html'}")
     return 0
 
@@ -191,7 +192,7 @@ def write_results(output, args, metadata, evaluation, results, evaluated):
         writer.writerows([key, name, count, show(ap), show(ap50)] for key, name, count, ap, ap50 in evaluation.classes)
 
 
-def write_report(path, args, metadata, evaluation, truth, evaluated):
+def write_report(path, args, metadata, evaluation, worst, truth, evaluated):
     """report.html: the numbers, the classes, precision-recall curves, the worst mistakes as pictures."""
     numbers = [(text, show(evaluation.numbers[key])) for key, text in coco.NUMBERS.items()]
     found = [row for row in evaluation.classes if row[2]]
@@ -205,16 +206,17 @@ def write_report(path, args, metadata, evaluation, truth, evaluated):
             "Classes", report.table(("class", "objects", "AP", "AP50"), rows, "classes"), note="Best first."
         ),
     ]
-    if args.pictures:
+    if worst:
+        missed, false_alarms = worst
         parts += [
             report.section(
                 "Worst misses",
-                mistakes(evaluation.missed[: args.pictures], files, truth, "share of the image"),
+                mistakes(missed[: args.pictures], files, truth, "share of the image"),
                 note=f"The largest objects that no detection of their class from {coco.SEEN} on overlaps by half.",
             ),
             report.section(
                 "Worst false alarms",
-                mistakes(evaluation.false_alarms[: args.pictures], files, truth, "score"),
+                mistakes(false_alarms[: args.pictures], files, truth, "score"),
                 note="The surest detections that overlap no object of their class by half.",
             ),
         ]

@@ -20,6 +20,7 @@ from demo import tiny_mask_rcnn as tiny
 from detector import Detections, detect_image, open_detector
 from image_batcher import load_image
 
+LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
 TRUTH = DEMO / "instances_shapes.json"
 
 
@@ -73,25 +74,29 @@ def test_a_perfect_detector_scores_one(kind, tmp_path):
     results = []
     for key, (_, height, width) in images.items():
         results += coco.results_of(found[key], key, (height, width), 1, 0.5 if kind == "segmentation" else None)
-    evaluation = coco.evaluate(truth, results, images, kind)
-    assert evaluation.numbers["AP"] == pytest.approx(1)
+    for library in LIBRARIES:
+        evaluation = coco.evaluate(truth, results, images, kind, library)
+        assert evaluation.numbers["AP"] == pytest.approx(1)
     assert evaluation.numbers["AR_100"] == pytest.approx(1)
-    assert not evaluation.missed
-    assert not evaluation.false_alarms
+    assert coco.find_mistakes(truth, results, images, kind) == ([], [])
     assert [row[2:] for row in evaluation.classes] == [(6, pytest.approx(1), pytest.approx(1))] * 2
 
     swapped = [{**entry, "category_id": 3 - entry["category_id"]} for entry in results]
     evaluation = coco.evaluate(truth, swapped, images, kind)
     assert evaluation.numbers["AP"] < 0.05
-    assert len(evaluation.missed) == len(evaluation.false_alarms) == 12
-    assert evaluation.false_alarms[0].weight == pytest.approx(0.9)
+    missed, false_alarms = coco.find_mistakes(truth, swapped, images, kind)
+    assert len(missed) == len(false_alarms) == 12
+    assert false_alarms[0].weight == pytest.approx(0.9)
+    assert [mistake.weight for mistake in missed] == sorted((mistake.weight for mistake in missed), reverse=True)
 
 
 def test_nothing_found_scores_zero(tmp_path):
     path, images, _ = perfect_case(tmp_path)
-    evaluation = coco.evaluate(coco.load_annotations(path), [], images, "segmentation")
-    assert evaluation.numbers["AP"] == 0
-    assert len(evaluation.missed) == 12
+    truth = coco.load_annotations(path)
+    for library in LIBRARIES:
+        assert coco.evaluate(truth, [], images, "segmentation", library).numbers["AP"] == 0
+    missed, false_alarms = coco.find_mistakes(truth, [], images, "segmentation")
+    assert (len(missed), len(false_alarms)) == (12, 0)
 
 
 def test_a_crowd_is_neither_missed_nor_a_false_alarm(tmp_path):
@@ -108,10 +113,10 @@ def test_a_crowd_is_neither_missed_nor_a_false_alarm(tmp_path):
     truth = coco.load_annotations(write_annotations(tmp_path / "a.json", {1: ("a.png", 100, 100)}, [crowd, single]))
     boxes = np.float32([[0.5, 0.5, 0.7, 0.7], [0.1, 0.1, 0.3, 0.3]])
     found = Detections(boxes, np.float32([0.9, 0.8]), np.int32([0, 1]))
-    evaluation = coco.evaluate(truth, coco.results_of(found, 1, (100, 100), 1), [1])
+    results = coco.results_of(found, 1, (100, 100), 1)
+    evaluation = coco.evaluate(truth, results, [1])
     assert evaluation.numbers["AP"] == pytest.approx(1)  # of the class that has an object that is not a crowd
-    assert not evaluation.false_alarms
-    assert not evaluation.missed
+    assert coco.find_mistakes(truth, results, [1]) == ([], [])
     assert [row[2] for row in evaluation.classes] == [0, 1]
 
 
@@ -276,6 +281,13 @@ def test_coco17_is_tensorflows_to_the_third_digit(convert, coco_images, tmp_path
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["AP"] == pytest.approx(0.250, abs=0.001)
     assert metrics["AP50"] == pytest.approx(0.407, abs=0.001)
+    results = json.loads((tmp_path / "detections.json").read_text())
+    truth = coco.load_annotations(annotations)
+    assert LIBRARIES[0] != LIBRARIES[1], "faster-coco-eval is not installed"
+    both = [coco.evaluate(truth, results, truth.imgs, library=library) for library in LIBRARIES]
+    assert both[0].numbers == pytest.approx(both[1].numbers, abs=1e-9)
+    assert both[0].classes == [(*row[:3], pytest.approx(row[3]), pytest.approx(row[4])) for row in both[1].classes]
+    assert both[0].numbers["AP"] == pytest.approx(metrics["AP"])
     text, *_, wide = open_page(tmp_path / "report.html")
     assert f"AP, IoU 0.50:0.95 {metrics['AP']:.3f}" in text
     assert not wide
