@@ -214,9 +214,10 @@ def allow_precisions(trt, config, network, wanted, pinned):
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        if layer.name in pinned and all(x.dtype in floats and x.is_execution_tensor for x in outputs):
+        computed = [i for i, output in enumerate(outputs) if output.dtype in floats and output.is_execution_tensor]
+        if layer.name in pinned and computed:  # the plugin's and TopK's other outputs are integers
             layer.precision = trt.DataType.FLOAT
-            for i in range(len(outputs)):
+            for i in computed:
                 layer.set_output_type(i, trt.DataType.FLOAT)
 
 

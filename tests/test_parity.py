@@ -58,14 +58,15 @@ def record_row(key, convert, reports, model, theirs, image):
         begun = time.perf_counter()
         detect(image)
         times.append(f"{1000 * (time.perf_counter() - begun):.0f}")
-    largest = (max(getattr(r, f"{part}_difference") for r in reports) for part in ("box", "score", "mask"))
+    largest = [max(getattr(r, f"{part}_difference") for r in reports) for part in ("box", "score", "mask")]
     seconds = re.search(r"Converted in ([\d.]+) s", convert(key, "--batch_size", "dynamic")[1])[1]
     ROWS[model.metadata["source"]] = (
         f"`{model.metadata['architecture']}`",
         str(model.metadata["num_classes"]),
         f"{model.input.height}x{model.input.width}{', keep aspect' if model.input.true_shape else ''}",
         seconds,
-        *(f"{value:.1e}" for value in largest),
+        *(f"{value:.1e}" for value in largest[:2]),
+        f"{largest[2]:.1e}" if model.metadata["mask_size"] else "-",
         *times,
     )
 
