@@ -1,6 +1,7 @@
 """The pipeline of infer.py and eval_coco.py: order, errors that name the file, Ctrl-C, memory that stays flat."""
 
 import concurrent.futures
+import functools
 import itertools
 import os
 import re
@@ -165,7 +166,9 @@ def many(folder, count):
 def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
     source = many(tmp_path / "in", 3000)
     command = [sys.executable, ROOT / "infer.py", "--engine", model, "--input", source, "--output", tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell ignores Ctrl-C, and so would what it starts.
+    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out").glob("*.tsv"))) < 20:
         assert process.poll() is None, process.communicate()

@@ -137,7 +137,7 @@ def test_segmentation_draws_masks(exported, tmp_path):
     infer.main([*common, str(tmp_path / "boxes")])
     infer.main([*common, str(tmp_path / "masks"), "--detection_type", "segmentation"])
     infer.main([*common, str(tmp_path / "full"), "--detection_type", "segmentation", "--iou_threshold", "0"])
-    name = f"{PICTURES[0].stem}.png"
+    name = f"{PICTURES[0].stem}.jpg"
     boxes, masks, full = (
         np.asarray(Image.open(tmp_path / kind / name)).astype(int) for kind in ("boxes", "masks", "full")
     )
