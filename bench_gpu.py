@@ -2,6 +2,7 @@
 
     python bench_gpu.py --onnx dynamic.onnx --output engines --input val2017 --annotations instances_val2017.json
     python bench_gpu.py --onnx dynamic.onnx --output engines --input photos --precision fp32 fp16 --profile 10
+    python bench_gpu.py --onnx dynamic.onnx --output engines86 --input val2017 --calib_input photos --flags
 
 Needs an NVIDIA GPU. `dynamic.onnx` is a model of `create_onnx.py --batch_size dynamic`; int8 needs --calib_input, or a
 calibration in OUTPUT/int8.calib.
@@ -14,10 +15,15 @@ from pathlib import Path
 
 import build_engine
 import coco
+import onnx_utils
 import parity
-from cli import UserError, make_folder, run
-from detector import detect_image, open_detector
-from image_batcher import find_images, load_image
+import precision
+from cli import UserError, make_folder, run, whole_file
+from detector import arrange, arrange_true_shapes, detect_image, input_spec, open_detector
+from image_batcher import ImageBatcher, find_images, load_image
+from trt_detector import GpuContext, import_tensorrt
+
+CALIBRATION_BATCH = 8
 
 COLUMNS = (
     "build s",
@@ -41,21 +47,29 @@ def parse_args(argv=None):
     add("--annotations", help="COCO annotations of the images: adds the AP")
     add("--precision", nargs="+", choices=["fp32", "fp16", "int8"], default=["fp32", "fp16", "int8"])
     add("--calib_input", help="calibration images, for int8")
+    add(
+        "--flags",
+        action="store_true",
+        help="TensorRT 8.6's own way, precision flags and its calibrator, to compare with",
+    )
     add("--images", type=int, default=12, help="images to compare with ONNX Runtime; default: 12")
     add("--profile", type=int, default=8, metavar="N", help="print the N slowest layers; default: 8")
     return parser.parse_args(argv)
 
 
-def measure(args, precision, reference):
+def measure(args, wanted, reference):
     """Builds and measures one engine; returns {column: value}."""
     folder = Path(args.output)
-    engine = folder / f"{Path(args.onnx).stem}.{precision}.trt"
-    options = ["--onnx", args.onnx, "--engine", str(engine), "--precision", precision, "--no_benchmark"]
-    if precision == "int8":
+    engine = folder / f"{Path(args.onnx).stem}.{wanted}.trt"
+    options = ["--onnx", args.onnx, "--engine", str(engine), "--precision", wanted, "--no_benchmark"]
+    if wanted == "int8":
         options += ["--calib_cache", str(folder / "int8.calib")]
         options += ["--calib_input", args.calib_input] if args.calib_input else []
     started = time.perf_counter()
-    build_engine.main(options)
+    if args.flags:
+        build_by_flags(build_engine.parse_args(options), args.calib_input)
+    else:
+        build_engine.main(options)
     row = {"build s": f"{time.perf_counter() - started:.0f}", "MB": f"{engine.stat().st_size / 1e6:.1f}"}
     files = find_images(args.input)
     with open_detector(engine) as detector:
@@ -75,10 +89,67 @@ def measure(args, precision, reference):
             row["AP"] = f"{ap:.4f} (AP50 {ap50:.4f})"
         layers = list(detector.profile(1).items())
         total = sum(ms for _, ms in layers)
-        print(f"{precision}: {len(layers)} layers, {total:.3f} ms with the profiler on")
+        print(f"{wanted}: {len(layers)} layers, {total:.3f} ms with the profiler on")
         for name, ms in layers[: args.profile]:
             print(f"  {ms:.3f} ms {100 * ms / total:4.1f} %  {name[:150]}")
     return row
+
+
+def build_by_flags(args, calib_input):
+    """Builds args.engine from the FP32 graph: TensorRT 8.6 chooses the layers' types, and calibrates by itself.
+
+    Box decoder, softmax and NMS stay in FP32 here too.
+    """
+    model = onnx_utils.load(args.onnx)
+    metadata = onnx_utils.read_metadata(model, args.onnx)
+    trt, cuda = import_tensorrt(f"--engine {args.engine}")
+
+    def configure(builder, config, network):
+        if args.precision == "int8":
+            config.int8_calibrator = make_calibrator(trt, cuda, metadata, calib_input)
+            profile = builder.create_optimization_profile()
+            for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+                profile.set_shape(tensor.name, *[(CALIBRATION_BATCH, *tuple(tensor.shape)[1:])] * 3)
+            config.set_calibration_profile(profile)
+
+    named = {**metadata, "precision": args.precision}
+    with GpuContext(cuda), whole_file(args.engine) as path:
+        batch, pinned = build_engine.batch_range(args, metadata), precision.float32_names(model)
+        path.write_bytes(build_engine.build(trt, args, model, named, batch, pinned, configure))
+
+
+def make_calibrator(trt, cuda, metadata, calib_input):
+    """TensorRT 8.6's entropy calibrator over the images in `calib_input`."""
+    spec = input_spec(metadata)
+    batches = iter(ImageBatcher(find_images(calib_input), metadata["resizer"], CALIBRATION_BATCH))
+
+    class Calibrator(trt.IInt8EntropyCalibrator2):
+        def __init__(self):
+            trt.IInt8EntropyCalibrator2.__init__(self)
+            self.buffers = {}
+
+        def get_batch_size(self):
+            return CALIBRATION_BATCH
+
+        def get_batch(self, names):
+            batch = next(batches, None)
+            if batch is None or len(batch.paths) < CALIBRATION_BATCH:
+                return None
+            feed = {spec.name: arrange(batch.tensor, spec)}
+            if spec.true_shape:
+                feed[spec.true_shape] = arrange_true_shapes(batch.true_shapes, CALIBRATION_BATCH, spec)
+            for name in names:
+                self.buffers.setdefault(name, cuda.mem_alloc(feed[name].nbytes))
+                cuda.memcpy_htod(self.buffers[name], feed[name])
+            return [int(self.buffers[name]) for name in names]
+
+        def read_calibration_cache(self):
+            return None
+
+        def write_calibration_cache(self, cache):
+            pass
+
+    return Calibrator()
 
 
 def main(argv=None):
@@ -90,14 +161,14 @@ def main(argv=None):
         files = find_images(args.input)[: args.images]
         reference = {path: detect_image(detector, load_image(path)) for path in files}
     rows = {}
-    for precision in args.precision:
-        rows[precision] = measure(args, precision, reference)
+    for wanted in args.precision:
+        rows[wanted] = measure(args, wanted, reference)
         with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"onnx": args.onnx, "precision": precision, **rows[precision]}) + "\n")
+            file.write(json.dumps({"onnx": args.onnx, "precision": wanted, "flags": args.flags, **rows[wanted]}) + "\n")
     print("| precision | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
-    for precision, row in rows.items():
-        print(f"| {precision} | " + " | ".join(row[column] for column in COLUMNS) + " |")
+    for wanted, row in rows.items():
+        print(f"| {wanted} | " + " | ".join(row[column] for column in COLUMNS) + " |")
     print(f"Wrote the engines and results.jsonl to {folder}. Next: copy the table into BENCHMARKS.md")
     return 0
 

@@ -158,8 +158,11 @@ def calibrate(args, model, metadata):
     return ranges, left
 
 
-def build(trt, args, model, metadata, batch, pinned):
-    """Builds the engine; returns its bytes. Raises UserError with TensorRT's own reason where it cannot."""
+def build(trt, args, model, metadata, batch, pinned, configure=None):
+    """Builds the engine; returns its bytes. Raises UserError with TensorRT's own reason where it cannot.
+
+    configure: called with (builder, config, network) before building, for what a measurement varies.
+    """
     logger = make_logger(trt, args.verbose)
     trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)
@@ -180,6 +183,8 @@ def build(trt, args, model, metadata, batch, pinned):
     if not is_strongly_typed(trt) and args.precision != "fp32":
         allow_precisions(trt, config, network, args.precision, pinned)
     add_profile(builder, config, network, batch)
+    if configure:
+        configure(builder, config, network)
     cache_path = Path(args.timing_cache or Path(args.engine).with_name("timing.cache"))
     cache = config.create_timing_cache(cache_path.read_bytes() if cache_path.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
