@@ -274,4 +274,4 @@ class ImageBatcher:
 
 def _batch(group):
     paths, images, tensors, placements = map(list, zip(*group, strict=True))
-    return Batch(paths, images, placements, np.stack(tensors))
+    return Batch(paths, images, placements, tensors[0][None] if len(tensors) == 1 else np.stack(tensors))

@@ -65,7 +65,6 @@ def test_few_images_are_in_memory_at_a_time(demo_detector):
     """However slow the work is, the stages before wait for it."""
     alive, most, lock = [0], [0], threading.Lock()
     files = PICTURES * 20
-    begun = iter(files)
 
     def work(*_):
         with lock:
@@ -85,7 +84,6 @@ def test_few_images_are_in_memory_at_a_time(demo_detector):
         assert len(read) < 60
         done.close()
     assert most[0] <= 2
-    assert next(begun) == files[0]
 
 
 def test_an_error_stops_everything_and_names_the_file(demo_detector):
@@ -100,22 +98,14 @@ def test_an_error_stops_everything_and_names_the_file(demo_detector):
         pytest.raises(UserError, match=r"shapes_04\.jpg: .*disk full"),
     ):
         list(detect_files(demo_detector, PICTURES * 10, 2, work, pool, 2))
-    with (
-        concurrent.futures.ThreadPoolExecutor(2) as pool,
-        pytest.raises(UserError, match=r"the network failed on .*shapes_01\.jpg"),
-    ):
-        list(detect_files(demo_detector, PICTURES[:1], 1, work, pool, 2)) if break_network(demo_detector) else None
-    demo_detector.__dict__.pop("start")
+    start = demo_detector.start
+    with pytest.MonkeyPatch.context() as patch:  # batches of a shape that the network does not take
+        patch.setattr(demo_detector, "start", lambda batch, true_shapes: start(batch[:, :-1], true_shapes))
+        with pytest.raises(UserError, match=r"the network failed on .*shapes_01\.jpg"):
+            list(detect_files(demo_detector, PICTURES[:1], 1, work, None, 0))
     time.sleep(0.2)
     assert threading.active_count() <= before + 1
     assert len(list(detect_files(demo_detector, PICTURES[:3], 2, lambda *_: None, None, 0))) == 3
-
-
-def break_network(detector):
-    """Makes the detector get batches of a wrong shape, which ONNX Runtime or its wrapper refuses."""
-    start = type(detector).start
-    detector.start = lambda batch, true_shapes: start(detector, batch[:, :-1], true_shapes)
-    return True
 
 
 def test_broken_images_are_skipped(demo_detector, tmp_path, capsys):
