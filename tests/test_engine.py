@@ -231,13 +231,22 @@ def test_int8_keeps_the_average_precision(convert, detector, coco_images, tmp_pa
         assert found >= reference - 0.010
 
 
-def cut_before_nms(model):
-    """The part of a converted model before its first NMS: TensorRT-RTX has no such plugin."""
-    graph = gs.import_onnx(model)
-    graph.outputs = list(next(node for node in graph.nodes if node.op == "EfficientNMS_TRT").inputs)
-    graph.cleanup(remove_unused_graph_inputs=True).toposort()
-    graph.import_domains = [domain for domain in graph.import_domains if domain.domain != onnx_utils.PLUGIN_DOMAIN]
-    return gs.export_onnx(graph)
+def cut_at_nms(model):
+    """The parts of a converted model before, between and behind its NMS, which TensorRT-RTX has no plugin for."""
+    count = sum(node.op_type == "EfficientNMS_TRT" for node in model.graph.node)
+    for part in range(count + 1):
+        graph = gs.import_onnx(model)
+        plugins = [node for node in graph.toposort().nodes if node.op == "EfficientNMS_TRT"]
+        if part < count:
+            graph.outputs = [tensor for tensor in plugins[part].inputs if isinstance(tensor, gs.Variable)]
+        for node in plugins:
+            for tensor in list(node.outputs):
+                tensor.shape = ["batch", *tensor.shape[1:]]
+                graph.inputs.append(tensor)
+            node.outputs.clear()
+        graph.cleanup(remove_unused_graph_inputs=True).toposort()
+        graph.import_domains = [domain for domain in graph.import_domains if domain.domain != onnx_utils.PLUGIN_DOMAIN]
+        yield gs.export_onnx(graph)
 
 
 def build_with_rtx(model):
@@ -259,15 +268,18 @@ def build_with_rtx(model):
 
 @pytest.mark.parametrize("key", ["demo", "fpnlite", "faster_rcnn_640"])
 def test_the_half_form_builds_strongly_typed(key, convert):
-    """SSDs whole but for the NMS, Faster R-CNN's first stage."""
+    """Everything but the NMS: of an SSD two parts, of a Faster R-CNN three, with the crop in the middle."""
     model = onnx_utils.load(convert(key, "--batch_size", "dynamic")[0])
-    sizes = [build_with_rtx(cut_before_nms(form)) for form in (model, precision.to_half(model))]
-    assert 0 < sizes[1] < 0.8 * sizes[0]
+    sizes = [[build_with_rtx(part) for part in cut_at_nms(form)] for form in (model, precision.to_half(model))]
+    assert len(sizes[0]) == len(sizes[1]) == (3 if key == "faster_rcnn_640" else 2)
+    assert 0 < sizes[1][0] < 0.8 * sizes[0][0]
+    assert sum(sizes[1]) < 0.8 * sum(sizes[0])
 
 
 def test_the_quantized_form_builds_strongly_typed(int8_demo):
     _, model, ranges, _, _ = int8_demo
-    assert build_with_rtx(cut_before_nms(precision.to_half(quantization.quantize(model, ranges)))) > 0
+    for part in cut_at_nms(precision.to_half(quantization.quantize(model, ranges))):
+        assert build_with_rtx(part) > 0
 
 
 def test_the_metadata_travels_in_the_engines_name(convert):
