@@ -206,7 +206,10 @@ def engine_name(metadata):
     """The metadata as JSON: a network's name comes back as its engine's."""
     name = json.dumps({onnx_utils.METADATA_KEY: metadata}, sort_keys=True, separators=(",", ":"))
     if len(name.encode()) > LONGEST_NAME:
-        raise UserError(f"the model's metadata is too long for an engine ({len(name)} bytes of {LONGEST_NAME})")
+        raise UserError(
+            f"the model's metadata is too long for an engine ({len(name)} bytes of {LONGEST_NAME}); "
+            "give the SavedModel's folder a shorter name and convert it again"
+        )
     return name
 
 

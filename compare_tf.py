@@ -69,6 +69,7 @@ class Comparison:
     """The detections of one image on both sides, and who belongs to whom."""
 
     path: Path
+    size: tuple  # of the image: height, width
     theirs: Detections
     ours: Detections
     pairs: list  # [(index in theirs, index in ours, IoU of the boxes)]
@@ -111,7 +112,7 @@ def compare_detections(path, theirs, ours, size, threshold, mask_threshold=None)
     masks = []
     if mask_threshold is not None:
         masks = [mask_iou(theirs, i, ours, j, size, mask_threshold) for i, j, _ in pairs]
-    return Comparison(Path(path), theirs, ours, pairs, alone, differ, masks)
+    return Comparison(Path(path), size, theirs, ours, pairs, alone, differ, masks)
 
 
 def mask_iou(theirs, i, ours, j, size, threshold):
@@ -151,7 +152,7 @@ def summarise(comparisons, threshold, tolerance):
                 "to": high,
                 "partnered": int(inside.sum()),
                 "alone": int(without),
-                **_spread(apart[inside], "score"),
+                **_spread(apart[inside]),
             }
         )
     numbers = {
@@ -161,7 +162,7 @@ def summarise(comparisons, threshold, tolerance):
         "alone_in_engine": lonely[1],
         "share_alone": share,
         "class_disagreements": sum(comparison.classes_differ for comparison in comparisons),
-        **_spread(apart, "score"),
+        **_spread(apart),
         "smallest_iou": float(ious.min()) if len(ious) else None,
         "median_iou": float(np.median(ious)) if len(ious) else None,
         "bands": bands,
@@ -173,10 +174,10 @@ def summarise(comparisons, threshold, tolerance):
     return numbers
 
 
-def _spread(differences, name):
+def _spread(differences):
     return {
-        f"largest_{name}_difference": float(differences.max()) if len(differences) else None,
-        f"median_{name}_difference": float(np.median(differences)) if len(differences) else None,
+        "largest_score_difference": float(differences.max()) if len(differences) else None,
+        "median_score_difference": float(np.median(differences)) if len(differences) else None,
     }
 
 
@@ -255,9 +256,8 @@ def both_average_precisions(truth, comparisons, metadata, args):
         for comparison in comparisons:
             if comparison.path in known:
                 image_id = known[comparison.path]
-                size = load_image(comparison.path).shape[:2]
                 found = getattr(comparison, side)
-                results += coco.results_of(found, image_id, size, metadata["class_offset"], threshold)
+                results += coco.results_of(found, image_id, comparison.size, metadata["class_offset"], threshold)
         numbers = coco.evaluate(truth, results, known.values(), args.detection_type).numbers
         result[name] = {key: numbers[key] for key in ("AP", "AP50")}
     return result

@@ -10,6 +10,7 @@ With --output, writes detections.json (COCO results), metrics.json, per_class.cs
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import functools
 import json
@@ -79,7 +80,9 @@ def main(argv=None):
         f" {len(absent)} annotated images that are not in {args.input}"
     )
     if not known:
-        raise UserError(f"--annotations {args.annotations} knows none of the {len(files)} images in {args.input}")
+        raise UserError(
+            f"--annotations {args.annotations} knows none of the {len(files)} images in {args.input}; give theirs"
+        )
     output = make_folder(args.output) if args.output else None
     with open_detector(args.engine) as detector:
         check_model(detector.metadata, truth, args)
@@ -143,7 +146,7 @@ def detect(detector, known, args):
         mask_threshold=args.iou_threshold if masks else None,
     )
     results, evaluated, started = [], {}, time.perf_counter()
-    with progress(known, unit="image") as bar, process_pool(workers if masks else 0) as pool:
+    with progress(known, unit="image") as bar, process_pool(workers) if masks else contextlib.nullcontext() as pool:
 
         def work(path, _, placement, found):
             task = found.above(args.nms_threshold), known[path], (placement.height, placement.width)
@@ -166,9 +169,7 @@ def _value(found):
 
 
 def process_pool(workers):
-    """A pool of fresh processes (a forked one would share the GPU's state), or a stand-in where none are wanted."""
-    if not workers:
-        return concurrent.futures.ThreadPoolExecutor(1)
+    """A pool of fresh processes: forked ones would share the GPU's state."""
     return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
 
 

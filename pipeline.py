@@ -91,9 +91,8 @@ def detect_files(detector, files, batch_size, work, pool, workers, times=None):
         for _, future in working:
             future.cancel()
         batches.close()
-        with contextlib.suppress(
-            Exception
-        ):  # what runs must end before its memory goes; its error was raised, or is moot
+        # What runs must end before its memory goes; its error was raised, or is moot.
+        with contextlib.suppress(Exception):
             while running:
                 detector.finish(running.popleft()[1])
         times.network += detector.busy_seconds - busy
@@ -113,7 +112,7 @@ def _naming(path):
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{Path(path)}: its results could not be written ({error})") from error
+        raise UserError(f"{Path(path)}: its results could not be written ({error}); choose another --output") from error
 
 
 class _Later:

@@ -86,11 +86,10 @@ def to_half(model):
     casts = {}
 
     def cast(tensor, dtype):
-        if (id(tensor), dtype) not in casts:
-            casts[id(tensor), dtype] = onnx_utils.Builder(graph, f"{tensor.name}/{np.dtype(dtype).name}").cast(
-                tensor, dtype
-            )
-        return casts[id(tensor), dtype]
+        name = f"{tensor.name}/{np.dtype(dtype).name}"
+        if name not in casts:
+            casts[name] = onnx_utils.Builder(graph, name).cast(tensor, dtype)
+        return casts[name]
 
     nodes = list(graph.nodes)
     for node in nodes:
@@ -114,14 +113,14 @@ def to_half(model):
 
 
 def _half_constant(tensor, cache):
-    if id(tensor) not in cache:
+    if tensor.name not in cache:
         values = tensor.values
         if any(
             node.op in ("QuantizeLinear", "DequantizeLinear") and node.inputs[1] is tensor for node in tensor.outputs
         ):
             values = np.maximum(values, LEAST_SCALE)  # the scale of a channel whose weights are all but 0 would be 0
-        cache[id(tensor)] = gs.Constant(f"{tensor.name}/half", np.asarray(values, np.float16))
-    return cache[id(tensor)]
+        cache[tensor.name] = gs.Constant(f"{tensor.name}/half", np.asarray(values, np.float16))
+    return cache[tensor.name]
 
 
 def _typed_graph(model):
@@ -152,7 +151,6 @@ def _raise_opset(graph):
 def _export(graph, model):
     """graph -> ModelProto with the metadata of `model`."""
     result = gs.export_onnx(graph)
-    for entry in model.metadata_props:
-        onnx.helper.set_model_props(result, {entry.key: entry.value})
+    result.metadata_props.extend(model.metadata_props)
     result.producer_name = model.producer_name
     return result

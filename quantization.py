@@ -58,10 +58,14 @@ def calibrate(model, batches):
 
 def activations(model):
     """The names of the tensors that `quantize` quantizes: what the quantized layers take in, weights apart."""
+    return {x.name for node in _quantized(model) for x in node.inputs[:2] if isinstance(x, gs.Variable)}
+
+
+def _quantized(model):
+    """The nodes that `quantize` quantizes, in the model's order."""
     graph = gs.import_onnx(model)
     wide = float32_nodes(graph)
-    layers = [node for node in graph.nodes if node.op in QUANTIZED and id(node) not in wide]
-    return {x.name for node in layers for x in node.inputs[:2] if isinstance(x, gs.Variable)}
+    return [node for node in graph.nodes if node.op in QUANTIZED and id(node) not in wide]
 
 
 class _Once:
@@ -82,9 +86,6 @@ def quantize(model, ranges, exclude=()):
     from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    graph = gs.import_onnx(model)
-    wide = float32_nodes(graph)
-    chosen = [node.name for node in graph.nodes if node.op in QUANTIZED and id(node) not in wide]
     values = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -95,7 +96,7 @@ def quantize(model, ranges, exclude=()):
         QuantType.QInt8,
         QuantType.QInt8,
         TensorsData(CalibrationMethod.MinMax, values),
-        [name for name in chosen if name not in exclude],
+        [node.name for node in _quantized(model) if node.name not in exclude],
         [],
         sorted(QUANTIZED),
         {
@@ -117,12 +118,9 @@ def quantize(model, ranges, exclude=()):
 
 def layers(model):
     """The layers that `quantize` quantizes: {name of their weights: names of the nodes that share them}."""
-    graph = gs.import_onnx(model)
-    wide = float32_nodes(graph)
     groups = {}
-    for node in graph.nodes:
-        if node.op in QUANTIZED and id(node) not in wide:
-            groups.setdefault(node.inputs[1].name, []).append(node.name)
+    for node in _quantized(model):
+        groups.setdefault(node.inputs[1].name, []).append(node.name)
     return groups
 
 

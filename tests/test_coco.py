@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from browser import open_page
-from conftest import DEMO, model_folder, need_shared
+from conftest import DEMO, need_shared
 from PIL import Image
 
 import coco
@@ -308,4 +308,3 @@ def test_mask_rcnn_gives_masks_to_evaluate(convert, coco_images, tmp_path, capsy
         x, y, width, height = coco.rle.toBbox(entry["segmentation"])
         left, top, w, h = entry["bbox"]
         assert not width or (x >= left - 1 and y >= top - 1 and x + width <= left + w + 1 and y + height <= top + h + 1)
-    assert model_folder("mask_rcnn").is_dir()
