@@ -13,9 +13,12 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+
 import onnx_utils
 import precision
 import quantization
+import trt_graph
 from cli import UserError, check_writable, progress, run, warn, whole_file
 from detector import OnnxDetector, arrange, arrange_true_shapes, input_spec
 from image_batcher import ImageBatcher, find_images
@@ -58,7 +61,9 @@ def main(argv=None):
     calibration = find_calibration(args, model) if args.precision == "int8" else None
     trt, cuda = import_tensorrt(f"--engine {args.engine}")
     strong = is_strongly_typed(trt)
-    typed, pinned = typed_model(args, model, metadata, calibration, strong)
+    if args.precision == "int8" and not calibration:
+        calibration = calibrate(args, model, metadata)
+    typed, pinned = typed_model(args.precision, trt_graph.prepare(model, batch[-1]), calibration, strong)
     if args.typed_onnx:
         with whole_file(args.typed_onnx) as path:
             onnx_utils.save(typed, path)
@@ -81,8 +86,9 @@ def batch_range(args, metadata):
             )
         return fixed, fixed, fixed
     least, best, most = args.batch or (1, 8, 8)
-    if not 1 <= least <= best <= most:
-        raise UserError(f"--batch {least} {best} {most}: give three rising numbers from 1 on, MIN OPT MAX")
+    if not 1 <= least <= best <= most <= trt_graph.PLUGIN_MAX_IMAGES:
+        limit = trt_graph.PLUGIN_MAX_IMAGES
+        raise UserError(f"--batch {least} {best} {most}: give three rising numbers from 1 to {limit}, MIN OPT MAX")
     return least, best, most
 
 
@@ -91,14 +97,13 @@ def is_strongly_typed(trt):
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
-def typed_model(args, model, metadata, calibration, strong):
-    """The model in the precision asked for: (model, names of the nodes that stay in FP32)."""
-    if args.precision == "fp32":
+def typed_model(wanted, model, calibration, strong):
+    """The model in the precision wanted: (model, names of the nodes that stay in FP32). calibration: (ranges, names)."""
+    if wanted == "fp32":
         return model, set()
     pinned = precision.float32_names(model)
-    if args.precision == "int8":
-        ranges, left = calibration or calibrate(args, model, metadata)
-        model = quantization.quantize(model, ranges, left)
+    if wanted == "int8":
+        model = quantization.quantize(model, *calibration)
         if not strong:  # TensorRT 8.6 takes QuantizeLinear in FP32 only, and chooses FP16 for the rest by itself
             return model, pinned
     return precision.to_half(model), pinned
@@ -247,9 +252,10 @@ def report(args, batch, seconds):
         if args.no_benchmark:
             return
         for images in sorted({batch[0], batch[1]}):
-            median, worst, captured = detector.benchmark(images)
+            black = np.zeros((images, detector.input.height, detector.input.width, 3), np.float32)
+            median, worst, captured = detector.benchmark(black)
             how = "with a CUDA graph" if captured else "without a CUDA graph"
-            print(f"GPU latency of {images}: median {median:.3f} ms, p99 {worst:.3f} ms (200 runs, {how})")
+            print(f"GPU latency of {images} black: median {median:.3f} ms, p99 {worst:.3f} ms (200 runs, {how})")
 
 
 if __name__ == "__main__":

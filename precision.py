@@ -79,7 +79,7 @@ def to_half(model):
     QuantizeLinear and DequantizeLinear become FP16 too, which raises the file's opset to 19.
     """
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    graph = _typed_graph(model)
+    graph = typed_graph(model)
     if quantized:
         _raise_opset(graph)
     wide = float32_nodes(graph)
@@ -123,7 +123,7 @@ def _half_constant(tensor, cache):
     return cache[tensor.name]
 
 
-def _typed_graph(model):
+def typed_graph(model):
     """The model as a graphsurgeon graph whose tensors all know their types."""
     inferred = onnx.shape_inference.infer_shapes(model)
     # Behind a plugin ONNX infers nothing: there, the types that the converter wrote count.

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-import tensorrt_bindings
+import trt_bindings
 from conftest import DEMO, MODELS, ROOT, need_shared
 
 import build_engine
@@ -58,9 +58,9 @@ def names_in(source, skipped=()):
     return found
 
 
-@pytest.mark.parametrize("version", tensorrt_bindings.PACKAGES)
+@pytest.mark.parametrize("version", trt_bindings.PACKAGES)
 def test_every_tensorrt_name_exists_in_the_real_bindings(version):
-    known = tensorrt_bindings.names(version, BINDINGS)
+    known = trt_bindings.names(version, BINDINGS)
     skipped = COMMAND_LINE | (set() if version == "8.6.1" else WEAKLY_TYPED)
     used = set()
     for script in ("build_engine.py", "trt_detector.py"):
@@ -85,7 +85,7 @@ def test_networks_are_strongly_typed_where_tensorrt_can(version, flag):
         "logger.log(trt.ILogger.ERROR, 'first\\nsecond'); logger.log(trt.ILogger.INFO, 'chatter')\n"
         "assert logger.last() == 'first' and len(logger.errors) == 1\n"
     )
-    folder = tensorrt_bindings.prepare(version, BINDINGS)
+    folder = trt_bindings.prepare(version, BINDINGS)
     environment = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": f"{folder}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -93,7 +93,7 @@ def test_networks_are_strongly_typed_where_tensorrt_can(version, flag):
 
 def types_by_op(model):
     """{op: types of the float tensors that go into its nodes}."""
-    graph = precision._typed_graph(model)
+    graph = precision.typed_graph(model)
     types = {}
     for node in graph.nodes:
         types.setdefault(node.op, set()).update(np.dtype(x.dtype).name for x in node.inputs[:1] if x.dtype is not None)

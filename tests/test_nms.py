@@ -8,6 +8,7 @@ import pytest
 
 import onnx_utils
 import ort_graph
+import trt_graph
 
 
 def plugin(boxes, scores, score_threshold, iou_threshold, kept):
@@ -31,14 +32,18 @@ def overlap(a, b):
     return inter / union if union > 0 else 0.0
 
 
-def run(boxes, scores, **settings):
-    """Runs the node's replacement on ONNX Runtime; boxes [B, N, (C,) 4], scores [B, N, C]."""
+def run(boxes, scores, most=None, **settings):
+    """Runs the node's replacement on ONNX Runtime; boxes [B, N, (C,) 4], scores [B, N, C].
+
+    most: first as trt_graph.prepare arranges it for batches of up to that.
+    """
     graph = gs.Graph(opset=onnx_utils.OPSET)
     a = gs.Variable("boxes", np.float32, ["B", *boxes.shape[1:]])
     b = gs.Variable("scores", np.float32, ["B", *scores.shape[1:]])
     build = onnx_utils.Builder(graph, "test")
     graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(build, a, b, **settings)
-    model = ort_graph.prepare(gs.export_onnx(graph))
+    model = gs.export_onnx(graph)
+    model = ort_graph.prepare(trt_graph.prepare(model, most) if most else model)
     onnx.checker.check_model(model)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"boxes": boxes, "scores": scores})
@@ -51,12 +56,17 @@ def random_case(rng, batch, count, classes, per_class):
     return boxes, (rng.random((batch, count, classes)) ** 3).astype(np.float32)
 
 
+# For batches of up to `most`, TensorRT gets the classes: all together (1024), each by itself (8), in groups of 3 or 2 (400,
+# 250), which do not come out even.
+@pytest.mark.parametrize("most", [None, 1024, 8, 400, 250])
 @pytest.mark.parametrize("per_class", [False, True])
 @pytest.mark.parametrize(("batch", "count", "classes"), [(1, 60, 5), (3, 40, 7), (2, 900, 9), (2, 3, 2)])
-def test_same_as_the_plugin(per_class, batch, count, classes):
+def test_same_as_the_plugin(most, per_class, batch, count, classes):
     boxes, scores = random_case(np.random.default_rng(count), batch, count, classes, per_class)
     settings = {"score_threshold": 0.02, "iou_threshold": 0.5}
-    number, found, values, labels = run(boxes, scores, max_output_boxes=100, **settings)
+    if most and count * classes > ort_graph.PLUGIN_MAX_PAIRS:
+        settings["score_threshold"] = 0.5  # in groups it looks at more pairs: leave fewer
+    number, found, values, labels = run(boxes, scores, most, max_output_boxes=100, **settings)
     assert found.shape == (batch, 100, 4)
     for i in range(batch):
         wanted = plugin(boxes[i], scores[i], kept=100, **settings)
@@ -76,6 +86,23 @@ def test_only_the_best_4096_pairs_are_looked_at():
     assert number[0, 0] == 2
     assert labels[0, :2].tolist() == [0, 1]
     assert values[0, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("most", "images"), [(1, 90), (8, 90), (11, 90), (12, 45), (32, 30), (64, 15), (512, 2), (1024, 1)]
+)
+def test_tensorrt_gets_as_many_groups_as_it_can_take(most, images):
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    boxes = gs.Variable("boxes", np.float32, ["B", 20, 4])
+    scores = gs.Variable("scores", np.float32, ["B", 20, 90])
+    settings = {"score_threshold": 0.1, "iou_threshold": 0.5, "max_output_boxes": 10}
+    build = onnx_utils.Builder(graph, "test")
+    graph.inputs, graph.outputs = [boxes, scores], onnx_utils.efficient_nms(build, boxes, scores, **settings)
+    model = trt_graph.prepare(gs.export_onnx(graph), most)
+    onnx.checker.check_model(model)
+    (node,) = [node for node in gs.import_onnx(model).nodes if node.op == "EfficientNMS_TRT"]
+    assert node.inputs[1].shape[1:] == [20, -(-90 // images)]
+    assert most * images <= trt_graph.PLUGIN_MAX_IMAGES
 
 
 def test_thresholds_are_inclusive():

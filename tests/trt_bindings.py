@@ -1,6 +1,6 @@
 """The real Python bindings of several TensorRT versions, importable without TensorRT's libraries or a GPU.
 
-Run as a script: `python tensorrt_bindings.py FOLDER` imports the bindings unpacked there and prints every name that they
+Run as a script: `python trt_bindings.py FOLDER` imports the bindings unpacked there and prints every name that they
 have, dotted, as JSON.
 """
 

@@ -1,0 +1,67 @@
+"""The graph that TensorRT gets: suppression of many classes side by side.
+
+Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. Boxes are [ymin, xmin, ymax, xmax].
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_utils import Builder, efficient_nms, replace_tensor
+from precision import typed_graph
+
+# EfficientNMS_TRT starts one thread block with a thread for each image: it fails from 1,025 on.
+PLUGIN_MAX_IMAGES = 1024
+
+
+def prepare(model, most):
+    """Returns a copy of a converted model for TensorRT and batches of up to `most`: the same results.
+
+    EfficientNMS_TRT walks the boxes of an image one after the other, and the images side by side. Classes do not suppress
+    one another: as many groups of them as it can take are given to it as images of their own.
+    """
+    graph = typed_graph(model)
+    for number, node in enumerate([node for node in graph.nodes if node.op == "EfficientNMS_TRT"]):
+        _, count, classes = node.inputs[1].shape
+        size = -(-classes // max(1, PLUGIN_MAX_IMAGES // most))
+        if size < classes:
+            results = _in_groups(Builder(graph, f"suppression_{number}"), node, count, classes, size)
+            for old, new in zip(list(node.outputs), results, strict=True):
+                new.shape = old.shape
+                replace_tensor(graph, old, new)
+            node.outputs.clear()
+    result = gs.export_onnx(graph.cleanup().toposort())
+    result.metadata_props.extend(model.metadata_props)
+    return result
+
+
+def _in_groups(build, node, count, classes, size):
+    """The plugin's outputs, computed for groups of `size` classes: num_detections, boxes, scores, classes."""
+    boxes, scores = node.inputs
+    groups = -(-classes // size)
+    missing = groups * size - classes
+    if missing:  # classes that are never found
+        scores = build.add("Pad", scores, np.int64([0, 0, 0, 0, 0, missing]), np.float32(0))
+    scores = build.add("Transpose", build.reshape(scores, [0, count, groups, size]), perm=[0, 2, 1, 3])
+    scores = build.reshape(scores, [-1, count, size])
+    if len(boxes.shape) == 4:
+        if missing:
+            boxes = build.add("Pad", boxes, np.int64([0, 0, 0, 0, 0, 0, missing, 0]), np.float32(0))
+        boxes = build.add("Transpose", build.reshape(boxes, [0, count, groups, size * 4]), perm=[0, 2, 1, 3])
+        boxes = build.reshape(boxes, [-1, count, size, 4])
+        boxes.shape = [None, count, size, 4]
+    else:
+        boxes = build.add("Expand", build.add("Unsqueeze", boxes, np.int64([1])), np.int64([1, groups, 1, 1]))
+        boxes = build.reshape(boxes, [-1, count, 4])
+        boxes.shape = [None, count, 4]
+    scores.shape = [None, count, size]
+    kept = node.attrs["max_output_boxes"]
+    names = ("score_threshold", "iou_threshold", "max_output_boxes")
+    _, boxes, scores, labels = efficient_nms(build, boxes, scores, **{name: node.attrs[name] for name in names})
+    first = np.repeat(np.arange(groups, dtype=np.int32) * size, kept)[None]  # class of each slot's group [1, G * M]
+    labels = build.add("Add", build.reshape(labels, [-1, groups * kept]), first)
+    scores, rows = build.top_k(build.reshape(scores, [-1, groups * kept]), kept)
+    boxes = build.gather_rows(build.reshape(boxes, [-1, groups * kept, 4]), rows)
+    found = build.add("Greater", scores, np.float32(0), dtype=bool)
+    labels = build.add("Where", found, build.gather_rows(labels, rows), np.int32(0), dtype=np.int32)
+    number = build.add("ReduceSum", build.cast(found, np.int32), np.int64([1]), keepdims=1)
+    return number, boxes, scores, labels
