@@ -12,6 +12,9 @@ import ort_graph
 from cli import UserError
 from image_batcher import preprocess
 
+# What a detector counts its seconds of, in `spent`: copies to and from the GPU, network, taking the results apart.
+STAGES = ("copy", "network", "postprocess")
+
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
@@ -61,6 +64,7 @@ class OnnxDetector:
     """A model.onnx on ONNX Runtime. A context manager."""
 
     runtime = "ONNX Runtime"
+    page_lock = None  # nothing is gained
 
     def __init__(self, path, model=None):
         """model: the contents of the file, or what is to run in its place; None: read it."""
@@ -72,7 +76,7 @@ class OnnxDetector:
         model = model or onnx_utils.load(path)
         self.metadata = onnx_utils.read_metadata(model, path)
         self.input = input_spec(self.metadata)
-        self.busy_seconds = 0.0  # spent in the network
+        self.spent = dict.fromkeys(STAGES, 0.0)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -97,9 +101,15 @@ class OnnxDetector:
         true_shapes: [n, 2] height and width of the images within padded inputs (image_batcher.Placement.true_shape);
         None: they fill them.
         """
+        given, feed = len(batch), {self.input.name: arrange(batch, self.input)}
+        if self.input.true_shape:
+            feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
         begun = time.perf_counter()
-        found = self._run(batch, true_shapes)
-        self.busy_seconds += time.perf_counter() - begun
+        outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+        ended = time.perf_counter()
+        found = split_detections(outputs, given)
+        self.spent["network"] += ended - begun
+        self.spent["postprocess"] += time.perf_counter() - ended
         return found
 
     def start(self, batch, true_shapes=None):
@@ -108,13 +118,6 @@ class OnnxDetector:
 
     def finish(self, ticket):
         return ticket.result()
-
-    def _run(self, batch, true_shapes):
-        given, feed = len(batch), {self.input.name: arrange(batch, self.input)}
-        if self.input.true_shape:
-            feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
-        outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
-        return split_detections(outputs, given)
 
     def close(self):
         self._thread.shutdown(cancel_futures=True)
@@ -147,7 +150,10 @@ def input_spec(metadata):
 
 
 def arrange(batch, spec):
-    """Gives [n, H, W, 3] the network's type and layout, filled up with zeros to a fixed batch size."""
+    """Gives [n, H, W, 3] the network's type and layout, filled up with zeros to a fixed batch size.
+
+    What is so already (ImageBatcher with this spec) is not copied, but to be filled up.
+    """
     batch = np.asarray(batch)
     if batch.ndim != 4 or batch.shape[1:] != (spec.height, spec.width, 3):
         raise ValueError(f"the network takes [n, {spec.height}, {spec.width}, 3] images, not {list(batch.shape)}")

@@ -8,7 +8,6 @@ With --output, writes detections.json (COCO results), metrics.json, per_class.cs
 """
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -26,7 +25,7 @@ import report
 from cli import UserError, make_folder, progress, run, warn, whole_file
 from detector import open_detector
 from image_batcher import find_images, load_image
-from pipeline import choose_batch_size, detect_files
+from pipeline import choose_batch_size, detect_files, open_workers, submit
 from visualize import mark_box
 
 # Above this score threshold detections are missing that average precision counts.
@@ -139,33 +138,27 @@ def detect(detector, known, args):
     usual = 1 if detector.metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
     size = choose_batch_size(detector, args.batch_size, usual)
     masks = args.detection_type == "segmentation"
-    workers = max(1, (os.cpu_count() or 2) - 1)
     to_results = functools.partial(
         coco.results_of,
         class_offset=detector.metadata["class_offset"],
         mask_threshold=args.iou_threshold if masks else None,
     )
     results, evaluated, started = [], {}, time.perf_counter()
-    with progress(known, unit="image") as bar, process_pool(workers) if masks else contextlib.nullcontext() as pool:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(known, unit="image"))
+        workers = pool = stack.enter_context(open_workers(detector, len(known)))
+        if masks and not workers.processes:
+            pool = stack.enter_context(process_pool(max(1, (os.cpu_count() or 2) - 1)))
 
         def work(path, _, placement, found):
             task = found.above(args.nms_threshold), known[path], (placement.height, placement.width)
-            return pool.submit(to_results, *task) if masks else to_results(*task)
+            return submit(pool, to_results, *task) if masks else to_results(*task)
 
-        waiting = collections.deque()
-        for path, found in detect_files(detector, list(known), size, work, None, 0):
+        for path, found in detect_files(detector, list(known), size, work, workers):
             evaluated[path] = known[path]
-            waiting.append(found)
-            while len(waiting) > 4 * workers:
-                results += _value(waiting.popleft())
+            results += found
             bar.update()
-        for found in waiting:
-            results += _value(found)
     return results, evaluated, time.perf_counter() - started
-
-
-def _value(found):
-    return found.result() if isinstance(found, concurrent.futures.Future) else found
 
 
 def process_pool(workers):

@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import os
 import time
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cli import UserError, warn
+from workers import Workers
 
 try:
     import simplejpeg
@@ -50,9 +52,10 @@ class Batch:
     """n images, in input order."""
 
     paths: list  # of Path
-    images: list  # of uint8 [height, width, 3], as decoded
+    images: list  # of uint8 [height, width, 3], as decoded; of None where a process decoded them
     placements: list  # of Placement
-    tensor: np.ndarray  # [n, network height, network width, 3] float32, 0..255
+    tensor: np.ndarray  # [n, network height, network width, 3], 0..255
+    block: object  # whose memory the tensor is: see ImageBatcher.reuse
 
     @property
     def true_shapes(self):
@@ -156,8 +159,8 @@ def _column_taps(width_in, width_out):
 def resize_image(image, height, width, out=None):
     """Resizes RGB [H, W, 3] to [height, width, 3] float32 exactly as TFOD does (see _taps): no antialiasing.
 
-    out: where to write, float32 [height, width, 3]; default: a new array. Steps over blocks of rows, skipping the
-    interpolation along an axis whose output pixels all fall on input pixels (640 -> 320, say).
+    out: where to write, [height, width, 3], float32 or uint8 (rounded); default: a new float32 array. Steps over blocks of
+    rows, skipping the interpolation along an axis whose output pixels all fall on input pixels (640 -> 320, say).
     """
     rows_in, columns_in = image.shape[:2]
     out = np.empty((height, width, 3), np.float32) if out is None else out
@@ -183,6 +186,8 @@ def resize_image(image, height, width, out=None):
             bottom -= top
             bottom *= down[start:end, None]
             block = np.add(top, bottom, out=bottom)
+        if out.dtype == np.uint8:
+            block = np.rint(block)
         out[start:end] = block.reshape(end - start, width, 3)
     return out
 
@@ -199,79 +204,152 @@ def keep_aspect_size(height, width, min_dimension, max_dimension):
     return int(chosen[0]), int(chosen[1])
 
 
-def preprocess(image, resizer):
+def preprocess(image, resizer, out=None):
     """Brings RGB [H, W, 3] to the network's input.
 
-    resizer: the dict of tfod_config.describe_resizer. Returns (float32 [height, width, 3], 0..255, Placement). Raises
-    ImageError for an image of which the resizer leaves nothing.
+    resizer: the dict of tfod_config.describe_resizer. out: as of resize_image. Returns (array [height, width, 3], 0..255,
+    Placement). Raises ImageError for an image of which the resizer leaves nothing.
     """
     rows, columns = image.shape[:2]
     height, width = resizer["height"], resizer["width"]
+    out = np.empty((height, width, 3), np.float32) if out is None else out
     if resizer["kind"] == "fixed_shape":
-        return resize_image(image, height, width), Placement(rows, columns, (height, width))
+        return resize_image(image, height, width, out), Placement(rows, columns, (height, width))
     new_height, new_width = keep_aspect_size(rows, columns, resizer["min_dimension"], resizer["max_dimension"])
     if not new_height or not new_width:  # TensorFlow's resizer fails on it too
         raise ImageError(f"{columns} x {rows} pixels are too long and thin for the model's resizer")
-    tensor = np.empty((height, width, 3), np.float32)
-    tensor[:] = np.float32(resizer["pad_value"])
-    resize_image(image, new_height, new_width, out=tensor[:new_height, :new_width])
-    return tensor, Placement(rows, columns, (new_height, new_width))
+    padding = np.float32(resizer["pad_value"])
+    padding = np.rint(padding) if out.dtype == np.uint8 else padding
+    out[new_height:] = padding
+    out[:new_height, new_width:] = padding
+    resize_image(image, new_height, new_width, out[:new_height, :new_width])
+    return out, Placement(rows, columns, (new_height, new_width))
 
 
 class ImageBatcher:
-    """Iterates over files in batches, in order, decoding ahead in threads.
+    """Iterates over files in batches, in order, decoding ahead, each image straight to its place in a batch.
 
-    A file that cannot be read is warned about and left out; `skipped` counts them. At most `threads` + `ahead` images are
-    in memory besides the batch in hand.
+    A file that cannot be read is warned about and left out; `skipped` counts them. Few images are in memory: two tasks for
+    each worker, rounded up to batches, besides the batches in hand.
     """
 
-    def __init__(self, paths, resizer, batch_size, threads=None, ahead=8):
+    def __init__(self, paths, resizer, batch_size, workers=None, spec=None, page_lock=None):
+        """workers: a workers.Workers; None: threads of its own. spec: the detector.InputSpec of the tensors; None: float32,
+        NHWC. page_lock: is given each array that tensors lie in, returns what is called to let it go."""
         self.paths, self.resizer, self.batch_size = list(paths), resizer, batch_size
-        self.threads, self.ahead = threads or min(8, os.cpu_count() or 1), ahead
         self.skipped = 0
-        self.decode_seconds = self.resize_seconds = 0.0  # spent in all threads together
+        self.decode_seconds = self.resize_seconds = 0.0  # spent in all workers together
+        self._workers, self._spec, self._page_lock = workers, spec, page_lock
+        self._free, self._blocks = [], []  # of _Block: to be used again; to be freed
 
-    def _prepare(self, path):
-        begun = time.perf_counter()
-        image = load_image(path)
-        decoded = time.perf_counter()
-        tensor, placement = preprocess(image, self.resizer)
-        return path, image, tensor, placement, (decoded - begun, time.perf_counter() - decoded)
+    def reuse(self, batch):
+        """Says that nothing reads the batch's tensor any more: its memory goes to a later batch."""
+        batch.block.in_use -= 1
+        self._recycle(batch.block)
 
-    def _images(self):
-        """Yields (path, image, tensor, placement) of the readable files in order."""
-        waiting, todo = collections.deque(), iter(self.paths)
-        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-            try:
-                while True:
-                    while len(waiting) < self.threads + self.ahead and (path := next(todo, None)) is not None:
-                        waiting.append((path, pool.submit(self._prepare, path)))
-                    if not waiting:
-                        return
-                    path, future = waiting.popleft()
-                    try:
-                        *item, seconds = future.result()
-                        self.decode_seconds += seconds[0]
-                        self.resize_seconds += seconds[1]
-                        yield item
-                    except ImageError as error:
-                        self.skipped += 1
-                        warn(f"{path}: skipped, {error}")
-            finally:
-                for _, future in waiting:
-                    future.cancel()
+    def _recycle(self, block):
+        if block.in_use == 0 and not block.jobs:
+            self._free.append(block)
 
     def __iter__(self):
-        group = []
-        for item in self._images():
-            group.append(item)
-            if len(group) == self.batch_size:
-                yield _batch(group)
-                group = []
-        if group:
-            yield _batch(group)
+        workers = self._workers or Workers(0)
+        waiting, todo = collections.deque(), iter(self.paths)
+        # Blocks hold whole batches and whole tasks, or nearly.
+        size = self.batch_size * -(-workers.task_images // self.batch_size)
+        most = 1 + -(-2 * workers.count * workers.task_images // size)
+        try:
+            while True:
+                while len(waiting) < most and (paths := list(itertools.islice(todo, size))):
+                    waiting.append(self._begin(workers, paths, size))
+                if not waiting:
+                    return
+                yield from self._batches(waiting[0])
+                waiting.popleft()
+        finally:
+            concurrent.futures.wait([job for block in waiting for job, _ in block.jobs if not job.cancel()])
+            if workers is not self._workers:
+                workers.close()
+            for block in self._blocks:
+                block.free()
+
+    def _begin(self, workers, paths, size):
+        """Gives the paths to the workers; returns the block that the images will be in."""
+        if not self._free:
+            self._free.append(_Block(workers, size, self.resizer, self._spec, self._page_lock))
+            if workers.processes or self._page_lock:
+                self._blocks.append(self._free[-1])
+        block = self._free.pop()
+        for first in range(0, len(paths), workers.task_images):
+            part = paths[first : first + workers.task_images]
+            keep = not workers.processes
+            task = _prepare, part, self.resizer, block.memory, first, block.layout, keep
+            block.jobs.append((workers.submit(*task), part))
+        return block
+
+    def _batches(self, block):
+        """Yields the block's batches as they are ready, without the files that could not be read."""
+        jobs, read, row, given, size = collections.deque(block.jobs), [], 0, 0, self.batch_size
+        block.in_use += 1  # not to be recycled meanwhile
+        while jobs:
+            job, paths = jobs.popleft()
+            for path, result in zip(paths, job.result(), strict=True):
+                row += 1
+                if isinstance(result, str):
+                    self.skipped += 1
+                    warn(f"{path}: skipped, {result}")
+                    continue
+                image, placement, decoding, resizing = result
+                self.decode_seconds += decoding
+                self.resize_seconds += resizing
+                if len(read) != row - 1:
+                    block.images[len(read)] = block.images[row - 1]
+                read.append((path, image, placement))
+            while len(read) - given >= size or (not jobs and len(read) > given):
+                part = slice(given, min(given + size, len(read)))
+                block.in_use += 1
+                yield Batch(*map(list, zip(*read[part], strict=True)), block.images[part], block)
+                given = part.stop
+        block.jobs, block.in_use = [], block.in_use - 1
+        self._recycle(block)
 
 
-def _batch(group):
-    paths, images, tensors, placements = map(list, zip(*group, strict=True))
-    return Batch(paths, images, placements, tensors[0][None] if len(tensors) == 1 else np.stack(tensors))
+class _Block:
+    """Memory for some batches, and the tasks that fill it."""
+
+    def __init__(self, workers, size, resizer, spec, page_lock):
+        self.layout = spec.layout if spec else "NHWC"
+        shape = (resizer["height"], resizer["width"])
+        shape = (size, 3, *shape) if self.layout == "NCHW" else (size, *shape, 3)
+        self.memory = workers.memory(shape, spec.dtype if spec else np.float32)
+        self.images = as_images(self.memory.array, self.layout)
+        self.jobs, self.in_use = [], 0
+        self._unlock = page_lock(self.memory.array) if page_lock else None
+
+    def free(self):
+        if self._unlock:
+            self._unlock()
+        self.memory.free()
+
+
+def as_images(array, layout):
+    """An array of images in the network's layout, seen as [n, height, width, 3]."""
+    return array.transpose(0, 2, 3, 1) if layout == "NCHW" else array
+
+
+def _prepare(paths, resizer, memory, first, layout, keep):
+    """A worker's task: decodes and resizes images into memory.array from row `first` on.
+
+    Returns for each (image if `keep` else None, Placement, seconds of decoding, of resizing), or why it cannot be read.
+    """
+    images, results = as_images(memory.array, layout), []
+    for row, path in enumerate(paths, first):
+        try:
+            begun = time.perf_counter()
+            image = load_image(path)
+            decoded = time.perf_counter()
+            _, placement = preprocess(image, resizer, images[row])
+        except ImageError as error:
+            results.append(str(error))
+            continue
+        results.append((image if keep else None, placement, decoded - begun, time.perf_counter() - decoded))
+    return results

@@ -9,22 +9,20 @@ line of the labels file). Exit status 1 if an image could not be read.
 """
 
 import argparse
-import concurrent.futures
+import dataclasses
 import itertools
-import os
 import sys
 import time
 from pathlib import Path
 
 from cli import UserError, make_folder, progress, run, whole_file
 from detector import open_detector
-from image_batcher import ImageBatcher, find_images, result_names
-from pipeline import Times, choose_batch_size, detect_files
+from image_batcher import ImageBatcher, find_images, load_image, result_names
+from pipeline import Times, batcher_for, choose_batch_size, detect_files, open_workers, submit
 from visualize import draw_detections, read_labels
 
 # JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.
 JPEG_QUALITY = 92
-WRITERS = min(8, os.cpu_count() or 1)
 
 
 def parse_args(argv=None):
@@ -98,34 +96,59 @@ def main(argv=None):
         return process(detector, files, size, output, labels, args)
 
 
+def write_one(path, image, size, found, output, options):
+    """A worker's task: draws and writes one image's results as `output`.tsv and .jpg or .png.
+
+    image: None: read it again. size: Placement.size.
+    """
+    image = load_image(path) if image is None else image
+    boxes = found.boxes * size
+    write_results(output.with_name(f"{output.name}.tsv"), boxes, found.scores, found.classes)
+    masks = None if options.masks_from is None else found.masks
+    picture = draw_detections(image, boxes, found.scores, found.classes, options.labels, masks, options.masks_from)
+    write_picture(output.with_name(f"{output.name}.{options.format}"), picture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How results are drawn and written."""
+
+    labels: list
+    masks_from: float | None  # a pixel belongs to a mask from this value on; None: boxes only
+    format: str
+
+
 def process(detector, files, batch_size, output, labels, args):
     """Runs `detector` on `files`, writes their results into the folder `output`, prints the rates; returns the status."""
     names = dict(zip(files, result_names(files), strict=True))
-    masks_from = args.iou_threshold if args.detection_type == "segmentation" else None
+    segmentation = args.detection_type == "segmentation"
+    options = Options(labels, args.iou_threshold if segmentation else None, args.format)
+    times, written = Times(), []
 
-    written = []
+    def note(future):
+        if not future.cancelled() and not future.exception():
+            written.append(True)
 
-    def write(path, image, placement, found):
-        found = found.above(args.nms_threshold)
-        boxes = found.boxes * placement.size
-        write_results(output / f"{names[path]}.tsv", boxes, found.scores, found.classes)
-        masks = None if masks_from is None else found.masks
-        picture = draw_detections(image, boxes, found.scores, found.classes, labels, masks, masks_from)
-        write_picture(output / f"{names[path]}.{args.format}", picture)
-        written.append(path)
+    with open_workers(detector, len(files)) as workers, progress(files, unit="image") as bar:
 
-    times, started = Times(), time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool, progress(files, unit="image") as bar:
-        done = detect_files(detector, files, batch_size, write, pool, WRITERS, times)
+        def work(path, image, placement, found):
+            found = found.above(args.nms_threshold)
+            found = found if segmentation else dataclasses.replace(found, masks=None)
+            future = submit(workers, write_one, path, image, placement.size, found, output / names[path], options)
+            future.add_done_callback(note)
+            return future
+
+        started = time.perf_counter()
+        done = detect_files(detector, files, batch_size, work, workers, times)
         try:
             for _ in done:
                 bar.update()
         except KeyboardInterrupt:
             done.close()
-            pool.shutdown()
+            workers.close()
             print(f"stopped: the results of {len(written)} of {len(files)} images are in {output}", file=sys.stderr)
             return 130
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     if not times.images:
         raise UserError(f"none of the {len(files)} images could be read; nothing was written")
     print(
@@ -140,26 +163,36 @@ def process(detector, files, batch_size, output, labels, args):
 
 def stages(times):
     """Milliseconds per image of each stage; they overlap."""
-    ms = {"decode": times.decode, "resize": times.resize, "network": times.network, "results": times.work}
-    return ", ".join(f"{name} {1000 * value / times.images:.1f} ms" for name, value in ms.items())
+    ms = {
+        "decode": times.decode,
+        "resize": times.resize,
+        "copy": times.copy,
+        "network": times.network,
+        "postprocess": times.postprocess,
+        "results": times.work,
+    }
+    return ", ".join(f"{name} {1000 * value / times.images:.2f} ms" for name, value in ms.items())
 
 
 def benchmark(detector, files, args):
     """Prints what each stage takes, what it could do alone, and how near the whole comes to the slowest of them."""
     size = choose_batch_size(detector, args.batch_size, 1)
-    count = max(size, args.benchmark_images)
-    repeated = list(itertools.islice(itertools.cycle(files), count))
-    decoder, network = decoder_limit(detector, repeated, size), network_limit(detector, repeated, size)
-    times, begun = Times(), time.perf_counter()
-    for _ in detect_files(detector, repeated, size, lambda *item: item[3].above(args.nms_threshold), None, 0, times):
-        pass
-    seconds = time.perf_counter() - begun
+    repeated = list(itertools.islice(itertools.cycle(files), max(size, args.benchmark_images)))
+    with open_workers(detector, len(repeated)) as workers:
+        workers.warm_up()
+        decoder = decoder_limit(detector, repeated, size, workers)
+        network = network_limit(detector, repeated, size)
+        times, begun = Times(), time.perf_counter()
+        for _ in detect_files(detector, repeated, size, lambda *x: x[3].above(args.nms_threshold), workers, times):
+            pass
+        seconds = time.perf_counter() - begun
     if not times.images:
         raise UserError(f"none of the {len(files)} images could be read")
     whole, lower = times.images / seconds, min(decoder, network)
-    busy = times.decode + times.resize + times.network + times.work
+    busy = times.decode + times.resize + times.copy + times.network + times.postprocess + times.work
     print(f"{times.images} images of {args.input}, {size} at a time, {args.engine} on {detector.runtime}")
-    print(f"per image: {stages(times)}; {busy / seconds:.2f} stages at work at a time")
+    kind = "processes" if workers.processes else "threads"
+    print(f"per image: {stages(times)}; {busy / seconds:.2f} stages at work at a time; {workers.count} {kind}")
     print(f"end to end            {whole:8.1f} images/s")
     print(f"network alone         {network:8.1f} images/s")
     print(f"decode and resize     {decoder:8.1f} images/s")
@@ -169,19 +202,23 @@ def benchmark(detector, files, args):
     return 0
 
 
-def decoder_limit(detector, files, size):
+def decoder_limit(detector, files, size, workers):
     """Images per second that are decoded, resized and put into batches, with nothing else to do."""
-    begun, count = time.perf_counter(), 0
-    for batch in ImageBatcher(files, detector.metadata["resizer"], size):
+    batcher, count, begun = batcher_for(detector, files, size, workers), 0, time.perf_counter()
+    for batch in batcher:
         count += len(batch.paths)
+        batcher.reuse(batch)
     return count / (time.perf_counter() - begun)
 
 
 def network_limit(detector, files, size):
-    """Images per second of the network alone, copies and postprocessing included, on one batch again and again."""
+    """Images per second of the network alone on one batch again and again; on a GPU without copies and all else."""
     batch = next(iter(ImageBatcher(files[: 4 * size], detector.metadata["resizer"], size)), None)
     if batch is None:
         return float("inf")
+    if detector.runtime == "TensorRT":
+        median, _, _ = detector.benchmark(batch.tensor)
+        return len(batch.tensor) / median * 1000
     detector.infer(batch.tensor, batch.true_shapes)
     begun, rounds = time.perf_counter(), 0
     while rounds * size < len(files):

@@ -1,10 +1,11 @@
 """Images through a detector and on, all stages at once.
 
-Decoding and resizing go on in threads, the network beside them, what is done with each image's detections in a pool.
-Results come in input order, memory is bounded.
+Workers decode and resize, the network runs beside them, and workers may draw and write its detections. Results come in
+input order, memory is bounded.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 
 from cli import UserError
 from image_batcher import ImageBatcher
+from workers import Workers
 
-# Batches that the network has been given and not yet given back: one runs while the next is being put together.
-BATCHES_AHEAD = 2
+# Batches that the network has been given and not yet given back: one comes in, one is computed, one goes out.
+BATCHES_AHEAD = 3
 # Images whose results are being worked on, per worker.
 IMAGES_AHEAD = 4
 
@@ -25,7 +27,9 @@ class Times:
 
     decode: float = 0.0
     resize: float = 0.0
+    copy: float = 0.0
     network: float = 0.0
+    postprocess: float = 0.0
     work: float = 0.0
     images: int = 0
     skipped: int = 0
@@ -45,17 +49,30 @@ def choose_batch_size(detector, asked, usual):
     return asked
 
 
-def detect_files(detector, files, batch_size, work, pool, workers, times=None):
+def open_workers(detector, images):
+    """The Workers for `images` images: to decode, and for whatever is done with the detections."""
+    spec = detector.input
+    return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize)
+
+
+def batcher_for(detector, files, batch_size, workers):
+    """An ImageBatcher that puts the images where the detector takes them from."""
+    resizer = detector.metadata["resizer"]
+    return ImageBatcher(files, resizer, batch_size, workers, detector.input, detector.page_lock)
+
+
+def detect_files(detector, files, batch_size, work, workers, times=None):
     """Runs the detector on image files and `work(path, image, placement, detections)` on each; yields (path, its result).
 
-    pool: an executor for `work`, of `workers`; None: in the caller's thread. times: a Times to add to. A file that cannot
-    be read is warned about and left out. Any other error, in whatever stage, is raised here; what `work` raises as an OSError
-    or ValueError becomes a UserError that names the file. Closing the generator (Ctrl-C does) ends all stages.
+    work: called here; returns a result, or the future of one (`submit`). image: None where a process decoded it. times: a
+    Times to add to. A file that cannot be read is warned about and left out. Any other error, in whatever stage, is raised
+    here; an OSError or ValueError of `work` or its future becomes a UserError that names the file. Closing the generator
+    (Ctrl-C does) ends all stages.
     """
     times = times if times is not None else Times()
-    batcher = ImageBatcher(files, detector.metadata["resizer"], batch_size)
+    batcher = batcher_for(detector, files, batch_size, workers)
     running, working = collections.deque(), collections.deque()
-    batches, busy = iter(batcher), detector.busy_seconds
+    batches, before = iter(batcher), dict(detector.spent)
 
     def hand_on(batch, ticket):
         try:
@@ -65,45 +82,57 @@ def detect_files(detector, files, batch_size, work, pool, workers, times=None):
         except Exception as error:  # whatever the runtime raises
             names = ", ".join(str(path) for path in batch.paths)
             raise UserError(f"the network failed on {names}: {error}") from error
-        for item in zip(batch.paths, batch.images, batch.placements, found, strict=True):
-            working.append((item[0], pool.submit(_timed, work, *item) if pool else _Later(_timed, work, *item)))
+        batcher.reuse(batch)
+        for path, *item in zip(batch.paths, batch.images, batch.placements, found, strict=True):
+            with _naming(path):
+                working.append((path, timed(work, path, *item)))
 
     def finished(most):
         while len(working) > most:
-            path, future = working.popleft()
-            with _naming(path):
-                result, seconds = future.result()
+            path, (result, seconds) = working.popleft()
+            if isinstance(result, concurrent.futures.Future):
+                with _naming(path):
+                    result, seconds = result.result()
             times.work += seconds
             times.images += 1
             yield path, result
 
+    most = max(batch_size, IMAGES_AHEAD * workers.count)
     try:
         for batch in batches:
             running.append((batch, detector.start(batch.tensor, batch.true_shapes)))
             if len(running) >= BATCHES_AHEAD:
                 hand_on(*running.popleft())
-            yield from finished(max(batch_size, IMAGES_AHEAD * workers) if pool else 0)
+            yield from finished(most)
         while running:
             hand_on(*running.popleft())
-            yield from finished(IMAGES_AHEAD * workers if pool else 0)
+            yield from finished(most)
         yield from finished(0)
     finally:
-        for _, future in working:
-            future.cancel()
-        batches.close()
+        for _, (result, _) in working:
+            if isinstance(result, concurrent.futures.Future):
+                result.cancel()
         # What runs must end before its memory goes; its error was raised, or is moot.
         with contextlib.suppress(Exception):
             while running:
                 detector.finish(running.popleft()[1])
-        times.network += detector.busy_seconds - busy
+        batches.close()
+        for stage, seconds in detector.spent.items():
+            setattr(times, stage, getattr(times, stage) + seconds - before[stage])
         times.decode += batcher.decode_seconds
         times.resize += batcher.resize_seconds
         times.skipped += batcher.skipped
 
 
-def _timed(work, *item):
+def submit(workers, task, *arguments):
+    """For a `work` of detect_files: the future of task(*arguments), in a worker."""
+    return workers.submit(timed, task, *arguments)
+
+
+def timed(task, *arguments):
+    """Returns what the task returns, and the seconds it took."""
     begun = time.perf_counter()
-    result = work(*item)
+    result = task(*arguments)
     return result, time.perf_counter() - begun
 
 
@@ -113,16 +142,3 @@ def _naming(path):
         yield
     except (OSError, ValueError) as error:
         raise UserError(f"{Path(path)}: its results could not be written ({error}); choose another --output") from error
-
-
-class _Later:
-    """What a pool would give, worked out when it is asked for."""
-
-    def __init__(self, call, *arguments):
-        self._call, self._arguments = call, arguments
-
-    def result(self):
-        return self._call(*self._arguments)
-
-    def cancel(self):
-        pass

@@ -5,18 +5,21 @@ Tensor-name API only, which TensorRT 8.6, 10 and 11 share (TensorRT developer gu
 
 import ctypes
 import json
+import math
 import time
 from pathlib import Path
 
 import numpy as np
 
 import onnx_utils
-from cli import UserError
-from detector import arrange, arrange_true_shapes, input_spec, split_detections
+from cli import UserError, warn
+from detector import STAGES, arrange, arrange_true_shapes, input_spec, split_detections
 
 REBUILD = "build it here with build_engine.py"
-# Batches that may be under way: one is computed while the results of the one before are taken and the next is copied.
-SLOTS = 2
+# Batches that may be under way: one is copied in while one is computed and one's results are copied out.
+SLOTS = 3
+# Addresses that TensorRT is given are multiples of this, as cudaMalloc's are.
+ALIGNMENT = 256
 INSTALL = "pip install -r requirements-gpu.txt"
 
 
@@ -74,8 +77,32 @@ class GpuContext:
         self._primary.detach()
 
 
+class Slot:
+    """What a batch under way needs: GPU memory, page-locked memory for its results, events."""
+
+    def __init__(self, cuda, input_bytes, output_bytes):
+        """input_bytes: {name of input: bytes}; output_bytes: of all outputs together. Raises pycuda's MemoryError."""
+        self.device_inputs = {name: cuda.mem_alloc(size) for name, size in input_bytes.items()}
+        self.device_outputs = cuda.mem_alloc(output_bytes)
+        self.host_outputs = cuda.pagelocked_empty(output_bytes, np.uint8)
+        self.begun, self.copied, self.computing, self.computed, self.done = (cuda.Event() for _ in range(5))
+        self.reading = None  # host memory that is being copied
+
+    def seconds(self):
+        """(copying, computing) once `done` has come."""
+        copying = self.begun.time_till(self.copied) + self.computed.time_till(self.done)
+        return copying / 1000, self.computing.time_till(self.computed) / 1000
+
+    def free(self):
+        for memory in (*self.device_inputs.values(), self.device_outputs):
+            memory.free()
+
+
 class TrtDetector:
-    """An engine made by build_engine.py. A context manager: everything on the GPU is freed on exit."""
+    """An engine made by build_engine.py. A context manager: everything on the GPU is freed on exit.
+
+    Copies to the GPU, the network and copies back go on in a stream each, for up to SLOTS batches at a time.
+    """
 
     runtime = "TensorRT"
 
@@ -87,7 +114,8 @@ class TrtDetector:
         self._gpu = GpuContext(self._cuda)
         self._gpu.__enter__()
         self._graphs, self._slots, self._context, self._engine = {}, [], None, None
-        self._turn, self._ended, self.busy_seconds = 0, 0.0, 0.0
+        self._turn = 0
+        self.spent = dict.fromkeys(STAGES, 0.0)
         try:
             self._load(data)
         except BaseException:
@@ -110,30 +138,47 @@ class TrtDetector:
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise UserError(f"--engine {self._path}: too little GPU memory ({self._logger.last()}); free some")
-        self._stream = cuda.Stream()
+        self._copying_in, self._stream, self._copying_out = (cuda.Stream() for _ in range(3))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode, given = self._engine.get_tensor_mode, trt.TensorIOMode.INPUT
         self._inputs = [name for name in names if mode(name) == given]
         self._outputs = [name for name in names if mode(name) != given]
+        self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         self.most = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
         try:
             for _ in range(SLOTS):
-                self._slots.append({})
-                for name in names:
-                    self._slots[-1][name] = self._allocate(name)
+                sizes = {name: self._bytes(name, self.most) for name in self._inputs}
+                self._slots.append(Slot(cuda, sizes, self._places(self.most)[1]))
         except cuda.MemoryError as error:
             raise UserError(f"--engine {self._path}: too little GPU memory; build it for a smaller --batch") from error
 
-    def _allocate(self, name):
-        """Memory for `most` images: page-locked here, and on the GPU."""
-        dtype = self._trt.nptype(self._engine.get_tensor_dtype(name))
-        shape = tuple(self._engine.get_tensor_shape(name))
-        host = self._cuda.pagelocked_empty((self.most, *shape[1:]), dtype)
-        return host, self._cuda.mem_alloc(host.nbytes)
+    def _shape(self, name, size):
+        """The shape of a tensor for `size` images."""
+        return (size, *tuple(self._engine.get_tensor_shape(name))[1:])
+
+    def _bytes(self, name, size):
+        return math.prod(self._shape(name, size)) * self._types[name].itemsize
+
+    def _places(self, size):
+        """Where a slot's outputs for `size` images lie in its memory: ({name: offset}, bytes in all)."""
+        places, end = {}, 0
+        for name in self._outputs:
+            places[name] = end
+            end += -(-self._bytes(name, size) // ALIGNMENT) * ALIGNMENT
+        return places, end
 
     def shapes(self):
         """{tensor name: shape} of the engine, -1 where the batch is open."""
         return {name: tuple(self._engine.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
+
+    def page_lock(self, array):
+        """Locks an array (whole pages) in memory, so that `start` copies from it beside the network; returns what undoes it."""
+        driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(array.ctypes.data)
+        error = driver.cuMemHostRegister_v2(address, ctypes.c_size_t(array.nbytes), 0)
+        if error:  # the right to lock memory may be limited
+            warn(f"memory cannot be page-locked (CUDA error {error}): copies to the GPU take longer")
+            return None
+        return lambda: driver.cuMemHostUnregister(address)
 
     def infer(self, batch, true_shapes=None):
         """batch: [n, height, width, 3] RGB 0..255, n at most `most`. Returns n Detections.
@@ -146,71 +191,92 @@ class TrtDetector:
     def start(self, batch, true_shapes=None):
         """Like infer, but returns when the work is queued; `finish` takes what this returns and gives the Detections.
 
-        In order, and at most SLOTS at a time: each has its own buffers.
+        In order, and at most SLOTS at a time. A page-locked batch is read until `finish`.
         """
-        begun, given = time.perf_counter(), len(batch)
+        given = len(batch)
         if given > self.most:
             raise ValueError(f"the engine takes at most {self.most} images at a time, not {given}")
         feed = {self.input.name: arrange(batch, self.input)}
         if self.input.true_shape:
             feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
         size = len(feed[self.input.name])
-        slot, self._turn = self._turn, (self._turn + 1) % SLOTS
-        buffers = self._slots[slot]
+        number, self._turn = self._turn, (self._turn + 1) % SLOTS
+        slot, cuda = self._slots[number], self._cuda
+        # From memory that is not page-locked the driver copies before it returns: right, but not beside the network.
+        slot.reading = feed
+        slot.begun.record(self._copying_in)
         for name, array in feed.items():
-            host, device = buffers[name]
-            host[:size] = array
-            self._cuda.memcpy_htod_async(device, host[:size], self._stream)
-        self._execute(slot, size)
-        for name in self._outputs:
-            host, device = buffers[name]
-            self._cuda.memcpy_dtoh_async(host[:size], device, self._stream)
-        done = self._cuda.Event()
-        done.record(self._stream)
-        return slot, size, given, done, begun
-
-    def finish(self, ticket):
-        slot, size, given, done, begun = ticket
-        done.synchronize()
-        results = {name: self._slots[slot][name][0][:size].copy() for name in self._outputs}
-        ended = time.perf_counter()
-        self.busy_seconds += ended - max(begun, self._ended)
-        self._ended = ended
-        return split_detections(results, given)
-
-    def _execute(self, slot, size):
-        """Runs the network on `size` images in a slot's buffers: a CUDA graph, captured at the first call for them."""
-        if (slot, size) not in self._graphs:
-            self._bind(slot, size)
-            self._enqueue()  # the first run of a shape allocates, which cannot be captured
-            self._stream.synchronize()
-            self._graphs[slot, size] = CudaGraph.capture(self._stream, self._enqueue)
-        if graph := self._graphs[slot, size]:
+            cuda.memcpy_htod_async(slot.device_inputs[name], array, self._copying_in)
+        slot.copied.record(self._copying_in)
+        self._stream.wait_for_event(slot.copied)
+        graph = self._graph(number, size)
+        slot.computing.record(self._stream)
+        if graph:
             graph.launch()
         else:
-            self._bind(slot, size)
+            self._bind(number, size)
             self._enqueue()
+        slot.computed.record(self._stream)
+        self._copying_out.wait_for_event(slot.computed)
+        places, end = self._places(size)
+        cuda.memcpy_dtoh_async(slot.host_outputs[:end], slot.device_outputs, self._copying_out)
+        slot.done.record(self._copying_out)
+        return slot, size, given, places
 
-    def _bind(self, slot, size):
-        """Points the context at a slot's buffers, with `size` images in them."""
-        for name, (host, device) in self._slots[slot].items():
-            self._context.set_tensor_address(name, int(device))
-            if name in self._inputs:
-                self._context.set_input_shape(name, (size, *host.shape[1:]))
+    def finish(self, ticket):
+        slot, size, given, places = ticket
+        slot.done.synchronize()
+        slot.reading = None
+        begun = time.perf_counter()
+        memory = slot.host_outputs.copy()
+        results = {}
+        for name, place in places.items():
+            part = memory[place : place + self._bytes(name, size)]
+            results[name] = part.view(self._types[name]).reshape(self._shape(name, size))
+        found = split_detections(results, given)
+        for stage, seconds in zip(STAGES, (*slot.seconds(), time.perf_counter() - begun), strict=True):
+            self.spent[stage] += seconds
+        return found
+
+    def _graph(self, number, size):
+        """The network on `size` images in a slot's memory as a CUDA graph, captured at the first call; None: it cannot be."""
+        if (number, size) not in self._graphs:
+            self._bind(number, size)
+            self._enqueue()  # the first run of a shape allocates, which cannot be captured
+            self._stream.synchronize()
+            self._graphs[number, size] = CudaGraph.capture(self._stream, self._enqueue)
+        return self._graphs[number, size]
+
+    def _bind(self, number, size):
+        """Points the context at a slot's memory, with `size` images in it."""
+        slot = self._slots[number]
+        for name in self._inputs:
+            self._context.set_tensor_address(name, int(slot.device_inputs[name]))
+            self._context.set_input_shape(name, self._shape(name, size))
+        for name, place in self._places(size)[0].items():
+            self._context.set_tensor_address(name, int(slot.device_outputs) + place)
 
     def _enqueue(self):
         if not self._context.execute_async_v3(self._stream.handle):
             raise UserError(f"--engine {self._path}: the network failed ({self._logger.last()}); {REBUILD}")
 
-    def benchmark(self, size, runs=200, graph=True):
-        """GPU time of the network on `size` images by CUDA events, copies not included.
-
-        Returns (median ms, 99th percentile ms, whether a CUDA graph was replayed).
-        """
-        self._execute(0, size)
-        captured = graph and self._graphs[0, size] is not None
+    def _fill(self, batch):
+        """Puts images (see infer) into the first slot for `benchmark` and `profile`; returns the CUDA graph on them or None."""
+        self._turn = 0
+        self.infer(batch)
+        size = len(arrange(batch, self.input))
         self._bind(0, size)
-        run = self._graphs[0, size].launch if captured else self._enqueue
+        return self._graphs[0, size]
+
+    def benchmark(self, batch, runs=200, graph=True):
+        """GPU time of the network on a batch (see infer) by CUDA events, copies not included.
+
+        What suppression costs depends on the images. Returns (median ms, 99th percentile ms, whether a CUDA graph was
+        replayed).
+        """
+        captured = self._fill(batch)
+        captured = captured if graph else None
+        run = captured.launch if captured else self._enqueue
         for _ in range(20):
             run()
         times = []
@@ -221,10 +287,10 @@ class TrtDetector:
             end.record(self._stream)
             end.synchronize()
             times.append(end.time_since(begin))
-        return float(np.median(times)), float(np.percentile(times, 99)), captured
+        return float(np.median(times)), float(np.percentile(times, 99)), captured is not None
 
-    def profile(self, size, runs=20):
-        """Mean GPU time of each layer in ms on `size` images, {layer name: ms}, slowest first."""
+    def profile(self, batch, runs=20):
+        """Mean GPU time of each layer in ms on a batch (see infer), {layer name: ms}, slowest first."""
         trt, times = self._trt, {}
 
         class Profiler(trt.IProfiler):
@@ -234,9 +300,7 @@ class TrtDetector:
             def report_layer_time(self, name, ms):
                 times[name] = times.get(name, 0.0) + ms
 
-        self._bind(0, size)
-        self._enqueue()
-        self._stream.synchronize()
+        self._fill(batch)
         self._context.profiler = Profiler()
         for _ in range(runs):
             self._enqueue()
@@ -246,11 +310,11 @@ class TrtDetector:
     def close(self):
         for graph in filter(None, self._graphs.values()):
             graph.free()
-        for buffers in self._slots:
-            for _, device in buffers.values():
-                device.free()
+        for slot in self._slots:
+            slot.free()
         # The order matters: a context outlives neither its engine nor the CUDA context.
-        self._graphs, self._slots, self._context, self._stream = {}, [], None, None
+        self._graphs, self._slots, self._context = {}, [], None
+        self._copying_in = self._stream = self._copying_out = None
         self._engine = self._runtime = None
         if self._gpu:
             self._gpu.__exit__()

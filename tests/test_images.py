@@ -1,5 +1,6 @@
 """Decoding and resizing are TensorFlow's; batches keep their order, bad files are named and skipped."""
 
+import mmap
 import time
 
 import numpy as np
@@ -10,10 +11,16 @@ from PIL import Image
 import image_batcher
 import tf_graph
 from cli import UserError
+from detector import InputSpec, arrange
 from image_batcher import ImageBatcher, ImageError, find_images, keep_aspect_size, load_image, preprocess, resize_image
+from workers import Workers
 
 RNG = np.random.default_rng(0)
 FIXED = {"kind": "fixed_shape", "height": 32, "width": 48}
+PADDED = {
+    **{"kind": "keep_aspect_ratio", "height": 40, "width": 40, "min_dimension": 24, "max_dimension": 40},
+    "pad_value": [1.0, 2.4, 3.0],
+}
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +139,9 @@ def test_batches_keep_their_order_and_skip_bad_files(tmp_path, capsys):
     for i in range(11):
         Image.new("RGB", (40 + i, 30), (i, i, i)).save(tmp_path / f"{i:02}.png")
     (tmp_path / "05.png").write_bytes(b"")
-    batcher = ImageBatcher(find_images(tmp_path), FIXED, 4, threads=3, ahead=2)
+    batcher = ImageBatcher(find_images(tmp_path), FIXED, 4)
     batches = list(batcher)
-    assert [len(b.paths) for b in batches] == [4, 4, 2]
+    assert [len(b.paths) for b in batches] == [4, 3, 3]
     stems = [path.stem for b in batches for path in b.paths]
     assert stems == [f"{i:02}" for i in range(11) if i != 5]
     assert [int(x[0, 0, 0]) for b in batches for x in b.tensor] == [int(stem) for stem in stems]
@@ -145,17 +152,49 @@ def test_batches_keep_their_order_and_skip_bad_files(tmp_path, capsys):
     assert "empty" in warning
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+@pytest.mark.parametrize(("resizer", "processes"), [(FIXED, False), (PADDED, False), (PADDED, True)])
+def test_images_go_straight_to_where_the_network_takes_them(tmp_path, layout, dtype, resizer, processes):
+    """Into memory of the network's type and layout, used again for later batches, bad files left out."""
+    for i in range(14):
+        Image.fromarray(noise(20 + i, 30)).save(tmp_path / f"{i:02}.png")
+    for bad in ("00", "06", "07", "12", "13"):
+        (tmp_path / f"{bad}.png").write_bytes(b"")
+    spec = InputSpec("images", None, resizer["height"], resizer["width"], layout, np.dtype(dtype), None)
+    locked, unlocked = [], []
+
+    def page_lock(array):
+        assert array.ctypes.data % mmap.PAGESIZE == 0
+        locked.append(array)
+        return lambda: unlocked.append(array)
+
+    seen = []
+    with Workers(1000, 12, cores=4 if processes else 1) as workers:
+        batcher = ImageBatcher(find_images(tmp_path) * 3, resizer, 2, workers, spec, page_lock)
+        for batch in batcher:
+            arranged = arrange(batch.tensor, spec)
+            assert any(np.shares_memory(arranged, array) for array in locked)
+            wanted = np.stack([preprocess(load_image(path), resizer)[0] for path in batch.paths])
+            np.testing.assert_array_equal(arranged, arrange(wanted, spec))
+            seen += [path.stem for path in batch.paths]
+            batcher.reuse(batch)
+    assert seen == ["01", "02", "03", "04", "05", "08", "09", "10", "11"] * 3
+    assert 0 < len(locked) == len(unlocked) < 10
+
+
 def test_decoding_runs_ahead_with_bounded_memory(tmp_path, monkeypatch):
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for path in paths:
         Image.new("RGB", (8, 8)).save(path)
     started = []
     monkeypatch.setattr(image_batcher, "load_image", lambda path: (started.append(path), noise(8, 8))[1])
-    batches = iter(ImageBatcher(paths, FIXED, 1, threads=2, ahead=3))
-    next(batches)
-    time.sleep(0.3)
-    assert 3 <= len(started) <= 6  # the one given, and at most threads + ahead more
-    batches.close()
+    with Workers(0, cores=2) as workers:
+        batches = iter(ImageBatcher(paths, FIXED, 1, workers))
+        next(batches)
+        time.sleep(0.3)
+        assert 3 <= len(started) <= 5  # the one given, and two for each of the two threads
+        batches.close()
 
 
 def test_find_images(tmp_path):

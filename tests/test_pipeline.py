@@ -1,6 +1,5 @@
 """The pipeline of infer.py and eval_coco.py: order, errors that name the file, Ctrl-C, memory that stays flat."""
 
-import concurrent.futures
 import functools
 import itertools
 import os
@@ -22,7 +21,8 @@ import parity
 from cli import UserError
 from detector import detect_image, open_detector
 from image_batcher import load_image
-from pipeline import Times, choose_batch_size, detect_files
+from pipeline import Times, choose_batch_size, detect_files, submit
+from workers import Workers
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 
@@ -38,35 +38,60 @@ def demo_detector(model):
         yield detector
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
-@pytest.mark.parametrize("workers", [0, 4])
-def test_results_come_in_order_and_are_the_images_own(demo_detector, size, workers):
+@pytest.fixture(scope="module")
+def processes():
+    """Workers that are processes, on however few cores."""
+    with Workers(10_000, 12, cores=4) as workers:
+        assert workers.processes
+        assert (workers.count, workers.task_images) == (3, 8)
+        yield workers
+
+
+@pytest.fixture
+def threads():
+    with Workers(10, 12, cores=2) as workers:
+        assert not workers.processes
+        yield workers
+
+
+def pause(seconds, value):
+    """A task for the workers."""
+    time.sleep(seconds)
+    return value
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 20])
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+@pytest.mark.parametrize("later", [False, True])
+def test_results_come_in_order_and_are_the_images_own(demo_detector, request, size, kind, later):
+    workers = request.getfixturevalue(kind)
     files = [*PICTURES, *PICTURES[::-1], PICTURES[0]]
     wanted = {path: detect_image(demo_detector, load_image(path)) for path in PICTURES}
-    pause = itertools.cycle((0.02, 0, 0.01))
+    seconds = itertools.cycle((0.02, 0, 0.01))
 
     def work(path, image, placement, found):
-        time.sleep(next(pause))  # the later are done sooner
-        return image.shape[:2] == (placement.height, placement.width), found
+        assert (image is None) == workers.processes
+        right = load_image(path).shape[:2] == (placement.height, placement.width)
+        # Of those that are done later, some are done sooner than the ones before.
+        return submit(workers, pause, next(seconds), (right, found)) if later else (right, found)
 
     times = Times()
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        results = list(detect_files(demo_detector, files, size, work, pool if workers else None, workers, times))
+    results = list(detect_files(demo_detector, files, size, work, workers, times))
     assert [path for path, _ in results] == files
     for path, (right, found) in results:
         report = parity.match_by_rank(wanted[path], found)
         assert right
         assert (report.unmatched, report.compared) == (0, len(found.scores))
     assert times.images == len(files)
-    assert min(times.decode, times.resize, times.network, times.work) > 0
+    assert min(times.decode, times.resize, times.network, times.postprocess, times.work) > 0
 
 
-def test_few_images_are_in_memory_at_a_time(demo_detector):
+def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
     """However slow the work is, the stages before wait for it."""
     alive, most, lock = [0], [0], threading.Lock()
     files = PICTURES * 20
 
-    def work(*_):
+    def task():
         with lock:
             alive[0] += 1
             most[0] = max(most[0], alive[0])
@@ -76,9 +101,9 @@ def test_few_images_are_in_memory_at_a_time(demo_detector):
 
     read = []
     original = image_batcher.load_image
-    with concurrent.futures.ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_batcher, "load_image", lambda path: read.append(path) or original(path))
-        done = detect_files(demo_detector, files, 2, work, pool, 2)
+        done = detect_files(demo_detector, files, 2, lambda *_: submit(threads, task), threads)
         for _ in range(10):
             next(done)
         assert len(read) < 60
@@ -86,35 +111,42 @@ def test_few_images_are_in_memory_at_a_time(demo_detector):
     assert most[0] <= 2
 
 
-def test_an_error_stops_everything_and_names_the_file(demo_detector):
+def fail(reason):
+    raise OSError(reason)
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+@pytest.mark.parametrize("later", [False, True])
+def test_an_error_stops_everything_and_names_the_file(demo_detector, request, kind, later):
+    workers = request.getfixturevalue(kind)
     before = threading.active_count()
 
     def work(path, *_):
         if path == PICTURES[3]:
-            raise OSError("disk full")
+            return submit(workers, fail, "disk full") if later else fail("disk full")
+        return None
 
-    with (
-        concurrent.futures.ThreadPoolExecutor(2) as pool,
-        pytest.raises(UserError, match=r"shapes_04\.jpg: .*disk full"),
-    ):
-        list(detect_files(demo_detector, PICTURES * 10, 2, work, pool, 2))
+    with pytest.raises(UserError, match=r"shapes_04\.jpg: .*disk full"):
+        list(detect_files(demo_detector, PICTURES * 10, 2, work, workers))
     start = demo_detector.start
     with pytest.MonkeyPatch.context() as patch:  # batches of a shape that the network does not take
         patch.setattr(demo_detector, "start", lambda batch, true_shapes: start(batch[:, :-1], true_shapes))
         with pytest.raises(UserError, match=r"the network failed on .*shapes_01\.jpg"):
-            list(detect_files(demo_detector, PICTURES[:1], 1, work, None, 0))
+            list(detect_files(demo_detector, PICTURES[:1], 1, work, workers))
     time.sleep(0.2)
-    assert threading.active_count() <= before + 1
-    assert len(list(detect_files(demo_detector, PICTURES[:3], 2, lambda *_: None, None, 0))) == 3
+    assert threading.active_count() <= before + workers.count
+    assert len(list(detect_files(demo_detector, PICTURES[:3], 2, lambda *_: None, workers))) == 3
 
 
-def test_broken_images_are_skipped(demo_detector, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_broken_images_are_skipped(demo_detector, request, kind, tmp_path, capsys):
     shutil.copy(PICTURES[0], tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(PICTURES[1].read_bytes()[:3000])
     shutil.copy(PICTURES[2], tmp_path / "c.jpg")
     times = Times()
     files = sorted(tmp_path.iterdir())
-    done = [path.name for path, _ in detect_files(demo_detector, files, 2, lambda *_: None, None, 0, times)]
+    workers = request.getfixturevalue(kind)
+    done = [path.name for path, _ in detect_files(demo_detector, files, 2, lambda *_: None, workers, times)]
     assert (done, times.skipped) == (["a.jpg", "c.jpg"], 1)
     assert "b.jpg: skipped" in capsys.readouterr().err
 
@@ -175,7 +207,7 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
     assert {f"{i:05}.{kind}" for i in range(done) for kind in ("jpg", "tsv")} <= names
 
 
-def test_memory_and_handles_stay_flat(demo_detector):
+def test_memory_and_handles_stay_flat(demo_detector, threads):
     """1,600 images; BENCHMARKS.md has 10,000."""
 
     def state():
@@ -183,10 +215,9 @@ def test_memory_and_handles_stay_flat(demo_detector):
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))
 
     marks = []
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for count, _ in enumerate(detect_files(demo_detector, PICTURES * 200, 4, lambda *_: None, pool, 2)):
-            if count in (400, 1599):
-                marks.append(state())
+    for count, _ in enumerate(detect_files(demo_detector, PICTURES * 200, 4, lambda *_: None, threads)):
+        if count in (400, 1599):
+            marks.append(state())
     (early, early_handles), (late, late_handles) = marks
     assert late < early + 40  # MB; 1,200 images would be 1,100
     assert late_handles <= early_handles + 2
