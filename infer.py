@@ -15,9 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from cli import UserError, make_folder, progress, run, whole_file
 from detector import open_detector
-from image_batcher import ImageBatcher, find_images, load_image, result_names
+from image_batcher import ImageBatcher, find_images, load_image, result_names, simplejpeg
 from pipeline import Times, batcher_for, choose_batch_size, detect_files, open_workers, submit
 from visualize import draw_detections, read_labels
 
@@ -69,9 +71,14 @@ def write_results(path, boxes, scores, classes):
 
 
 def write_picture(path, picture):
-    options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
+    """Writes a Pillow image as .jpg or .png."""
     with whole_file(path) as temporary:
-        picture.save(temporary, **options)
+        if path.suffix != ".jpg":
+            picture.save(temporary, compress_level=1)
+        elif simplejpeg is None:
+            picture.save(temporary, quality=JPEG_QUALITY)
+        else:  # the same libjpeg-turbo, twice as fast as through Pillow
+            temporary.write_bytes(simplejpeg.encode_jpeg(np.asarray(picture), JPEG_QUALITY, "RGB", "420"))
 
 
 def main(argv=None):

@@ -108,6 +108,10 @@ def detect_files(detector, files, batch_size, work, workers, times=None):
             hand_on(*running.popleft())
             yield from finished(most)
         yield from finished(0)
+    except concurrent.futures.BrokenExecutor as error:
+        raise UserError(
+            "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
+        ) from error
     finally:
         for _, (result, _) in working:
             if isinstance(result, concurrent.futures.Future):

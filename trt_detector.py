@@ -173,6 +173,7 @@ class TrtDetector:
 
     def page_lock(self, array):
         """Locks an array (whole pages) in memory, so that `start` copies from it beside the network; returns what undoes it."""
+        # By the driver: pycuda 2026.1's register_host_memory ended in a segmentation fault, with numpy 2.4.
         driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(array.ctypes.data)
         error = driver.cuMemHostRegister_v2(address, ctypes.c_size_t(array.nbytes), 0)
         if error:  # the right to lock memory may be limited

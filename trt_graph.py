@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 from onnx_utils import Builder, efficient_nms, replace_tensor
 from precision import typed_graph
 
-# EfficientNMS_TRT starts one thread block with a thread for each image: it fails from 1,025 on.
+# EfficientNMS_TRT takes 960 images and fails at 2,880 (measured, TensorRT 8.6): as if it started one block with a thread for
+# each, of which CUDA allows so many.
 PLUGIN_MAX_IMAGES = 1024
 
 

@@ -138,6 +138,17 @@ def test_an_error_stops_everything_and_names_the_file(demo_detector, request, ki
     assert len(list(detect_files(demo_detector, PICTURES[:3], 2, lambda *_: None, workers))) == 3
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_the_system_ends_is_an_error(demo_detector):
+    with Workers(10_000, 12, cores=4) as workers:
+        work = lambda path, *_: submit(workers, die) if path == PICTURES[2] else None  # noqa: E731
+        with pytest.raises(UserError, match="the system ended a process"):
+            list(detect_files(demo_detector, PICTURES * 10, 2, work, workers))
+
+
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_broken_images_are_skipped(demo_detector, request, kind, tmp_path, capsys):
     shutil.copy(PICTURES[0], tmp_path / "a.jpg")
@@ -185,18 +196,23 @@ def many(folder, count):
     return folder
 
 
-def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
+@pytest.mark.parametrize("cores", [2, 4])
+def test_ctrl_c_keeps_what_is_finished(model, tmp_path, cores):
+    """In threads, and in processes, which infer.py starts from four cores on."""
     source = many(tmp_path / "in", 3000)
-    command = [sys.executable, ROOT / "infer.py", "--engine", model, "--input", source, "--output", tmp_path / "out"]
+    script = f"import os, cli; os.cpu_count = lambda: {cores}; import infer; cli.run(infer.main)"
+    command = [sys.executable, "-c", script, "--engine", model, "--input", source, "--output", tmp_path / "out"]
     # A test run in the background of a shell ignores Ctrl-C, and so would what it starts.
     restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    # A group of its own, as a shell starts it: Ctrl-C reaches its processes too.
+    process = subprocess.Popen(command, preexec_fn=restore, start_new_session=True, **pipes)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out").glob("*.tsv"))) < 20:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     done = int(re.search(r"stopped: the results of (\d+) of 3000 images", errors)[1])
@@ -204,7 +220,10 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not [name for name in names if name.startswith(".")]
     assert 20 <= done < 3000
-    assert {f"{i:05}.{kind}" for i in range(done) for kind in ("jpg", "tsv")} <= names
+    assert len([name for name in names if name.endswith(".jpg")]) == done
+    assert {name[:-4] for name in names if name.endswith(".jpg")} <= {
+        name[:-4] for name in names if name[-4:] == ".tsv"
+    }
 
 
 def test_memory_and_handles_stay_flat(demo_detector, threads):
