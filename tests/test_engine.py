@@ -19,6 +19,7 @@ import onnx_utils
 import precision
 import quantization
 import trt_detector
+import trt_graph
 from cli import UserError
 from detector import Detections, OnnxDetector, detect_image, open_detector
 from image_batcher import load_image
@@ -231,6 +232,9 @@ def test_int8_keeps_the_average_precision(convert, detector, coco_images, tmp_pa
         assert found >= reference - 0.010
 
 
+BATCH = 2  # of the parts that TensorRT-RTX builds
+
+
 def cut_at_nms(model):
     """The parts of a converted model before, between and behind its NMS, which TensorRT-RTX has no plugin for."""
     count = sum(node.op_type == "EfficientNMS_TRT" for node in model.graph.node)
@@ -239,14 +243,23 @@ def cut_at_nms(model):
         plugins = [node for node in graph.toposort().nodes if node.op == "EfficientNMS_TRT"]
         if part < count:
             graph.outputs = [tensor for tensor in plugins[part].inputs if isinstance(tensor, gs.Variable)]
+        for tensor in graph.inputs if part else ():  # the first part's batch stays open
+            tensor.shape = [BATCH, *tensor.shape[1:]]
         for node in plugins:
             for tensor in list(node.outputs):
-                tensor.shape = ["batch", *tensor.shape[1:]]
+                tensor.shape = [BATCH * groups(node), *tensor.shape[1:]]
                 graph.inputs.append(tensor)
             node.outputs.clear()
         graph.cleanup(remove_unused_graph_inputs=True).toposort()
         graph.import_domains = [domain for domain in graph.import_domains if domain.domain != onnx_utils.PLUGIN_DOMAIN]
         yield gs.export_onnx(graph)
+
+
+def groups(plugin):
+    """How many images of the plugin each image is (trt_graph.py): the Reshape behind it puts them together again."""
+    boxes = plugin.outputs[1]
+    (reader, *_) = boxes.outputs
+    return int(reader.inputs[1].values[1]) // boxes.shape[1] if reader.op == "Reshape" else 1
 
 
 def build_with_rtx(model):
@@ -260,7 +273,8 @@ def build_with_rtx(model):
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM80, 0)
-    build_engine.add_profile(builder, config, network, (1, 2, 4))
+    if -1 in network.get_input(0).shape:
+        build_engine.add_profile(builder, config, network, (1, BATCH, 4))
     engine = builder.build_serialized_network(network, config)
     assert engine is not None, logger.errors
     return engine.nbytes
@@ -269,7 +283,8 @@ def build_with_rtx(model):
 @pytest.mark.parametrize("key", ["demo", "fpnlite", "faster_rcnn_640"])
 def test_the_half_form_builds_strongly_typed(key, convert):
     """Everything but the NMS: of an SSD two parts, of a Faster R-CNN three, with the crop in the middle."""
-    model = onnx_utils.load(convert(key, "--batch_size", "dynamic")[0])
+    model = trt_graph.prepare(onnx_utils.load(convert(key, "--batch_size", "dynamic")[0]), BATCH)
+    assert [groups(node) for node in gs.import_onnx(model).nodes if node.op == "EfficientNMS_TRT"][-1] > 1
     sizes = [[build_with_rtx(part) for part in cut_at_nms(form)] for form in (model, precision.to_half(model))]
     assert len(sizes[0]) == len(sizes[1]) == (3 if key == "faster_rcnn_640" else 2)
     assert 0 < sizes[1][0] < 0.8 * sizes[0][0]
@@ -278,6 +293,7 @@ def test_the_half_form_builds_strongly_typed(key, convert):
 
 def test_the_quantized_form_builds_strongly_typed(int8_demo):
     _, model, ranges, _, _ = int8_demo
+    model = trt_graph.prepare(model, BATCH)
     for part in cut_at_nms(precision.to_half(quantization.quantize(model, ranges))):
         assert build_with_rtx(part) > 0
 
