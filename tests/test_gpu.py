@@ -133,6 +133,7 @@ def run_plan(trt, logger, plan, feed):
     """Runs an engine of fixed shapes; returns {output: array}."""
     import pycuda.driver as cuda
 
+    cuda.init()
     with GpuContext(cuda):
         engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
         context, stream, results, memory = engine.create_execution_context(), cuda.Stream(), {}, {}
