@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import time
 import warnings
@@ -27,6 +28,8 @@ except ImportError:
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 # Rows of output per step of the resize: the few hundred kB it touches stay in the processor's cache.
 BLOCK_ROWS = 64
+# Bytes of a decoded image that processes hand on: 12 megapixels. Larger ones are decoded again to be drawn on.
+MOST_PIXELS = 36_000_000
 
 
 class ImageError(Exception):
@@ -52,7 +55,7 @@ class Batch:
     """n images, in input order."""
 
     paths: list  # of Path
-    images: list  # of uint8 [height, width, 3], as decoded; of None where a process decoded them
+    images: list  # as decoded, for `decoded`; None where they are not kept
     placements: list  # of Placement
     tensor: np.ndarray  # [n, network height, network width, 3], 0..255
     block: object  # whose memory the tensor is: see ImageBatcher.reuse
@@ -229,21 +232,23 @@ def preprocess(image, resizer, out=None):
 class ImageBatcher:
     """Iterates over files in batches, in order, decoding ahead, each image straight to its place in a batch.
 
-    A file that cannot be read is warned about and left out; `skipped` counts them. Few images are in memory: two tasks for
+    Close it where it has workers or a page_lock. A file that cannot be read is warned about and left out; `skipped` counts
+    them. Few images are in memory: two tasks for
     each worker, rounded up to batches, besides the batches in hand.
     """
 
-    def __init__(self, paths, resizer, batch_size, workers=None, spec=None, page_lock=None):
+    def __init__(self, paths, resizer, batch_size, workers=None, spec=None, page_lock=None, keep_images=True):
         """workers: a workers.Workers; None: threads of its own. spec: the detector.InputSpec of the tensors; None: float32,
-        NHWC. page_lock: is given each array that tensors lie in, returns what is called to let it go."""
+        NHWC. page_lock: is given each array that tensors lie in, returns what is called to let it go. keep_images: whether
+        batches have their `images`."""
         self.paths, self.resizer, self.batch_size = list(paths), resizer, batch_size
         self.skipped = 0
         self.decode_seconds = self.resize_seconds = 0.0  # spent in all workers together
-        self._workers, self._spec, self._page_lock = workers, spec, page_lock
+        self._workers, self._spec, self._page_lock, self._keep_images = workers, spec, page_lock, keep_images
         self._free, self._blocks = [], []  # of _Block: to be used again; to be freed
 
     def reuse(self, batch):
-        """Says that nothing reads the batch's tensor any more: its memory goes to a later batch."""
+        """Says that nothing reads the batch's tensor and images any more: their memory goes to a later batch."""
         batch.block.in_use -= 1
         self._recycle(batch.block)
 
@@ -269,20 +274,23 @@ class ImageBatcher:
             concurrent.futures.wait([job for block in waiting for job, _ in block.jobs if not job.cancel()])
             if workers is not self._workers:
                 workers.close()
-            for block in self._blocks:
-                block.free()
+
+    def close(self):
+        """Gives back shared and page-locked memory, once no worker and no GPU reads it."""
+        for block in self._blocks:
+            block.free()
+        self._blocks.clear()
 
     def _begin(self, workers, paths, size):
         """Gives the paths to the workers; returns the block that the images will be in."""
         if not self._free:
-            self._free.append(_Block(workers, size, self.resizer, self._spec, self._page_lock))
+            self._free.append(_Block(workers, size, self.resizer, self._spec, self._page_lock, self._keep_images))
             if workers.processes or self._page_lock:
                 self._blocks.append(self._free[-1])
         block = self._free.pop()
         for first in range(0, len(paths), workers.task_images):
             part = paths[first : first + workers.task_images]
-            keep = not workers.processes
-            task = _prepare, part, self.resizer, block.memory, first, block.layout, keep
+            task = _prepare, part, self.resizer, block.memory, first, block.layout, block.pixels, self._keep_images
             block.jobs.append((workers.submit(*task), part))
         return block
 
@@ -299,6 +307,8 @@ class ImageBatcher:
                     warn(f"{path}: skipped, {result}")
                     continue
                 image, placement, decoding, resizing = result
+                if isinstance(image, tuple):
+                    image = SharedImage(block.pixels, row - 1, image)
                 self.decode_seconds += decoding
                 self.resize_seconds += resizing
                 if len(read) != row - 1:
@@ -316,12 +326,14 @@ class ImageBatcher:
 class _Block:
     """Memory for some batches, and the tasks that fill it."""
 
-    def __init__(self, workers, size, resizer, spec, page_lock):
+    def __init__(self, workers, size, resizer, spec, page_lock, keep_images):
         self.layout = spec.layout if spec else "NHWC"
         shape = (resizer["height"], resizer["width"])
         shape = (size, 3, *shape) if self.layout == "NCHW" else (size, *shape, 3)
         self.memory = workers.memory(shape, spec.dtype if spec else np.float32)
         self.images = as_images(self.memory.array, self.layout)
+        # Pages that no image needs are never made.
+        self.pixels = workers.memory((size, MOST_PIXELS), np.uint8) if workers.processes and keep_images else None
         self.jobs, self.in_use = [], 0
         self._unlock = page_lock(self.memory.array) if page_lock else None
 
@@ -329,6 +341,28 @@ class _Block:
         if self._unlock:
             self._unlock()
         self.memory.free()
+        if self.pixels:
+            self.pixels.free()
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedImage:
+    """A decoded image in memory that processes share."""
+
+    pixels: object  # workers.Memory [n, bytes]
+    row: int
+    shape: tuple
+
+    @property
+    def array(self):
+        return self.pixels.array[self.row, : math.prod(self.shape)].reshape(self.shape)
+
+
+def decoded(image, path):
+    """The image [height, width, 3] of a Batch's path; one that was too large to be kept is read again."""
+    if image is None:
+        return load_image(path)
+    return image.array if isinstance(image, SharedImage) else image
 
 
 def as_images(array, layout):
@@ -336,20 +370,25 @@ def as_images(array, layout):
     return array.transpose(0, 2, 3, 1) if layout == "NCHW" else array
 
 
-def _prepare(paths, resizer, memory, first, layout, keep):
+def _prepare(paths, resizer, memory, first, layout, pixels, keep):
     """A worker's task: decodes and resizes images into memory.array from row `first` on.
 
-    Returns for each (image if `keep` else None, Placement, seconds of decoding, of resizing), or why it cannot be read.
+    keep: the decoded images too, in the rows of pixels.array where there is one. Returns for each (image or its shape in
+    pixels or None, Placement, seconds of decoding, of resizing), or why it cannot be read.
     """
     images, results = as_images(memory.array, layout), []
     for row, path in enumerate(paths, first):
         try:
             begun = time.perf_counter()
             image = load_image(path)
-            decoded = time.perf_counter()
+            between = time.perf_counter()
             _, placement = preprocess(image, resizer, images[row])
         except ImageError as error:
             results.append(str(error))
             continue
-        results.append((image if keep else None, placement, decoded - begun, time.perf_counter() - decoded))
+        kept = image if keep and not pixels else None
+        if pixels and image.size <= pixels.array.shape[1]:
+            pixels.array[row, : image.size] = image.ravel()
+            kept = image.shape
+        results.append((kept, placement, between - begun, time.perf_counter() - between))
     return results

@@ -19,7 +19,7 @@ import numpy as np
 
 from cli import UserError, make_folder, progress, run, whole_file
 from detector import open_detector
-from image_batcher import ImageBatcher, find_images, load_image, result_names, simplejpeg
+from image_batcher import ImageBatcher, decoded, find_images, result_names, simplejpeg
 from pipeline import Times, batcher_for, choose_batch_size, detect_files, open_workers, submit
 from visualize import draw_detections, read_labels
 
@@ -108,9 +108,9 @@ def main(argv=None):
 def write_one(path, image, size, found, output, options):
     """A worker's task: draws and writes one image's results as `output`.tsv and .jpg or .png.
 
-    image: None: read it again. size: Placement.size.
+    image: of a Batch. size: Placement.size.
     """
-    image = load_image(path) if image is None else image
+    image = decoded(image, path)
     boxes = found.boxes * size
     write_results(output.with_name(f"{output.name}.tsv"), boxes, found.scores, found.classes)
     masks = None if options.masks_from is None else found.masks
@@ -148,7 +148,7 @@ def process(detector, files, batch_size, output, labels, args):
             return future
 
         started = time.perf_counter()
-        done = detect_files(detector, files, batch_size, work, workers, times)
+        done = detect_files(detector, files, batch_size, work, workers, times, keep_images=True)
         try:
             for _ in done:
                 bar.update()
@@ -217,7 +217,9 @@ def decoder_limit(detector, files, size, workers):
     for batch in batcher:
         count += len(batch.paths)
         batcher.reuse(batch)
-    return count / (time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    batcher.close()
+    return count / seconds
 
 
 def network_limit(detector, files, size):

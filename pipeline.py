@@ -55,22 +55,22 @@ def open_workers(detector, images):
     return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize)
 
 
-def batcher_for(detector, files, batch_size, workers):
+def batcher_for(detector, files, batch_size, workers, keep_images=False):
     """An ImageBatcher that puts the images where the detector takes them from."""
     resizer = detector.metadata["resizer"]
-    return ImageBatcher(files, resizer, batch_size, workers, detector.input, detector.page_lock)
+    return ImageBatcher(files, resizer, batch_size, workers, detector.input, detector.page_lock, keep_images)
 
 
-def detect_files(detector, files, batch_size, work, workers, times=None):
+def detect_files(detector, files, batch_size, work, workers, times=None, keep_images=False):
     """Runs the detector on image files and `work(path, image, placement, detections)` on each; yields (path, its result).
 
-    work: called here; returns a result, or the future of one (`submit`). image: None where a process decoded it. times: a
-    Times to add to. A file that cannot be read is warned about and left out. Any other error, in whatever stage, is raised
-    here; an OSError or ValueError of `work` or its future becomes a UserError that names the file. Closing the generator
-    (Ctrl-C does) ends all stages.
+    work: called here; returns a result, or the future of one (`submit`). image: for image_batcher.decoded, until there is a
+    result, if `keep_images`. times: a Times to add to. A file that cannot be read is warned about and left out. Any other
+    error, in whatever stage, is raised here; an OSError or ValueError of `work` or its future becomes a UserError that names
+    the file. Closing the generator (Ctrl-C does) ends all stages.
     """
     times = times if times is not None else Times()
-    batcher = batcher_for(detector, files, batch_size, workers)
+    batcher = batcher_for(detector, files, batch_size, workers, keep_images)
     running, working = collections.deque(), collections.deque()
     batches, before = iter(batcher), dict(detector.spent)
 
@@ -82,17 +82,22 @@ def detect_files(detector, files, batch_size, work, workers, times=None):
         except Exception as error:  # whatever the runtime raises
             names = ", ".join(str(path) for path in batch.paths)
             raise UserError(f"the network failed on {names}: {error}") from error
-        batcher.reuse(batch)
+        if not keep_images:
+            batcher.reuse(batch)
         for path, *item in zip(batch.paths, batch.images, batch.placements, found, strict=True):
             with _naming(path):
-                working.append((path, timed(work, path, *item)))
+                working.append((path, timed(work, path, *item), None))
+        if keep_images:  # until the last of them is done with
+            working[-1] = *working[-1][:2], batch
 
     def finished(most):
         while len(working) > most:
-            path, (result, seconds) = working.popleft()
+            path, (result, seconds), done = working.popleft()
             if isinstance(result, concurrent.futures.Future):
                 with _naming(path):
                     result, seconds = result.result()
+            if done:
+                batcher.reuse(done)
             times.work += seconds
             times.images += 1
             yield path, result
@@ -113,14 +118,14 @@ def detect_files(detector, files, batch_size, work, workers, times=None):
             "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
         ) from error
     finally:
-        for _, (result, _) in working:
-            if isinstance(result, concurrent.futures.Future):
-                result.cancel()
+        batches.close()
         # What runs must end before its memory goes; its error was raised, or is moot.
+        futures = [result for _, (result, _), _ in working if isinstance(result, concurrent.futures.Future)]
+        concurrent.futures.wait([future for future in futures if not future.cancel()])
         with contextlib.suppress(Exception):
             while running:
                 detector.finish(running.popleft()[1])
-        batches.close()
+        batcher.close()
         for stage, seconds in detector.spent.items():
             setattr(times, stage, getattr(times, stage) + seconds - before[stage])
         times.decode += batcher.decode_seconds

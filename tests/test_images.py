@@ -179,6 +179,8 @@ def test_images_go_straight_to_where_the_network_takes_them(tmp_path, layout, dt
             np.testing.assert_array_equal(arranged, arrange(wanted, spec))
             seen += [path.stem for path in batch.paths]
             batcher.reuse(batch)
+        assert not unlocked  # a GPU may still read it
+        batcher.close()
     assert seen == ["01", "02", "03", "04", "05", "08", "09", "10", "11"] * 3
     assert 0 < len(locked) == len(unlocked) < 10
 

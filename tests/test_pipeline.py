@@ -20,7 +20,7 @@ import infer
 import parity
 from cli import UserError
 from detector import detect_image, open_detector
-from image_batcher import load_image
+from image_batcher import SharedImage, decoded, load_image
 from pipeline import Times, choose_batch_size, detect_files, submit
 from workers import Workers
 
@@ -54,10 +54,23 @@ def threads():
         yield workers
 
 
-def pause(seconds, value):
-    """A task for the workers."""
+def is_its_own(image, path, seconds, found):
+    """A task for the workers: (whether the image is still that of the path after so many seconds, found)."""
     time.sleep(seconds)
-    return value
+    return np.array_equal(decoded(image, path), load_image(path)), found
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_large_images_are_read_again(demo_detector, request, kind, monkeypatch):
+    """Those that do not fit into the memory that processes share for them."""
+    monkeypatch.setattr(image_batcher, "MOST_PIXELS", 1000)
+    workers = request.getfixturevalue(kind)
+
+    def work(path, image, placement, found):
+        return np.array_equal(decoded(image, path), load_image(path)), image is None
+
+    results = [result for _, result in detect_files(demo_detector, PICTURES, 3, work, workers, keep_images=True)]
+    assert results == [(True, kind == "processes")] * len(PICTURES)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 20])
@@ -70,13 +83,14 @@ def test_results_come_in_order_and_are_the_images_own(demo_detector, request, si
     seconds = itertools.cycle((0.02, 0, 0.01))
 
     def work(path, image, placement, found):
-        assert (image is None) == workers.processes
-        right = load_image(path).shape[:2] == (placement.height, placement.width)
+        assert isinstance(image, SharedImage) == workers.processes
+        assert (placement.height, placement.width) == load_image(path).shape[:2]
         # Of those that are done later, some are done sooner than the ones before.
-        return submit(workers, pause, next(seconds), (right, found)) if later else (right, found)
+        task = image, path, next(seconds), found
+        return submit(workers, is_its_own, *task) if later else is_its_own(*task)
 
     times = Times()
-    results = list(detect_files(demo_detector, files, size, work, workers, times))
+    results = list(detect_files(demo_detector, files, size, work, workers, times, keep_images=True))
     assert [path for path, _ in results] == files
     for path, (right, found) in results:
         report = parity.match_by_rank(wanted[path], found)
