@@ -279,7 +279,7 @@ class ImageBatcher:
         """Gives back shared and page-locked memory, once no worker and no GPU reads it."""
         for block in self._blocks:
             block.free()
-        self._blocks.clear()
+        self._blocks, self._free = [], []
 
     def _begin(self, workers, paths, size):
         """Gives the paths to the workers; returns the block that the images will be in."""

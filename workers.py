@@ -1,12 +1,14 @@
 """What decodes, draws and writes images: processes where there are cores and images enough, else threads.
 
-Threads share Python's lock, and numpy takes and leaves it dozens of times an image: 16 of them resize fewer images than 4.
+Threads share Python's lock, and numpy takes and leaves it dozens of times an image: on 16 cores, 16 threads decoded and
+resized 970 images/s, 15 processes 2,466 (BENCHMARKS.md).
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import mmap
 import multiprocessing
 import os
@@ -74,7 +76,7 @@ class Memory:
     def __init__(self, shape, dtype, shared):
         self._number = next(self._numbers)
         self._shape, self._dtype = tuple(shape), np.dtype(dtype)
-        size = int(np.prod(self._shape)) * self._dtype.itemsize
+        size = math.prod(self._shape) * self._dtype.itemsize
         # A file without a name, so that none is left behind, however this process ends.
         self._file = os.memfd_create("images") if shared else -1
         if shared:
