@@ -8,12 +8,10 @@ With --output, writes detections.json (COCO results), metrics.json, per_class.cs
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import csv
 import functools
 import json
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ from detector import open_detector
 from image_batcher import find_images, load_image
 from pipeline import choose_batch_size, detect_files, open_workers, submit
 from visualize import mark_box
+from workers import process_pool
 
 # Above this score threshold detections are missing that average precision counts.
 MEANINGLESS_FROM = 0.05
@@ -159,11 +158,6 @@ def detect(detector, known, args):
             results += found
             bar.update()
     return results, evaluated, time.perf_counter() - started
-
-
-def process_pool(workers):
-    """A pool of fresh processes: forked ones would share the GPU's state."""
-    return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
 
 
 def write_results(output, args, metadata, evaluation, results, evaluated):

@@ -13,6 +13,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -38,8 +39,7 @@ class Workers:
         self.processes &= hasattr(os, "memfd_create")  # Linux
         if self.processes:
             self.count = cores - 1  # this process needs one
-            context = multiprocessing.get_context("spawn")  # forked ones would share the GPU's state
-            self._pool = concurrent.futures.ProcessPoolExecutor(self.count, context, _ignore_interrupts)
+            self._pool = process_pool(self.count)
         else:
             self.count, self.task_images = min(cores, MOST_THREADS), 1
             self._pool = concurrent.futures.ThreadPoolExecutor(self.count)
@@ -63,9 +63,20 @@ class Workers:
         self.close()
 
 
-def _ignore_interrupts():
-    """Ctrl-C reaches every process; the first one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def process_pool(count):
+    """A pool of fresh processes (forked ones would share the GPU's state), started. Ctrl-C does not reach them: what waits
+    for them ends them."""
+    pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    mine = threading.current_thread() is threading.main_thread()
+    # What is ignored here is ignored by what is started here, from its first instruction on.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None
+    try:
+        for _ in range(count):  # none is idle yet: each starts one
+            pool.submit(os.getpid)
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, before)
+    return pool
 
 
 class Memory:
