@@ -131,7 +131,7 @@ def check_model(metadata, truth, args):
 def detect(detector, known, args):
     """Runs the detector on the files of `known` {path: image id}.
 
-    Returns (COCO results, those of `known` that could be read, seconds). Decoding goes on in threads ahead of the network,
+    Returns (COCO results, those of `known` that could be read, seconds). Workers decode ahead of the network,
     masks are pasted in processes behind it.
     """
     usual = 1 if detector.metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images

@@ -1,4 +1,4 @@
-"""Image files -> batches for the network, resized exactly as TFOD resizes them, decoded ahead in threads.
+"""Image files -> batches for the network, resized exactly as TFOD resizes them, decoded ahead.
 
 Images are RGB arrays [height, width, 3]. Boxes are [N, 4] yxyx.
 """
@@ -233,8 +233,7 @@ class ImageBatcher:
     """Iterates over files in batches, in order, decoding ahead, each image straight to its place in a batch.
 
     Close it where it has workers or a page_lock. A file that cannot be read is warned about and left out; `skipped` counts
-    them. Few images are in memory: two tasks for
-    each worker, rounded up to batches, besides the batches in hand.
+    them. Few images are in memory: two tasks for each worker, rounded up to batches, besides the batches in hand.
     """
 
     def __init__(self, paths, resizer, batch_size, workers=None, spec=None, page_lock=None, keep_images=True):

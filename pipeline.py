@@ -23,7 +23,7 @@ IMAGES_AHEAD = 4
 
 @dataclasses.dataclass
 class Times:
-    """Seconds spent in each stage, added up over its threads, and the number of images."""
+    """Seconds spent in each stage, added up over its workers, and the number of images."""
 
     decode: float = 0.0
     resize: float = 0.0

@@ -177,7 +177,9 @@ class TrtDetector:
         driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(array.ctypes.data)
         error = driver.cuMemHostRegister_v2(address, ctypes.c_size_t(array.nbytes), 0)
         if error:  # the right to lock memory may be limited
-            warn(f"memory cannot be page-locked (CUDA error {error}): copies to the GPU take longer")
+            warn(
+                f"memory cannot be page-locked (CUDA error {error}): copies to the GPU take longer; ulimit -l sets how much may be"
+            )
             return None
         return lambda: driver.cuMemHostUnregister(address)
 

@@ -122,11 +122,9 @@ def test_the_plugin_takes_so_many_images():
         "scores": rng.random((most, 3, 1)).astype(np.float32),
     }
     session = onnxruntime.InferenceSession(ort_graph.prepare(gs.export_onnx(graph)).SerializeToString())
-    wanted = session.run(None, feed)
-    for tensor, array in zip(graph.outputs, wanted, strict=True):
-        np.testing.assert_allclose(
-            run_plan(trt, logger, plan, feed)[tensor.name], array, atol=1e-6, err_msg=tensor.name
-        )
+    found = run_plan(trt, logger, plan, feed)
+    for tensor, wanted in zip(graph.outputs, session.run(None, feed), strict=True):
+        np.testing.assert_allclose(found[tensor.name], wanted, atol=1e-6, err_msg=tensor.name)
 
 
 def run_plan(trt, logger, plan, feed):

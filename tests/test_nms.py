@@ -56,8 +56,8 @@ def random_case(rng, batch, count, classes, per_class):
     return boxes, (rng.random((batch, count, classes)) ** 3).astype(np.float32)
 
 
-# For batches of up to `most`, TensorRT gets the classes: all together (1024), each by itself (8), in groups of 3 or 2 (400,
-# 250), which do not come out even.
+# For batches of up to `most`, TensorRT gets the classes: all together (1024), each by itself (8), in two groups or up to four
+# (400, 250), which do not come out even.
 @pytest.mark.parametrize("most", [None, 1024, 8, 400, 250])
 @pytest.mark.parametrize("per_class", [False, True])
 @pytest.mark.parametrize(("batch", "count", "classes"), [(1, 60, 5), (3, 40, 7), (2, 900, 9), (2, 3, 2)])
