@@ -126,8 +126,8 @@ def build_by_flags(args, calib_input):
     with GpuContext(cuda), whole_file(args.engine) as path:
         batch = build_engine.batch_range(args, metadata)
         model = trt_graph.prepare(model, batch[-1])
-        pinned = precision.float32_names(model)
-        path.write_bytes(build_engine.build(trt, args, model, named, batch, pinned, configure))
+        wide = precision.float32_names(model)
+        path.write_bytes(build_engine.build(trt, args, model, named, batch, wide, set(), configure))
 
 
 def make_calibrator(trt, cuda, metadata, calib_input):

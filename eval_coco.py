@@ -23,7 +23,7 @@ import report
 from cli import UserError, make_folder, progress, run, warn, whole_file
 from detector import open_detector
 from image_batcher import find_images, load_image
-from pipeline import choose_batch_size, detect_files, open_workers, submit
+from pipeline import Later, choose_batch_size, detect_files, open_workers
 from visualize import mark_box
 from workers import process_pool
 
@@ -151,7 +151,7 @@ def detect(detector, known, args):
 
         def work(path, _, placement, found):
             task = found.above(args.nms_threshold), known[path], (placement.height, placement.width)
-            return submit(pool, to_results, *task) if masks else to_results(*task)
+            return Later(pool, to_results, *task) if masks else to_results(*task)
 
         for path, found in detect_files(detector, list(known), size, work, workers):
             evaluated[path] = known[path]

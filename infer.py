@@ -20,7 +20,7 @@ import numpy as np
 from cli import UserError, make_folder, progress, run, whole_file
 from detector import open_detector
 from image_batcher import ImageBatcher, decoded, find_images, result_names, simplejpeg
-from pipeline import Times, batcher_for, choose_batch_size, detect_files, open_workers, submit
+from pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
 from visualize import draw_detections, read_labels
 
 # JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.
@@ -134,18 +134,16 @@ def process(detector, files, batch_size, output, labels, args):
     options = Options(labels, args.iou_threshold if segmentation else None, args.format)
     times, written = Times(), []
 
-    def note(future):
-        if not future.cancelled() and not future.exception():
-            written.append(True)
+    def note():
+        written.append(True)
 
     with open_workers(detector, len(files)) as workers, progress(files, unit="image") as bar:
 
         def work(path, image, placement, found):
             found = found.above(args.nms_threshold)
             found = found if segmentation else dataclasses.replace(found, masks=None)
-            future = submit(workers, write_one, path, image, placement.size, found, output / names[path], options)
-            future.add_done_callback(note)
-            return future
+            task = write_one, path, image, placement.size, found, output / names[path], options
+            return Later(workers, *task, then=note)
 
         started = time.perf_counter()
         done = detect_files(detector, files, batch_size, work, workers, times, keep_images=True)

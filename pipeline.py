@@ -17,8 +17,9 @@ from workers import Workers
 
 # Batches that the network has been given and not yet given back: one comes in, one is computed, one goes out.
 BATCHES_AHEAD = 3
-# Images whose results are being worked on, per worker.
-IMAGES_AHEAD = 4
+# Images whose results are being worked on, per worker: twice as many as are handed over together.
+IMAGES_AHEAD = 8
+TASKS_TOGETHER = 4
 
 
 @dataclasses.dataclass
@@ -64,15 +65,16 @@ def batcher_for(detector, files, batch_size, workers, keep_images=False):
 def detect_files(detector, files, batch_size, work, workers, times=None, keep_images=False):
     """Runs the detector on image files and `work(path, image, placement, detections)` on each; yields (path, its result).
 
-    work: called here; returns a result, or the future of one (`submit`). image: for image_batcher.decoded, until there is a
+    work: called here; returns a result, or a Later. image: for image_batcher.decoded, until there is a
     result, if `keep_images`. times: a Times to add to. A file that cannot be read is warned about and left out. Any other
-    error, in whatever stage, is raised here; an OSError or ValueError of `work` or its future becomes a UserError that names
+    error, in whatever stage, is raised here; an OSError or ValueError of `work` or its task becomes a UserError that names
     the file. Closing the generator (Ctrl-C does) ends all stages.
     """
     times = times if times is not None else Times()
     batcher = batcher_for(detector, files, batch_size, workers, keep_images)
     running, working = collections.deque(), collections.deque()
     batches, before = iter(batcher), dict(detector.spent)
+    tasks = _Tasks(workers.task_images)
 
     def hand_on(batch, ticket):
         try:
@@ -86,16 +88,19 @@ def detect_files(detector, files, batch_size, work, workers, times=None, keep_im
             batcher.reuse(batch)
         for path, *item in zip(batch.paths, batch.images, batch.placements, found, strict=True):
             with _naming(path):
-                working.append((path, timed(work, path, *item), None))
+                result, seconds = timed(work, path, *item)
+            if isinstance(result, Later):
+                tasks.add(result)
+            working.append((path, result, seconds, None))
         if keep_images:  # until the last of them is done with
-            working[-1] = *working[-1][:2], batch
+            working[-1] = *working[-1][:3], batch
 
     def finished(most):
         while len(working) > most:
-            path, (result, seconds), done = working.popleft()
-            if isinstance(result, concurrent.futures.Future):
+            path, result, seconds, done = working.popleft()
+            if isinstance(result, Later):
                 with _naming(path):
-                    result, seconds = result.result()
+                    result, seconds = tasks.result(result)
             if done:
                 batcher.reuse(done)
             times.work += seconds
@@ -119,9 +124,7 @@ def detect_files(detector, files, batch_size, work, workers, times=None, keep_im
         ) from error
     finally:
         batches.close()
-        # What runs must end before its memory goes; its error was raised, or is moot.
-        futures = [result for _, (result, _), _ in working if isinstance(result, concurrent.futures.Future)]
-        concurrent.futures.wait([future for future in futures if not future.cancel()])
+        tasks.close()
         with contextlib.suppress(Exception):
             while running:
                 detector.finish(running.popleft()[1])
@@ -133,9 +136,74 @@ def detect_files(detector, files, batch_size, work, workers, times=None, keep_im
         times.skipped += batcher.skipped
 
 
-def submit(workers, task, *arguments):
-    """For a `work` of detect_files: the future of task(*arguments), in a worker."""
-    return workers.submit(timed, task, *arguments)
+class Later:
+    """What a `work` of detect_files returns to have task(*arguments) done by a worker: its result becomes the work's.
+
+    pool: a Workers or an executor. then: called, with nothing, when the task has ended well; maybe in another thread.
+    """
+
+    def __init__(self, pool, task, *arguments, then=None):
+        self.pool, self.task, self.then = pool, (task, *arguments), then
+        self.future = self.place = None
+
+
+class _Tasks:
+    """Hands a few tasks at a time to their pool: to hand them over one by one takes a good part of this process's time."""
+
+    def __init__(self, size):
+        self._size, self._waiting, self._futures = min(TASKS_TOGETHER, size), [], set()
+
+    def add(self, later):
+        self._waiting.append(later)
+        if len(self._waiting) >= self._size:
+            self._submit()
+
+    def _submit(self):
+        together, self._waiting = self._waiting, []
+        future = together[0].pool.submit(_do_all, [later.task for later in together])
+        self._futures.add(future)
+        for place, later in enumerate(together):
+            later.future, later.place, later.task = future, place, None
+        future.add_done_callback(lambda future: _tell(future, [later.then for later in together]))
+
+    def result(self, later):
+        """(the task's result, seconds it took); raises what it raised."""
+        if later.future is None:
+            self._submit()
+        outcome, seconds = later.future.result()[later.place]
+        self._futures.discard(later.future)
+        if isinstance(outcome, _Raised):
+            raise outcome.error
+        return outcome, seconds
+
+    def close(self):
+        """What runs must end before its memory goes; its error was raised, or is moot."""
+        concurrent.futures.wait([future for future in self._futures if not future.cancel()])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Raised:
+    error: Exception
+
+
+def _do_all(tasks):
+    """In a worker: [(result, or what was raised, in _Raised, and seconds)] of some tasks."""
+    return [timed(_attempt, *task) for task in tasks]
+
+
+def _attempt(task, *arguments):
+    try:
+        return task(*arguments)
+    except Exception as error:
+        return _Raised(error)
+
+
+def _tell(future, listeners):
+    """Calls the listeners of a future's tasks that ended well."""
+    if not future.cancelled() and not future.exception():
+        for (outcome, _), listener in zip(future.result(), listeners, strict=True):
+            if listener and not isinstance(outcome, _Raised):
+                listener()
 
 
 def timed(task, *arguments):

@@ -56,6 +56,14 @@ def float32_names(model):
     return {node.name for node in graph.nodes if id(node) in wide}
 
 
+def half_convolutions(model):
+    """The names of the convolutions of an FP32 or quantized model that are FP16 in `to_half`'s form and not INT8."""
+    graph = gs.import_onnx(model)
+    wide = float32_nodes(graph)
+    convolutions = [node for node in graph.nodes if node.op == "Conv" and id(node) not in wide]
+    return {node.name for node in convolutions if not node.inputs[0].inputs or node.i().op != "DequantizeLinear"}
+
+
 def _moved(node):
     """The tensors whose values a node of MOVING hands on."""
     return node.inputs if node.op == "Concat" else node.inputs[:1]

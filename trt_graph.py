@@ -1,4 +1,4 @@
-"""The graph that TensorRT gets: suppression of many classes side by side.
+"""The graph that TensorRT gets: suppression of many classes side by side, crops pooled before they are put in order.
 
 Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. Boxes are [ymin, xmin, ymax, xmax].
 """
@@ -30,6 +30,8 @@ def prepare(model, most):
                 new.shape = old.shape
                 replace_tensor(graph, old, new)
             node.outputs.clear()
+    _drop_idle_pools(graph)
+    _pool_crops_first(graph)
     result = gs.export_onnx(graph.cleanup().toposort())
     result.metadata_props.extend(model.metadata_props)
     return result
@@ -56,13 +58,53 @@ def _in_groups(build, node, count, classes, size):
         boxes.shape = [None, count, 4]
     scores.shape = [None, count, size]
     kept = node.attrs["max_output_boxes"]
-    names = ("score_threshold", "iou_threshold", "max_output_boxes")
-    _, boxes, scores, labels = efficient_nms(build, boxes, scores, **{name: node.attrs[name] for name in names})
-    first = np.repeat(np.arange(groups, dtype=np.int32) * size, kept)[None]  # class of each slot's group [1, G * M]
-    labels = build.add("Add", build.reshape(labels, [-1, groups * kept]), first)
-    scores, rows = build.top_k(build.reshape(scores, [-1, groups * kept]), kept)
-    boxes = build.gather_rows(build.reshape(boxes, [-1, groups * kept, 4]), rows)
+    # No group gives more than it has; all together they must have `kept` slots.
+    each = min(kept, count * size) if groups * count * size >= kept else kept
+    limits = {name: node.attrs[name] for name in ("score_threshold", "iou_threshold")}
+    _, boxes, scores, labels = efficient_nms(build, boxes, scores, max_output_boxes=each, **limits)
+    first = np.repeat(np.arange(groups, dtype=np.int32) * size, each)[None]  # class of each slot's group [1, G * slots]
+    labels = build.add("Add", build.reshape(labels, [-1, groups * each]), first)
+    scores, rows = build.top_k(build.reshape(scores, [-1, groups * each]), kept)
+    boxes = build.gather_rows(build.reshape(boxes, [-1, groups * each, 4]), rows)
     found = build.add("Greater", scores, np.float32(0), dtype=bool)
     labels = build.add("Where", found, build.gather_rows(labels, rows), np.int32(0), dtype=np.int32)
     number = build.add("ReduceSum", build.cast(found, np.int32), np.int64([1]), keepdims=1)
     return number, boxes, scores, labels
+
+
+def _drop_idle_pools(graph):
+    """Max-pools of single pixels, which TFOD puts behind a crop where maxpool_kernel_size is 1, copy it."""
+    for node in [node for node in graph.nodes if node.op == "MaxPool"]:
+        if {*node.attrs["kernel_shape"], *node.attrs.get("strides", [1])} == {1} and not any(
+            node.attrs.get("pads", [])
+        ):
+            replace_tensor(graph, node.outputs[0], node.inputs[0])
+
+
+def _pool_crops_first(graph):
+    """Max-pools crops where GridSample leaves them, below one another, before the transposition that makes each a map of
+    its own: that has a quarter to move then. Only where no pool reaches from one crop into the next.
+    """
+    for node in [node for node in graph.nodes if node.op == "GridSample"]:
+        # See detection_graph.crop_features: [B, C, count * size, size] -> [B * count, C, size, size].
+        chain = [node]
+        for op in ("Reshape", "Transpose", "Reshape", "MaxPool"):
+            (following, *others) = chain[-1].outputs[0].outputs
+            if others or following.op != op:
+                break
+            chain.append(following)
+        if len(chain) < 5:
+            continue
+        _, below, transposed, apart, pool = chain
+        _, channels, count, size, _ = below.inputs[1].values.tolist()
+        window, strides = pool.attrs["kernel_shape"], pool.attrs.get("strides", [1, 1])
+        plain = not any(pool.attrs.get("pads", [])) and pool.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        if window != strides or window[0] != window[1] or size % window[0] or not plain:
+            continue
+        size //= window[0]
+        build = Builder(graph, f"{pool.name}/first")
+        pooled = build.add("MaxPool", node.outputs[0], **pool.attrs)
+        crops = build.reshape(pooled, [0, channels, count, size, size])
+        crops = build.add("Transpose", crops, **transposed.attrs)
+        crops = build.reshape(crops, [*apart.inputs[1].values[:2].tolist(), size, size])
+        replace_tensor(graph, pool.outputs[0], crops)

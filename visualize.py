@@ -101,7 +101,7 @@ def draw_detections(image, boxes, scores, classes, names, masks=None, mask_thres
     draw = ImageDraw.Draw(picture)
     shorter = min(picture.size)
     line = max(1, round(shorter / 240))
-    font = _font(max(10, round(shorter / 36)))
+    font_size = max(10, round(shorter / 36))
     order = np.argsort(scores, kind="stable")
     for i in order:
         _draw_box(draw, boxes[i], class_colour(int(classes[i])), line)
@@ -111,8 +111,8 @@ def draw_detections(image, boxes, scores, classes, names, masks=None, mask_thres
     for i in order[::-1]:
         label = int(classes[i])
         name = names[label] if label < len(names) else f"class {label + 1}"
-        text = f"{name} {scores[i]:.2f}" if with_scores else name
-        _draw_label(draw, picture.size, boxes[i], text, class_colour(label), font, line, taken)
+        words = [f"{name} ", f"{scores[i]:.2f}"] if with_scores else [name]
+        _draw_label(draw, picture.size, boxes[i], words, class_colour(label), font_size, line, taken)
     return picture
 
 
@@ -172,16 +172,36 @@ def _draw_box(draw, box, colour, line):
         draw.rectangle(frame, outline=fill, width=width)
 
 
-def _draw_label(draw, size, box, text, colour, font, line, taken):
-    """Writes `text` on a plate of the box's colour, where it covers no plate in `taken` if there is such a place."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+@functools.lru_cache(maxsize=4096)
+def _rendered(word, font_size):
+    """A word as a mask, its bounding box (left, top, right, bottom) from the pen's place, and how far the pen goes on.
+
+    Names and scores come again and again; to render them took most of what drawing took.
+    """
+    font = _font(font_size)
+    left, top, right, bottom = (round(edge) for edge in font.getbbox(word))
+    mask = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+    ImageDraw.Draw(mask).text((-left, -top), word, font=font, fill=255)
+    return mask, (left, top, right, bottom), round(font.getlength(word))
+
+
+def _draw_label(draw, size, box, words, colour, font_size, line, taken):
+    """Writes `words` on a plate of the box's colour, where it covers no plate in `taken` if there is such a place."""
+    pen, parts = 0, []
+    for mask, (x0, y0, x1, y1), advance in (_rendered(word, font_size) for word in words):
+        parts.append((mask, pen + x0, y0, pen + x1, y1))
+        pen += advance
+    left, top = (min(part[i] for part in parts) for i in (1, 2))
+    right, bottom = (max(part[i] for part in parts) for i in (3, 4))
     pad = max(2, line)
     width, height = right - left + 2 * pad, bottom - top + 2 * pad
     x, y = _place(size, box, width, height, taken)
     taken.append((x, y, x + width, y + height))
     draw.rectangle([x, y, x + width - 1, y + height - 1], fill=colour, outline=(0, 0, 0))
     luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    draw.text((x + pad - left, y + pad - top), text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
+    ink = (0, 0, 0) if luminance > 120 else (255, 255, 255)
+    for mask, mask_left, mask_top, _, _ in parts:
+        draw.bitmap((x + pad + mask_left - left, y + pad + mask_top - top), mask, fill=ink)
 
 
 def _place(size, box, width, height, taken):

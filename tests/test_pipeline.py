@@ -21,7 +21,7 @@ import parity
 from cli import UserError
 from detector import detect_image, open_detector
 from image_batcher import SharedImage, decoded, load_image
-from pipeline import Times, choose_batch_size, detect_files, submit
+from pipeline import Later, Times, choose_batch_size, detect_files
 from workers import Workers
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -87,7 +87,7 @@ def test_results_come_in_order_and_are_the_images_own(demo_detector, request, si
         assert (placement.height, placement.width) == load_image(path).shape[:2]
         # Of those that are done later, some are done sooner than the ones before.
         task = image, path, next(seconds), found
-        return submit(workers, is_its_own, *task) if later else is_its_own(*task)
+        return Later(workers, is_its_own, *task) if later else is_its_own(*task)
 
     times = Times()
     results = list(detect_files(demo_detector, files, size, work, workers, times, keep_images=True))
@@ -117,7 +117,7 @@ def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
     original = image_batcher.load_image
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_batcher, "load_image", lambda path: read.append(path) or original(path))
-        done = detect_files(demo_detector, files, 2, lambda *_: submit(threads, task), threads)
+        done = detect_files(demo_detector, files, 2, lambda *_: Later(threads, task), threads)
         for _ in range(10):
             next(done)
         assert len(read) < 60
@@ -137,7 +137,7 @@ def test_an_error_stops_everything_and_names_the_file(demo_detector, request, ki
 
     def work(path, *_):
         if path == PICTURES[3]:
-            return submit(workers, fail, "disk full") if later else fail("disk full")
+            return Later(workers, fail, "disk full") if later else fail("disk full")
         return None
 
     with pytest.raises(UserError, match=r"shapes_04\.jpg: .*disk full"):
@@ -158,7 +158,7 @@ def die():
 
 def test_a_process_that_the_system_ends_is_an_error(demo_detector):
     with Workers(10_000, 12, cores=4) as workers:
-        work = lambda path, *_: submit(workers, die) if path == PICTURES[2] else None  # noqa: E731
+        work = lambda path, *_: Later(workers, die) if path == PICTURES[2] else None  # noqa: E731
         with pytest.raises(UserError, match="the system ended a process"):
             list(detect_files(demo_detector, PICTURES * 10, 2, work, workers))
 
