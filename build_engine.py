@@ -98,19 +98,18 @@ def is_strongly_typed(trt):
 
 
 def typed_model(wanted, model, calibration, strong):
-    """The model in the precision wanted: (model, names of the nodes in FP32, of the convolutions in FP16).
-
-    calibration: (ranges, names), for int8.
+    """The model in the precision wanted, and what TensorRT 8.6 is to be told of its layers: (model, names of the nodes in
+    FP32, of those in FP16). calibration: (ranges, names), for int8.
     """
     if wanted == "fp32":
         return model, set(), set()
     wide = precision.float32_names(model)
-    if wanted == "int8":
-        model = quantization.quantize(model, *calibration)
-    half = precision.half_convolutions(model)
-    if wanted == "int8" and not strong:
-        return model, wide, half  # TensorRT 8.6 takes QuantizeLinear in FP32 only, and makes the rest FP16 by itself
-    return precision.to_half(model), wide, half
+    if wanted == "fp16":
+        return precision.to_half(model), wide, precision.half_convolutions(model)
+    model = quantization.quantize(model, *calibration)
+    # TensorRT 8.6 takes QuantizeLinear in FP32 only, and makes the rest FP16 by itself: told to, it fails in an assertion
+    # (filterQDQFormats) where a QuantizeLinear follows.
+    return precision.to_half(model) if strong else model, wide, set()
 
 
 def find_calibration(args, model):
@@ -184,9 +183,7 @@ def build(trt, args, model, metadata, batch, wide, half, configure=None):
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(args.workspace * 2**30))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # No cuBLAS and no cuDNN: they need not be installed, and the convolutions of these networks do not need them.
-    sources = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
-    config.set_tactic_sources(sum(1 << int(source) for source in sources))
+    config.set_tactic_sources(tactic_sources(trt))
     if args.builder_optimization_level is not None:
         config.builder_optimization_level = args.builder_optimization_level
     if not is_strongly_typed(trt) and args.precision != "fp32":
@@ -209,6 +206,12 @@ def network_flags(trt):
     """How a network is created: 8.6 must be told that its batch is explicit, 11 knows nothing else."""
     name = "STRONGLY_TYPED" if is_strongly_typed(trt) else "EXPLICIT_BATCH"
     return 1 << int(getattr(trt.NetworkDefinitionCreationFlag, name))
+
+
+def tactic_sources(trt):
+    """No cuBLAS and no cuDNN: they need not be installed, and the convolutions of these networks do not need them."""
+    sources = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+    return sum(1 << int(source) for source in sources)
 
 
 def engine_name(metadata):

@@ -57,11 +57,10 @@ def float32_names(model):
 
 
 def half_convolutions(model):
-    """The names of the convolutions of an FP32 or quantized model that are FP16 in `to_half`'s form and not INT8."""
+    """The names of the convolutions that are FP16 in `to_half`'s form."""
     graph = gs.import_onnx(model)
     wide = float32_nodes(graph)
-    convolutions = [node for node in graph.nodes if node.op == "Conv" and id(node) not in wide]
-    return {node.name for node in convolutions if not node.inputs[0].inputs or node.i().op != "DequantizeLinear"}
+    return {node.name for node in graph.nodes if node.op == "Conv" and id(node) not in wide}
 
 
 def _moved(node):

@@ -124,6 +124,8 @@ class TrtDetector:
 
     def _load(self, data):
         trt, cuda = self._trt, self._cuda
+        if not data:
+            raise UserError(f"--engine {self._path}: the file is empty; {REBUILD}")
         self._logger = make_logger(trt)
         trt.init_libnvinfer_plugins(self._logger, "")
         self._runtime = trt.Runtime(self._logger)
@@ -337,7 +339,7 @@ def explain(errors, version):
         return f"another TensorRT version built it (this is {version}); {REBUILD}"
     if "device" in text or "compute" in text or "platform" in text:
         return f"it was built for another GPU; {REBUILD}"
-    if "memory" in text:
+    if any(words in text for words in ("outofmemory", "out of memory", "could not be allocated")):
         return "too little GPU memory; free some, or build it for a smaller --batch"
     return f"it is no whole TensorRT engine (truncated?); {REBUILD}"
 

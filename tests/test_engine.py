@@ -117,18 +117,17 @@ def test_only_the_network_is_half(key, convert):
 
 
 def test_what_tensorrt_8_is_told_of_each_layer(int8_demo):
-    """8.6 is told which layers are FP32 and which convolutions FP16; the quantized ones and the rest are its choice."""
+    """8.6 is told which layers are FP32 and which convolutions FP16; of a quantized network only the former."""
     _, model, ranges, _, _ = int8_demo
     convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
-    quantized = {name for names in quantization.layers(model).values() for name in names}
-    assert convolutions == quantized
     _, wide, half = build_engine.typed_model("fp16", model, None, strong=False)
+    assert len(convolutions) > 30
     assert half == convolutions
+    assert wide == precision.float32_names(model)
     assert not half & wide
-    some = sorted(convolutions)[:3]
     for strong in (False, True):
-        typed, again, half = build_engine.typed_model("int8", model, (ranges, some), strong)
-        assert (half, again) == (set(some), wide)
+        typed, again, half = build_engine.typed_model("int8", model, (ranges, []), strong)
+        assert (half, again) == (set(), wide)
         assert ("float16" in types_by_op(typed)["Conv"]) == strong
     assert build_engine.typed_model("fp32", model, None, strong=False)[1:] == (set(), set())
 
