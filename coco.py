@@ -5,6 +5,7 @@ Boxes are [ymin, xmin, ymax, xmax] in Detections and [x, y, width, height] in pi
 
 import contextlib
 import dataclasses
+import gc
 import io
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None):
     """
     kind = "bbox" if detection_type == "bbox" else "segm"
     truth_class, evaluation_class = library or LIBRARY
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
         if not isinstance(truth, truth_class):
             truth = truth_class(truth.dataset)
         evaluation = evaluation_class(truth, _load_results(truth, results, kind), kind)
@@ -150,6 +151,18 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None):
         _curves(precision),
         {key: precision[0, :, k] for k, key in enumerate(evaluation.params.catIds) if (precision[0, :, k] > -1).all()},
     )
+
+
+@contextlib.contextmanager
+def _without_garbage_collection():
+    """Half a million dicts are made, none of them in a cycle: to walk them again and again took a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def find_mistakes(truth, results, image_ids, detection_type="bbox"):
