@@ -15,8 +15,6 @@ import onnx_utils
 # Of an SSD's anchors, only the best by their best class go into NMS: the 1,500 best (box, class) pairs are certainly
 # among theirs, and the 100 detections of an image come from far fewer (README, "How many candidates").
 CANDIDATES = 1500
-# Of the RPN's anchors, likewise: TensorRT's TopK takes no more, and the plugin looks at hardly more (4,096).
-PROPOSAL_CANDIDATES = 3840
 # Detections taken from the plugin beyond max_total_detections, in place of those that finish_nms drops: boxes without
 # area after clipping (at most 2 an image were seen), and those over max_detections_per_class where it limits.
 SPARE = 28
@@ -195,15 +193,12 @@ def add_proposals(build, objectness, encodings, anchors, scales, settings, windo
     objectness [B, N, 2] and encodings [B, N, 4], logits and codes for anchors (array [N, 4]).
     Returns (proposals [B, P, 4], clipped to the window and zero-padded, and valid [B, P] bool).
     """
-    scores = build.slice(build.add("Softmax", objectness, axis=-1), 2, 1, 2)  # [B, N, 1]
-    flat = build.add("Squeeze", scores, np.int64([2]))
-    candidates = min(PROPOSAL_CANDIDATES, len(anchors))
-    best, rows = build.top_k(flat, candidates)
-    reference = build.add("Gather", centre_and_size(anchors), rows, axis=0)
-    boxes = decode_boxes(build, build.gather_rows(encodings, rows), reference, scales)
-    boxes.shape = [None, candidates, 4]
-    best = build.add("Unsqueeze", best, np.int64([2]))  # [B, K, 1]
-    _, proposals, scores, _ = suppress(build, boxes, best, settings, window)
+    # A softmax of two. Nothing is chosen before the plugin: it sorts by itself, and looks at the best 4,096.
+    background, foreground = (build.slice(objectness, 2, i, i + 1) for i in (0, 1))
+    scores = build.add("Sigmoid", build.add("Sub", foreground, background))  # [B, N, 1]
+    boxes = decode_boxes(build, encodings, centre_and_size(anchors)[None], scales)
+    boxes.shape, scores.shape = [None, len(anchors), 4], [None, len(anchors), 1]
+    _, proposals, scores, _ = suppress(build, boxes, scores, settings, window)
     return proposals, build.add("Greater", scores, np.float32(0), dtype=bool)
 
 

@@ -83,10 +83,12 @@ def _drop_idle_pools(graph):
 
 def _pool_crops_first(graph):
     """Max-pools crops where GridSample leaves them, below one another, before the transposition that makes each a map of
-    its own: that has a quarter to move then. Only where no pool reaches from one crop into the next.
+    its own; and samples only what the pools and the strided convolutions of single pixels behind them (ResNet V1's) read.
+    Only where no pool reaches from one crop into the next.
     """
     for node in [node for node in graph.nodes if node.op == "GridSample"]:
-        # See detection_graph.crop_features: [B, C, count * size, size] -> [B * count, C, size, size].
+        # See detection_graph.crop_features: [B, count, size, size, 2] -> [B, C, count * size, size]
+        # -> [B * count, C, size, size].
         chain = [node]
         for op in ("Reshape", "Transpose", "Reshape", "MaxPool"):
             (following, *others) = chain[-1].outputs[0].outputs
@@ -98,13 +100,38 @@ def _pool_crops_first(graph):
         _, below, transposed, apart, pool = chain
         _, channels, count, size, _ = below.inputs[1].values.tolist()
         window, strides = pool.attrs["kernel_shape"], pool.attrs.get("strides", [1, 1])
-        plain = not any(pool.attrs.get("pads", [])) and pool.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-        if window != strides or window[0] != window[1] or size % window[0] or not plain:
+        if window != strides or window[0] != window[1] or size % window[0] or not _unpadded(pool):
             continue
-        size //= window[0]
         build = Builder(graph, f"{pool.name}/first")
-        pooled = build.add("MaxPool", node.outputs[0], **pool.attrs)
-        crops = build.reshape(pooled, [0, channels, count, size, size])
+        pooled = np.arange(size // window[0])
+        if stride := _common_stride(pool.outputs[0].outputs):
+            pooled = pooled[::stride]
+            samples = (pooled[:, None] * window[0] + np.arange(window[0])).ravel()  # that the pooled are made of
+            grid = build.reshape(node.inputs[1], [0, count, size, size, 2])
+            grid = build.add("Gather", build.add("Gather", grid, samples, axis=2), samples, axis=3)
+            node.inputs[1] = build.reshape(grid, [0, count * len(samples), len(samples), 2])
+            node.outputs[0].shape = [None, channels, count * len(samples), len(samples)]
+            for convolution in pool.outputs[0].outputs:
+                convolution.attrs["strides"] = [1, 1]
+        size = len(pooled)
+        crops = build.add("MaxPool", node.outputs[0], **pool.attrs)
+        crops = build.reshape(crops, [0, channels, count, size, size])
         crops = build.add("Transpose", crops, **transposed.attrs)
         crops = build.reshape(crops, [*apart.inputs[1].values[:2].tolist(), size, size])
         replace_tensor(graph, pool.outputs[0], crops)
+
+
+def _unpadded(node):
+    return not any(node.attrs.get("pads", [])) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+
+
+def _common_stride(nodes):
+    """The stride of `nodes`, where all are convolutions of single pixels with the same; else None."""
+    strides = {
+        tuple(node.attrs.get("strides", [1, 1]))
+        if node.op == "Conv" and node.attrs["kernel_shape"] == [1, 1] and _unpadded(node)
+        else None
+        for node in nodes
+    }
+    first = strides.pop() if len(strides) == 1 else None
+    return first[0] if first and first[0] == first[1] > 1 else None

@@ -16,6 +16,7 @@ import onnx_utils
 import ort_graph
 import parity
 import tf_graph
+import trt_graph
 from cli import UserError
 from demo import tiny_mask_rcnn as tiny
 from detector import detect_image, open_detector
@@ -195,6 +196,63 @@ def test_crops_are_tensorflows_in_both_ops(zero_outside):
         session = onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
         (crops,) = session.run(None, {"features": features, "boxes": boxes})
         np.testing.assert_allclose(crops.transpose(0, 2, 3, 1), wanted, atol=1e-5)
+
+
+def crop_and_convolve(size, window, pool_stride, kernel, strides):
+    """A model of crops of 2 images, pooled and convolved by as many convolutions as there are `strides`."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    graph.inputs = [gs.Variable("features", np.float32, ["b", 5, 6, 9]), gs.Variable("boxes", np.float32, ["b", 10, 4])]
+    build = onnx_utils.Builder(graph, "test")
+    crops = detection_graph.crop_features(build, *graph.inputs, 10, size, (6, 9, 5), True)
+    pooled = build.add("MaxPool", crops, kernel_shape=[window] * 2, strides=[pool_stride] * 2)
+    rng = np.random.default_rng(1)
+    for stride in strides:
+        weights = rng.normal(size=(3, 5, kernel, kernel)).astype(np.float32)
+        settings = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [kernel // 2] * 4}
+        graph.outputs.append(build.add("Conv", pooled, weights, **settings))
+    model = gs.export_onnx(graph.cleanup().toposort())
+    model.ir_version = 8
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "pool_stride", "kernel", "strides", "sampled"),
+    [
+        (14, 2, 2, 1, (2, 2), 8),  # Faster R-CNN ResNet V1: every other pixel of the pooled crops is read
+        (12, 2, 2, 1, (2,), 6),
+        (14, 2, 2, 1, (2, 1), 14),
+        (14, 2, 2, 3, (2, 2), 14),
+        (14, 2, 2, 1, (1,), 14),
+        (17, 1, 1, 1, (1, 1), 17),  # Mask R-CNN: a pool of single pixels
+        (15, 2, 2, 1, (2,), 15),  # its last row is in no pool: left alone
+        (14, 3, 2, 1, (2,), 14),  # pools that overlap: left alone
+    ],
+)
+def test_crops_are_pooled_before_they_are_transposed(size, window, pool_stride, kernel, strides, sampled):
+    """The same results, from as few samples as are read."""
+    model = crop_and_convolve(size, window, pool_stride, kernel, strides)
+    prepared = trt_graph.prepare(model, 8)
+    graph = gs.import_onnx(prepared)
+    (crop,) = (node for node in graph.nodes if node.op == "GridSample")
+    following = crop.outputs[0].outputs[0].op
+    assert following == ("MaxPool" if window == pool_stride == 2 and size % 2 == 0 else "Reshape")
+    assert ("MaxPool" in {node.op for node in graph.nodes}) == (window > 1)
+    rng = np.random.default_rng(3)
+    low = rng.uniform(0, 0.5, (2, 10, 2))
+    feed = {
+        "features": rng.normal(size=(2, 5, 6, 9)).astype(np.float32),
+        "boxes": np.concatenate([low, low + 0.4], axis=2).astype(np.float32),
+    }
+    crop.outputs[0].shape = None
+    graph.outputs.append(crop.outputs[0])
+    run = functools.partial(onnxruntime.InferenceSession, providers=["CPUExecutionProvider"])
+    wanted = run(model.SerializeToString()).run(None, feed)
+    *found, samples = run(gs.export_onnx(graph).SerializeToString()).run(None, feed)
+    assert samples.shape == (2, 5, 10 * sampled, sampled)
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for a, b in zip(wanted, run(ort_graph.prepare(prepared).SerializeToString()).run(None, feed), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("zero_outside", [True, False])
