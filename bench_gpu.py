@@ -91,7 +91,9 @@ def measure(args, wanted, reference):
         reports = [parity.match_by_rank(theirs, ours, tie=0.02) for theirs, ours in pairs]
         row["box diff"] = f"{max(report.box_difference for report in reports):.1e}"
         row["score diff"] = f"{max(report.score_difference for report in reports):.1e}"
-        row["unmatched"] = f"{sum(report.unmatched for report in reports)} of {sum(len(p[0].scores) for p in pairs)}"
+        row["unmatched"] = (
+            f"{sum(report.unmatched for report in reports)} of {sum(len(x.scores) for pair in pairs for x in pair)}"
+        )
         if args.annotations:
             ap, ap50 = coco.average_precision(
                 args.annotations, files, lambda image: detect_image(detector, image), detector.metadata["class_offset"]
@@ -126,8 +128,8 @@ def build_by_flags(args, calib_input):
     with GpuContext(cuda), whole_file(args.engine) as path:
         batch = build_engine.batch_range(args, metadata)
         model = trt_graph.prepare(model, batch[-1])
-        wide = precision.float32_names(model)
-        path.write_bytes(build_engine.build(trt, args, model, named, batch, wide, set(), configure))
+        told = build_engine.LayerTypes(precision.float32_names(model), set(), set(), {})
+        path.write_bytes(build_engine.build(trt, args, model, named, batch, told, configure))
 
 
 def make_calibrator(trt, cuda, metadata, calib_input):

@@ -4,11 +4,13 @@
     python build_engine.py --onnx model.onnx --engine engine.trt --precision int8 --calib_input photos
     python build_engine.py --onnx dynamic.onnx --engine engine.trt --batch 1 8 32
 
-FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py); box decoder, score filter and NMS stay in FP32.
+FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6; box decoder, score
+filter and NMS stay in FP32.
 The engine holds the model's metadata and needs no companion file. TensorRT 8.6, 10 and 11.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -46,7 +48,7 @@ def parse_args(argv=None):
         help="TensorRT's measurements, kept for the next build; default: timing.cache beside the engine",
     )
     add("--builder_optimization_level", type=int, choices=range(6), metavar="0..5", help="default: TensorRT's, 3")
-    add("--typed_onnx", metavar="FILE", help="also write the graph that TensorRT gets; it runs on ONNX Runtime too")
+    add("--typed_onnx", metavar="FILE", help="also write the graph in that precision, for ONNX Runtime")
     add("--no_benchmark", action="store_true", help="do not measure the engine's latency after building it")
     return parser.parse_args(argv)
 
@@ -63,13 +65,16 @@ def main(argv=None):
     strong = is_strongly_typed(trt)
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
-    typed, *names = typed_model(args.precision, trt_graph.prepare(model, batch[-1]), calibration, strong)
+    prepared = trt_graph.prepare(model, batch[-1])
+    typed = typed_model(args.precision, prepared, calibration)
     if args.typed_onnx:
         with whole_file(args.typed_onnx) as path:
             onnx_utils.save(typed, path)
+    told = None if strong else layer_types(args.precision, prepared, calibration)
+    given = prepared if told and told.int8 else typed
     started = time.perf_counter()
     with GpuContext(cuda), whole_file(args.engine) as path:
-        path.write_bytes(build(trt, args, typed, {**metadata, "precision": args.precision}, batch, *names))
+        path.write_bytes(build(trt, args, given, {**metadata, "precision": args.precision}, batch, told))
     seconds = time.perf_counter() - started
     report(args, batch, seconds)
     print(f"Wrote {args.engine}. Next: python infer.py --engine {args.engine} --input IMAGES --output results")
@@ -97,19 +102,35 @@ def is_strongly_typed(trt):
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
-def typed_model(wanted, model, calibration, strong):
-    """The model in the precision wanted, and what TensorRT 8.6 is to be told of its layers: (model, names of the nodes in
-    FP32, of those in FP16). calibration: (ranges, names), for int8.
-    """
+def typed_model(wanted, model, calibration):
+    """The model in the precision wanted, as a strongly typed TensorRT takes it. calibration: (ranges, names), for int8."""
+    if wanted == "int8":
+        model = quantization.quantize(model, *calibration)
+    return model if wanted == "fp32" else precision.to_half(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTypes:
+    """What TensorRT 8.6, which chooses among the types allowed, is told: names of layers, and ranges of tensors for INT8."""
+
+    float32: set
+    half: set
+    int8: set
+    ranges: dict  # {tensor: (low, high)}
+
+
+def layer_types(wanted, model, calibration):
+    """The LayerTypes of a model; None for fp32. calibration: (ranges, names of what is left in FP16), for int8."""
     if wanted == "fp32":
-        return model, set(), set()
-    wide = precision.float32_names(model)
+        return None
+    wide, convolutions = precision.float32_names(model), precision.half_convolutions(model)
     if wanted == "fp16":
-        return precision.to_half(model), wide, precision.half_convolutions(model)
-    model = quantization.quantize(model, *calibration)
-    # TensorRT 8.6 takes QuantizeLinear in FP32 only, and makes the rest FP16 by itself: told to, it fails in an assertion
-    # (filterQDQFormats) where a QuantizeLinear follows.
-    return precision.to_half(model) if strong else model, wide, set()
+        return LayerTypes(wide, convolutions, set(), {})
+    ranges, left = calibration
+    # Not matrix multiplications, which 8.6 has no INT8 for without QuantizeLinear.
+    int8 = convolutions - set(left)
+    taken = {node.input[0] for node in model.graph.node if node.name in int8}
+    return LayerTypes(wide, convolutions - int8, int8, {name: ranges[name] for name in taken})
 
 
 def find_calibration(args, model):
@@ -166,10 +187,11 @@ def calibrate(args, model, metadata):
     return ranges, left
 
 
-def build(trt, args, model, metadata, batch, wide, half, configure=None):
+def build(trt, args, model, metadata, batch, told=None, configure=None):
     """Builds the engine; returns its bytes. Raises UserError with TensorRT's own reason where it cannot.
 
-    wide, half: of `typed_model`. configure: called with (builder, config, network) before building, for what a measurement varies.
+    told: LayerTypes, for TensorRT 8.6. configure: called with (builder, config, network) before building, for what a
+    measurement varies.
     """
     logger = make_logger(trt, args.verbose)
     trt.init_libnvinfer_plugins(logger, "")
@@ -186,8 +208,8 @@ def build(trt, args, model, metadata, batch, wide, half, configure=None):
     config.set_tactic_sources(tactic_sources(trt))
     if args.builder_optimization_level is not None:
         config.builder_optimization_level = args.builder_optimization_level
-    if not is_strongly_typed(trt) and args.precision != "fp32":
-        allow_precisions(trt, config, network, args.precision, wide, half)
+    if told:
+        allow_precisions(trt, config, network, args.precision, told)
     add_profile(builder, config, network, batch)
     if configure:
         configure(builder, config, network)
@@ -225,9 +247,12 @@ def engine_name(metadata):
     return name
 
 
-def allow_precisions(trt, config, network, wanted, wide, half):
-    """TensorRT 8.6 chooses a type for every layer: allow it FP16 (and INT8), but FP32 for the layers named in `wide`, and
-    FP16 for those in `half`: to time them in FP32 too doubles the time of a build.
+def allow_precisions(trt, config, network, wanted, told):
+    """Tells TensorRT 8.6 which layers have which type, where it matters; the rest is its choice.
+
+    To time convolutions in FP32 too doubles the time of a build. INT8 goes by the ranges of tensors ("Setting Per-Tensor
+    Dynamic Range Using C++", developer guide of 8.6), not by QuantizeLinear: at those of FPNLite 8.6 fails in an assertion
+    (filterQDQFormats).
     """
     config.set_flag(trt.BuilderFlag.FP16)
     if wanted == "int8":
@@ -236,9 +261,16 @@ def allow_precisions(trt, config, network, wanted, wide, half):
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        for tensor in outputs:
+            if tensor.name in told.ranges:
+                most = max(map(abs, told.ranges[tensor.name]))
+                tensor.set_dynamic_range(-most, most)
+        # The plugin's and TopK's other outputs are integers.
         computed = [i for i, output in enumerate(outputs) if output.dtype in floats and output.is_execution_tensor]
-        if layer.name in wide | half and computed:  # the plugin's and TopK's other outputs are integers
-            layer.precision = trt.DataType.FLOAT if layer.name in wide else trt.DataType.HALF
+        if layer.name in told.int8:
+            layer.precision = trt.DataType.INT8
+        elif layer.name in told.float32 | told.half and computed:
+            layer.precision = trt.DataType.FLOAT if layer.name in told.float32 else trt.DataType.HALF
             for i in computed:
                 layer.set_output_type(i, layer.precision)
 

@@ -42,6 +42,8 @@ NUMBERS = {
 }
 # From this score on a detection is one that a user would see: an object that only weaker ones find counts as missed.
 SEEN = 0.3
+# From so many results on, the time to hand them to other processes is little against what it saves.
+SHARED_OUT_FROM = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,29 +130,78 @@ def encode_mask(mask, box, height, width, threshold):
     return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
 
 
-def evaluate(truth, results, image_ids, detection_type="bbox", library=None):
+def evaluate(truth, results, image_ids, detection_type="bbox", library=None, workers=None):
     """COCO's numbers of `results` (of results_of) on those images. detection_type: bbox or segmentation.
 
     library: of the evaluation's COCO and COCOeval; default: faster-coco-eval where it is installed (five times as fast on
-    5,000 images, BENCHMARKS.md), else pycocotools. Their numbers are the same.
+    5,000 images, BENCHMARKS.md), else pycocotools. Their numbers are the same. workers: a workers.Workers of processes to
+    share the classes out to, which have no say in one another's numbers.
     """
     kind = "bbox" if detection_type == "bbox" else "segm"
-    truth_class, evaluation_class = library or LIBRARY
+    image_ids, library = sorted(set(image_ids)), library or LIBRARY
+    classes = sorted(truth.cats)
+    if workers and workers.processes and len(results) >= SHARED_OUT_FROM:
+        parts = _share_out(truth, results, workers.count)
+        measured = [workers.submit(_measure, *part, image_ids, kind, library) for part in parts]
+        measured = [future.result() for future in measured]
+    else:
+        measured = [_measure(truth.dataset, results, image_ids, kind, library)]
+    order = np.argsort(np.concatenate([keys for keys, _, _ in measured]))
+    precision = np.concatenate([part for _, part, _ in measured], axis=2)[
+        :, :, order
+    ]  # [IoU, recall, class, size, most]
+    recall = np.concatenate([part for _, _, part in measured], axis=1)[:, order]  # [IoU, class, size, most]
+    summary = library[1](iouType=kind)
+    summary.eval = {"precision": precision, "recall": recall}
+    with contextlib.redirect_stdout(io.StringIO()):
+        summary.summarize()
+    precision = precision[:, :, :, 0, -1]  # all sizes, most detections
+    return Evaluation(
+        dict(zip(NUMBERS, map(float, summary.stats), strict=False)),
+        _per_class(truth, image_ids, precision),
+        _curves(precision),
+        {key: precision[0, :, k] for k, key in enumerate(classes) if (precision[0, :, k] > -1).all()},
+    )
+
+
+def _measure(dataset, results, image_ids, kind, library):
+    """(class ids, precision [IoU, recall, class, size, most], recall [IoU, class, size, most]) of a COCO dataset's dict."""
+    truth_class, evaluation_class = library
     with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
-        if not isinstance(truth, truth_class):
-            truth = truth_class(truth.dataset)
+        truth = truth_class()
+        truth.dataset = dataset
+        truth.createIndex()
         evaluation = evaluation_class(truth, _load_results(truth, results, kind), kind)
-        evaluation.params.imgIds = sorted(set(image_ids))
+        evaluation.params.imgIds = image_ids
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], all sizes, most detections
-    return Evaluation(
-        dict(zip(NUMBERS, map(float, evaluation.stats), strict=False)),
-        _per_class(truth, evaluation, precision),
-        _curves(precision),
-        {key: precision[0, :, k] for k, key in enumerate(evaluation.params.catIds) if (precision[0, :, k] > -1).all()},
-    )
+    return list(evaluation.params.catIds), evaluation.eval["precision"], evaluation.eval["recall"]
+
+
+def _share_out(truth, results, most):
+    """Shares the classes out to at most `most` parts of like numbers of results: [(dataset, results)]."""
+    found, wanted = ({key: [] for key in truth.cats} for _ in range(2))
+    for entry in results:
+        if entry["category_id"] in found:
+            found[entry["category_id"]].append(entry)
+    for note in truth.dataset["annotations"]:
+        if note["category_id"] in wanted:
+            wanted[note["category_id"]].append(note)
+    groups = [[0, []] for _ in range(min(most, len(found)))]
+    for key in sorted(found, key=lambda key: -len(found[key])):
+        smallest = min(groups, key=lambda group: group[0])
+        smallest[0] += len(found[key]) + 1
+        smallest[1].append(key)
+    images = [
+        {key: image[key] for key in ("id", "height", "width") if key in image} for image in truth.dataset["images"]
+    ]
+    for _, keys in groups:
+        dataset = {
+            "images": images,
+            "categories": [truth.cats[key] for key in keys],
+            "annotations": [note for key in keys for note in wanted[key]],
+        }
+        yield dataset, [entry for key in keys for entry in found[key]]
 
 
 @contextlib.contextmanager
@@ -208,15 +259,15 @@ def _mean(values):
     return float(values.mean()) if values.size else -1.0
 
 
-def _per_class(truth, evaluation, precision):
-    images = set(evaluation.params.imgIds)
-    objects = dict.fromkeys(evaluation.params.catIds, 0)
+def _per_class(truth, image_ids, precision):
+    images = set(image_ids)
+    objects = dict.fromkeys(sorted(truth.cats), 0)
     for note in truth.anns.values():
         if note["image_id"] in images and not note.get("iscrowd"):
             objects[note["category_id"]] += 1
     return [
         (key, truth.cats[key].get("name", str(key)), objects[key], _mean(precision[:, :, k]), _mean(precision[0, :, k]))
-        for k, key in enumerate(evaluation.params.catIds)
+        for k, key in enumerate(objects)
     ]
 
 

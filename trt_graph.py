@@ -78,7 +78,13 @@ def _drop_idle_pools(graph):
         if {*node.attrs["kernel_shape"], *node.attrs.get("strides", [1])} == {1} and not any(
             node.attrs.get("pads", [])
         ):
-            replace_tensor(graph, node.outputs[0], node.inputs[0])
+            _take_place(graph, node.outputs[0], node.inputs[0])
+
+
+def _take_place(graph, old, new):
+    """Whatever reads `old` reads `new` instead, under its name: a calibration's ranges go by names."""
+    replace_tensor(graph, old, new)
+    old.name, new.name = f"{old.name}/replaced", old.name
 
 
 def _pool_crops_first(graph):
@@ -118,7 +124,7 @@ def _pool_crops_first(graph):
         crops = build.reshape(crops, [0, channels, count, size, size])
         crops = build.add("Transpose", crops, **transposed.attrs)
         crops = build.reshape(crops, [*apart.inputs[1].values[:2].tolist(), size, size])
-        replace_tensor(graph, pool.outputs[0], crops)
+        _take_place(graph, pool.outputs[0], crops)
 
 
 def _unpadded(node):

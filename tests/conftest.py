@@ -11,6 +11,7 @@ import pytest
 import create_onnx
 import tf_graph
 from detector import open_detector
+from workers import Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -95,6 +96,15 @@ def saved_model():
 @pytest.fixture(scope="session")
 def coco_images():
     return sorted(need_shared("coco", "val2017").glob("*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Workers that are processes, on however few cores."""
+    with Workers(10_000, 12, cores=4) as workers:
+        assert workers.processes
+        assert (workers.count, workers.task_images) == (3, 8)
+        yield workers
 
 
 # Rows of the table at the end of `make test-zoo`, {model: values of COLUMNS}.

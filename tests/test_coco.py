@@ -90,6 +90,36 @@ def test_a_perfect_detector_scores_one(kind, tmp_path):
     assert [mistake.weight for mistake in missed] == sorted((mistake.weight for mistake in missed), reverse=True)
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segmentation"])
+@pytest.mark.parametrize("classes", [1, 2, 7])
+def test_classes_shared_out_to_processes_give_the_same(kind, classes, tmp_path, processes, monkeypatch):
+    """Detections of which some are right, in one class or in more than there are processes."""
+    path, images, found = perfect_case(tmp_path)
+    content = json.loads(path.read_text())
+    rng = np.random.default_rng(4)
+    for note in content["annotations"]:
+        note["category_id"] = int(rng.integers(1, classes + 1))
+    content["categories"] = [{"id": key, "name": f"class {key}"} for key in (9, *range(1, classes + 1))]
+    path.write_text(json.dumps(content))
+    truth = coco.load_annotations(path)
+    results = []
+    for key, (_, height, width) in images.items():
+        results += coco.results_of(found[key], key, (height, width), 1, 0.5 if kind == "segmentation" else None)
+    results = [
+        {**entry, "category_id": int(rng.integers(1, classes + 2)), "score": rng.random()} for entry in results * 9
+    ]
+    alone = coco.evaluate(truth, results, images, kind)
+    monkeypatch.setattr(coco, "SHARED_OUT_FROM", 1)
+    shared = coco.evaluate(truth, results, images, kind, workers=processes)
+    assert 0.1 < alone.numbers["AP"] < 0.9
+    assert shared.numbers == alone.numbers
+    assert shared.classes == alone.classes
+    for one, other in ((shared.curves, alone.curves), (shared.class_curves, alone.class_curves)):
+        assert list(one) == list(other)
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
 def test_nothing_found_scores_zero(tmp_path):
     path, images, _ = perfect_case(tmp_path)
     truth = coco.load_annotations(path)

@@ -117,19 +117,32 @@ def test_only_the_network_is_half(key, convert):
 
 
 def test_what_tensorrt_8_is_told_of_each_layer(int8_demo):
-    """8.6 is told which layers are FP32 and which convolutions FP16; of a quantized network only the former."""
+    """Which layers are FP32, and which convolutions FP16 and INT8, with the ranges of what those take in."""
     _, model, ranges, _, _ = int8_demo
-    convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
-    _, wide, half = build_engine.typed_model("fp16", model, None, strong=False)
+    convolutions = {node.name: node for node in model.graph.node if node.op_type == "Conv"}
     assert len(convolutions) > 30
-    assert half == convolutions
-    assert wide == precision.float32_names(model)
-    assert not half & wide
-    for strong in (False, True):
-        typed, again, half = build_engine.typed_model("int8", model, (ranges, []), strong)
-        assert (half, again) == (set(), wide)
-        assert ("float16" in types_by_op(typed)["Conv"]) == strong
-    assert build_engine.typed_model("fp32", model, None, strong=False)[1:] == (set(), set())
+    told = build_engine.layer_types("fp16", model, None)
+    assert (told.half, told.int8, told.ranges) == (set(convolutions), set(), {})
+    assert told.float32 == precision.float32_names(model)
+    assert not told.half & told.float32
+
+    some = sorted(convolutions)[:9]
+    told = build_engine.layer_types("int8", model, (ranges, some))
+    assert (told.half, told.int8) == (set(some), set(convolutions) - set(some))
+    assert set(told.ranges) == {convolutions[name].input[0] for name in told.int8}
+    assert all(told.ranges[name] == ranges[name] for name in told.ranges)
+    assert build_engine.layer_types("fp32", model, None) is None
+    assert types_by_op(build_engine.typed_model("int8", model, (ranges, some)))["Conv"] == {"float16"}
+
+
+@pytest.mark.parametrize("key", ["demo", "faster_rcnn_640"])
+def test_a_calibration_serves_the_graph_that_tensorrt_gets(key, convert):
+    """What trt_graph.py changes keeps the names of the tensors that are quantized."""
+    model = onnx_utils.load(convert(key, "--batch_size", "dynamic")[0])
+    prepared = trt_graph.prepare(model, BATCH)
+    assert len(prepared.graph.node) != len(model.graph.node)
+    assert quantization.activations(prepared) == quantization.activations(model)
+    assert quantization.layers(prepared).keys() == quantization.layers(model).keys()
 
 
 def test_half_precision_keeps_the_average_precision(convert, detector, coco_images):
@@ -310,7 +323,7 @@ def test_the_half_form_builds_strongly_typed(key, convert):
 def test_the_quantized_form_builds_strongly_typed(int8_demo):
     _, model, ranges, _, _ = int8_demo
     model = trt_graph.prepare(model, BATCH)
-    for part in cut_at_nms(precision.to_half(quantization.quantize(model, ranges))):
+    for part in cut_at_nms(build_engine.typed_model("int8", model, (ranges, []))):
         assert build_with_rtx(part) > 0
 
 

@@ -13,6 +13,7 @@ import infer
 import onnx_utils
 import ort_graph
 import parity
+import quantization
 import trt_graph
 from cli import UserError
 from detector import detect_image, open_detector
@@ -67,17 +68,26 @@ def batch(model):
         return np.stack([preprocess(load_image(path), resizer)[0] for path in PICTURES])
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 0.02), ("int8", 0.15)])
-def test_detections_are_onnx_runtimes(engine, batch, precision, tolerance):
-    """Of the same graph, in the same precision. TF32 and FP16 round; what is certain must be found all the same."""
-    path, _ = engine(precision)
+def both_sides(path, batch):
+    """The detections of ONNX Runtime, on the same graph in the same precision, and of the engine."""
     with open_detector(path) as detector, open_detector(path.with_suffix(".onnx")) as reference:
-        found = [d for i in range(0, len(batch), 4) for d in detector.infer(batch[i : i + 4])]
-        wanted = reference.infer(batch)
+        return reference.infer(batch), [d for i in range(0, len(batch), 4) for d in detector.infer(batch[i : i + 4])]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 0.02)])
+def test_detections_are_onnx_runtimes(engine, batch, precision, tolerance):
+    """TF32 and FP16 round; what is certain must be found all the same."""
+    wanted, found = both_sides(engine(precision)[0], batch)
     for a, b in zip(wanted, found, strict=True):
         alone = parity.match_by_overlap(a, b, min_iou=0.7, max_score_difference=tolerance)
         assert not (a.scores[alone] >= 0.5).any()
     assert sum((a.scores >= 0.5).sum() for a in wanted) >= 10
+
+
+def test_int8_detections_are_onnx_runtimes(engine, batch):
+    """Nearer than INT8 may be to FP32."""
+    wanted, found = both_sides(engine("int8")[0], batch)
+    assert quantization.disagreement(wanted, found) < quantization.TOLERATED
 
 
 def test_every_batch_size_gives_the_same_again_and_again(engine, batch):
@@ -163,7 +173,7 @@ def test_a_second_build_uses_the_timing_cache(model, folder, engine):
     _, first = engine("fp32")
     begun = time.perf_counter()
     build(model, folder / "again.trt", "fp32", "--batch", "1", "2", "4", "--no_benchmark")
-    assert time.perf_counter() - begun < first / 2
+    assert time.perf_counter() - begun < 0.8 * first  # both begin with ten seconds that load TensorRT's kernels
 
 
 def test_int8_uses_its_cache_and_refuses_another_models(model, folder, engine, convert, capsys):

@@ -38,15 +38,6 @@ def demo_detector(model):
         yield detector
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Workers that are processes, on however few cores."""
-    with Workers(10_000, 12, cores=4) as workers:
-        assert workers.processes
-        assert (workers.count, workers.task_images) == (3, 8)
-        yield workers
-
-
 @pytest.fixture
 def threads():
     with Workers(10, 12, cores=2) as workers:
