@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from image_batcher import preprocess
 
 # What a detector counts its seconds of, in `spent`: copies to and from the GPU, network, taking the results apart.
 STAGES = ("copy", "network", "postprocess")
+# Batches that ONNX Runtime computes at the same time, at most.
+MOST_SIDE_BY_SIDE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ class OnnxDetector:
     def __init__(self, path, model=None):
         """model: the contents of the file, or what is to run in its place; None: read it."""
         try:
-            import onnxruntime
+            import onnxruntime  # noqa: F401
         except ImportError as error:
             raise UserError(f"--engine {path}: ONNX Runtime is not installed; pip install onnxruntime") from error
 
@@ -77,23 +80,44 @@ class OnnxDetector:
         self.metadata = onnx_utils.read_metadata(model, path)
         self.input = input_spec(self.metadata)
         self.spent = dict.fromkeys(STAGES, 0.0)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            data = ort_graph.prepare(model).SerializeToString()
-            # In FP16 the scales that this optimizer gives to biases underflow: FPNLite's AP falls to 0.01.
-            skipped = ["WeightBiasQuantization"] if ort_graph.is_half_quantized(model) else []
-            self._session = onnxruntime.InferenceSession(
-                data, options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
-            )
-            self._outputs = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
-            self._outputs += ["detection_masks"] if self.metadata.get("mask_size") else []
-        except Exception as error:  # ONNX Runtime's exception classes are not public
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"{path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py"
-            ) from error
+        self._outputs = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
+        self._outputs += ["detection_masks"] if self.metadata.get("mask_size") else []
+        cores = os.cpu_count() or 1
+        # The intermediate results of a two-stage model take gigabytes.
+        side_by_side = min(MOST_SIDE_BY_SIDE, cores) if self.metadata["meta_architecture"] == "ssd" else 1
+        self.batches_ahead = side_by_side + 1
+        self._pool = concurrent.futures.ThreadPoolExecutor(side_by_side)
+        # 0: as many as ONNX Runtime thinks best.
+        self._threads = {"infer": 0, "start": cores // side_by_side if side_by_side > 1 else 0}
+        self._sessions = {}
+        self._path, self._data = path, ort_graph.prepare(model).SerializeToString()
+        # In FP16 the scales that this optimizer gives to biases underflow: FPNLite's AP falls to 0.01.
+        self._disabled = ["WeightBiasQuantization"] if ort_graph.is_half_quantized(model) else []
+        self._session("infer")
+
+    def _session(self, use):
+        """The session for `infer`, on all cores, or for `start`, on few: there, batches run side by side.
+
+        A batch on two cores waits for the slower one whenever something else is done on it, decoding say.
+        """
+        import onnxruntime
+
+        threads = self._threads[use]
+        if threads not in self._sessions:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = threads
+            settings = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": self._disabled}
+            try:
+                self._sessions[threads] = onnxruntime.InferenceSession(self._data, options, **settings)
+            except Exception as error:  # ONNX Runtime's exception classes are not public
+                reason = str(error).strip().splitlines()[0][:200]
+                raise UserError(
+                    f"{self._path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py"
+                ) from error
+            if self._sessions.keys() == set(self._threads.values()):
+                self._data = None
+        return self._sessions[threads]
 
     def infer(self, batch, true_shapes=None):
         """batch: [n, height, width, 3] RGB 0..255, n at most input.batch. Returns n Detections.
@@ -101,27 +125,34 @@ class OnnxDetector:
         true_shapes: [n, 2] height and width of the images within padded inputs (image_batcher.Placement.true_shape);
         None: they fill them.
         """
+        return self._counted(*self._run(self._session("infer"), batch, true_shapes))
+
+    def _run(self, session, batch, true_shapes):
+        """(Detections of each image, {stage: seconds})."""
         given, feed = len(batch), {self.input.name: arrange(batch, self.input)}
         if self.input.true_shape:
             feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
         begun = time.perf_counter()
-        outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+        outputs = dict(zip(self._outputs, session.run(self._outputs, feed), strict=True))
         ended = time.perf_counter()
         found = split_detections(outputs, given)
-        self.spent["network"] += ended - begun
-        self.spent["postprocess"] += time.perf_counter() - ended
+        return found, {"network": ended - begun, "postprocess": time.perf_counter() - ended}
+
+    def _counted(self, found, spent):
+        for stage, seconds in spent.items():
+            self.spent[stage] += seconds
         return found
 
     def start(self, batch, true_shapes=None):
-        """Like infer, but returns at once; `finish` takes what this returns and gives the Detections. In order."""
-        return self._thread.submit(self.infer, batch, true_shapes)
+        """Like infer, but returns at once; `finish` takes what this returns and gives the Detections."""
+        return self._pool.submit(self._run, self._session("start"), batch, true_shapes)
 
     def finish(self, ticket):
-        return ticket.result()
+        return self._counted(*ticket.result())
 
     def close(self):
-        self._thread.shutdown(cancel_futures=True)
-        self._session = None
+        self._pool.shutdown(cancel_futures=True)
+        self._sessions = {}
 
     def __enter__(self):
         return self

@@ -203,8 +203,6 @@ def benchmark(detector, files, args):
     print(f"end to end            {whole:8.1f} images/s")
     print(f"network alone         {network:8.1f} images/s")
     print(f"decode and resize     {decoder:8.1f} images/s")
-    if detector.runtime == "ONNX Runtime":  # decoding takes its share of the same cores
-        print(f"both on these cores   {1 / (1 / decoder + 1 / network):8.1f} images/s at most")
     print(f"{100 * whole / lower:.0f} % of the lower limit. Nothing was written. Next: infer.py with --output")
     return 0
 

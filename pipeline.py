@@ -15,8 +15,6 @@ from cli import UserError
 from image_batcher import ImageBatcher
 from workers import Workers
 
-# Batches that the network has been given and not yet given back: one comes in, one is computed, one goes out.
-BATCHES_AHEAD = 3
 # Images whose results are being worked on, per worker: twice as many as are handed over together.
 IMAGES_AHEAD = 8
 TASKS_TOGETHER = 4
@@ -111,7 +109,7 @@ def detect_files(detector, files, batch_size, work, workers, times=None, keep_im
     try:
         for batch in batches:
             running.append((batch, detector.start(batch.tensor, batch.true_shapes)))
-            if len(running) >= BATCHES_AHEAD:
+            if len(running) >= detector.batches_ahead:
                 hand_on(*running.popleft())
             yield from finished(most)
         while running:

@@ -105,6 +105,7 @@ class TrtDetector:
     """
 
     runtime = "TensorRT"
+    batches_ahead = SLOTS  # that may be started before the first of them is finished
 
     def __init__(self, path):
         """Raises UserError, naming the file and what to do, where the engine cannot run here."""
