@@ -19,7 +19,7 @@ import image_batcher
 import infer
 import parity
 from cli import UserError
-from detector import detect_image, open_detector
+from detector import MOST_SIDE_BY_SIDE, detect_image, open_detector
 from image_batcher import SharedImage, decoded, load_image
 from pipeline import Later, Times, choose_batch_size, detect_files
 from workers import Workers
@@ -89,6 +89,24 @@ def test_results_come_in_order_and_are_the_images_own(demo_detector, request, si
         assert (report.unmatched, report.compared) == (0, len(found.scores))
     assert times.images == len(files)
     assert min(times.decode, times.resize, times.network, times.postprocess, times.work) > 0
+
+
+def test_batches_side_by_side_are_those_one_after_another(model):
+    """ONNX Runtime computes batches of an SSD at the same time; each ticket gives its own batch's detections."""
+    with open_detector(model) as detector:
+        resizer = detector.metadata["resizer"]
+        images = [image_batcher.preprocess(load_image(path), resizer)[0] for path in PICTURES]
+        batches = [np.stack(images[i : i + size]) for i, size in ((0, 1), (1, 3), (4, 2), (6, 2))] * 3
+        wanted = [detector.infer(batch) for batch in batches]
+        before = dict(detector.spent)
+        tickets = [detector.start(batch) for batch in batches]
+        for one, ticket in zip(wanted, tickets, strict=True):
+            for a, b in zip(one, detector.finish(ticket), strict=True):
+                report = parity.match_by_rank(a, b)
+                assert (report.unmatched, report.compared) == (0, len(a.scores))
+                assert max(report.box_difference, report.score_difference) < 1e-5
+        assert all(detector.spent[stage] > before[stage] for stage in ("network", "postprocess"))
+        assert detector.batches_ahead == 1 + min(os.cpu_count(), MOST_SIDE_BY_SIDE)
 
 
 def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
