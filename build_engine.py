@@ -5,8 +5,8 @@
     python build_engine.py --onnx dynamic.onnx --engine engine.trt --batch 1 8 32
 
 FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6; box decoder, score
-filter and NMS stay in FP32.
-The engine holds the model's metadata and needs no companion file. TensorRT 8.6, 10 and 11.
+filter and NMS stay in FP32. The engine holds the model's metadata and needs no companion file. TensorRT 8.6, 10 and
+11.
 """
 
 import argparse

@@ -63,10 +63,10 @@ def batcher_for(detector, files, batch_size, workers, keep_images=False):
 def detect_files(detector, files, batch_size, work, workers, times=None, keep_images=False):
     """Runs the detector on image files and `work(path, image, placement, detections)` on each; yields (path, its result).
 
-    work: called here; returns a result, or a Later. image: for image_batcher.decoded, until there is a
-    result, if `keep_images`. times: a Times to add to. A file that cannot be read is warned about and left out. Any other
-    error, in whatever stage, is raised here; an OSError or ValueError of `work` or its task becomes a UserError that names
-    the file. Closing the generator (Ctrl-C does) ends all stages.
+    work: called here; returns a result, or a Later. image: for image_batcher.decoded, until there is a result, if
+    `keep_images`. times: a Times to add to. A file that cannot be read is warned about and left out. Any other error, in
+    whatever stage, is raised here; an OSError or ValueError of `work` or its task becomes a UserError that names the file.
+    Closing the generator (Ctrl-C does) ends all stages.
     """
     times = times if times is not None else Times()
     batcher = batcher_for(detector, files, batch_size, workers, keep_images)

@@ -52,8 +52,7 @@ def _in_groups(build, node, count, classes, size):
         boxes = build.reshape(boxes, [-1, count, size, 4])
         boxes.shape = [None, count, size, 4]
     else:
-        # Expand would say the same; TensorRT 8.6 takes 3 us a group for it (BENCHMARKS.md).
-        boxes = build.add("Mul", build.add("Unsqueeze", boxes, np.int64([1])), np.ones((1, groups, 1, 1), np.float32))
+        boxes = build.add("Expand", build.add("Unsqueeze", boxes, np.int64([1])), np.int64([1, groups, 1, 1]))
         boxes = build.reshape(boxes, [-1, count, 4])
         boxes.shape = [None, count, 4]
     scores.shape = [None, count, size]
@@ -74,10 +73,8 @@ def _in_groups(build, node, count, classes, size):
 
 def _drop_idle_pools(graph):
     """Max-pools of single pixels, which TFOD puts behind a crop where maxpool_kernel_size is 1, copy it."""
-    for node in [node for node in graph.nodes if node.op == "MaxPool"]:
-        if {*node.attrs["kernel_shape"], *node.attrs.get("strides", [1])} == {1} and not any(
-            node.attrs.get("pads", [])
-        ):
+    for node in [node for node in graph.nodes if node.op == "MaxPool" and _unpadded(node)]:
+        if {*node.attrs["kernel_shape"], *node.attrs.get("strides", [1])} == {1}:
             _take_place(graph, node.outputs[0], node.inputs[0])
 
 
