@@ -15,7 +15,12 @@ class UserError(Exception):
 def run(main):
     """Calls `main()` and exits with what it returns (None is 0); a UserError becomes one line on stderr and status 2."""
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:  # who read the output has left, as `head` does (docs.python.org, "Note on SIGPIPE")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

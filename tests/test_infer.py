@@ -1,6 +1,9 @@
 """infer.py as a command: pictures, tables, labels and what it says of mistakes."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -21,6 +24,19 @@ LABELS = DEMO_MODEL / "labels.txt"
 
 def read_table(path):
     return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours(convert, tmp_path):
+    """`infer.py ... | head -0`: what was written stays, no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    options = ["--engine", convert("demo")[0], "--input", DEMO / "images", "--output", tmp_path / "out"]
+    process = subprocess.run(
+        [sys.executable, ROOT / "infer.py", *options], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (1, "")
+    assert len(list((tmp_path / "out").glob("*.tsv"))) == 8
 
 
 def test_pictures_and_tables(convert, detector, tmp_path):
