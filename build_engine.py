@@ -250,7 +250,7 @@ def engine_name(metadata):
 def allow_precisions(trt, config, network, wanted, told):
     """Tells TensorRT 8.6 which layers have which type, where it matters; the rest is its choice.
 
-    To time convolutions in FP32 too doubles the time of a build. INT8 goes by the ranges of tensors ("Setting Per-Tensor
+    So it need not time convolutions in FP32 too. INT8 goes by the ranges of tensors ("Setting Per-Tensor
     Dynamic Range Using C++", developer guide of 8.6), not by QuantizeLinear: at those of FPNLite 8.6 fails in an assertion
     (filterQDQFormats).
     """

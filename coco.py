@@ -139,18 +139,16 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None, wor
     """
     kind = "bbox" if detection_type == "bbox" else "segm"
     image_ids, library = sorted(set(image_ids)), library or LIBRARY
-    classes = sorted(truth.cats)
     if workers and workers.processes and len(results) >= SHARED_OUT_FROM:
         parts = _share_out(truth, results, workers.count)
         measured = [workers.submit(_measure, *part, image_ids, kind, library) for part in parts]
         measured = [future.result() for future in measured]
     else:
         measured = [_measure(truth.dataset, results, image_ids, kind, library)]
-    order = np.argsort(np.concatenate([keys for keys, _, _ in measured]))
-    precision = np.concatenate([part for _, part, _ in measured], axis=2)[
-        :, :, order
-    ]  # [IoU, recall, class, size, most]
-    recall = np.concatenate([part for _, _, part in measured], axis=1)[:, order]  # [IoU, class, size, most]
+    keys, precision, recall = zip(*measured, strict=True)
+    order = np.argsort(np.concatenate(keys))
+    precision = np.concatenate(precision, axis=2)[:, :, order]  # [IoU, recall, class, size, most]
+    recall = np.concatenate(recall, axis=1)[:, order]  # [IoU, class, size, most]
     summary = library[1](iouType=kind)
     summary.eval = {"precision": precision, "recall": recall}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -160,7 +158,7 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None, wor
         dict(zip(NUMBERS, map(float, summary.stats), strict=False)),
         _per_class(truth, image_ids, precision),
         _curves(precision),
-        {key: precision[0, :, k] for k, key in enumerate(classes) if (precision[0, :, k] > -1).all()},
+        {key: precision[0, :, k] for k, key in enumerate(sorted(truth.cats)) if (precision[0, :, k] > -1).all()},
     )
 
 

@@ -1,6 +1,7 @@
 """One interface to a converted model, whatever runs it: `input` says what it takes, `infer(batch)` gives detections."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import time
@@ -90,10 +91,22 @@ class OnnxDetector:
         # 0: as many as ONNX Runtime thinks best.
         self._threads = {"infer": 0, "start": cores // side_by_side if side_by_side > 1 else 0}
         self._sessions = {}
-        self._path, self._data = path, ort_graph.prepare(model).SerializeToString()
+        self._path = path
+        with self._naming_file():
+            self._data = ort_graph.prepare(model).SerializeToString()
         # In FP16 the scales that this optimizer gives to biases underflow: FPNLite's AP falls to 0.01.
         self._disabled = ["WeightBiasQuantization"] if ort_graph.is_half_quantized(model) else []
         self._session("infer")
+
+    @contextlib.contextmanager
+    def _naming_file(self):
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exception classes are not public
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"{self._path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py"
+            ) from error
 
     def _session(self, use):
         """The session for `infer`, on all cores, or for `start`, on few: there, batches run side by side.
@@ -108,13 +121,8 @@ class OnnxDetector:
             options.log_severity_level = 3
             options.intra_op_num_threads = threads
             settings = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": self._disabled}
-            try:
+            with self._naming_file():
                 self._sessions[threads] = onnxruntime.InferenceSession(self._data, options, **settings)
-            except Exception as error:  # ONNX Runtime's exception classes are not public
-                reason = str(error).strip().splitlines()[0][:200]
-                raise UserError(
-                    f"{self._path} does not run on ONNX Runtime ({reason}); make it again with create_onnx.py"
-                ) from error
             if self._sessions.keys() == set(self._threads.values()):
                 self._data = None
         return self._sessions[threads]

@@ -82,17 +82,19 @@ def main(argv=None):
             f"--annotations {args.annotations} knows none of the {len(files)} images in {args.input}; give theirs"
         )
     output = make_folder(args.output) if args.output else None
-    with open_detector(args.engine) as detector, open_workers(detector, len(known)) as workers:
-        check_model(detector.metadata, truth, args)
-        results, evaluated, seconds = detect(detector, known, workers, args)
+    with open_detector(args.engine) as detector:
         metadata = detector.metadata
-        if not evaluated:
-            raise UserError(f"--input {args.input}: none of the {len(known)} annotated images could be read")
-        begun = time.perf_counter()
-        evaluation = coco.evaluate(truth, results, evaluated.values(), args.detection_type, workers=workers)
+        check_model(metadata, truth, args)
+        with open_workers(detector, len(known)) as workers:
+            results, evaluated, seconds = detect(detector, known, workers, args)
+            if not evaluated:
+                raise UserError(f"--input {args.input}: none of the {len(known)} annotated images could be read")
+            begun = time.perf_counter()
+            evaluation = coco.evaluate(truth, results, evaluated.values(), args.detection_type, workers=workers)
+            measuring = time.perf_counter() - begun
     print(
         f"{len(evaluated)} images in {seconds:.1f} s: {len(evaluated) / seconds:.1f} images/s;"
-        f" the metric took {time.perf_counter() - begun:.1f} s"
+        f" the metric took {measuring:.1f} s"
     )
     for key, text in coco.NUMBERS.items():
         print(f"{text:28} {show(evaluation.numbers[key])}")
