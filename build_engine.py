@@ -4,9 +4,9 @@
     python build_engine.py --onnx model.onnx --engine engine.trt --precision int8 --calib_input photos
     python build_engine.py --onnx dynamic.onnx --engine engine.trt --batch 1 8 32
 
-FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6; box decoder, score
-filter and NMS stay in FP32. The engine holds the model's metadata and needs no companion file. TensorRT 8.6, 10 and
-11.
+FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6, which is given ranges
+and chooses; box decoder, score filter and NMS stay in FP32. The engine holds the model's metadata and needs no companion
+file. TensorRT 8.6, 10 and 11.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main(argv=None):
         with whole_file(args.typed_onnx) as path:
             onnx_utils.save(typed, path)
     told = None if strong else layer_types(args.precision, prepared, calibration)
-    given = prepared if told and told.int8 else typed
+    given = prepared if told and told.ranges else typed
     started = time.perf_counter()
     with GpuContext(cuda), whole_file(args.engine) as path:
         path.write_bytes(build(trt, args, given, {**metadata, "precision": args.precision}, batch, told))
@@ -115,22 +115,18 @@ class LayerTypes:
 
     float32: set
     half: set
-    int8: set
-    ranges: dict  # {tensor: (low, high)}
+    ranges: dict  # {tensor: (low, high)}; empty: no INT8
 
 
 def layer_types(wanted, model, calibration):
     """The LayerTypes of a model; None for fp32. calibration: (ranges, names of what is left in FP16), for int8."""
     if wanted == "fp32":
         return None
-    wide, convolutions = precision.float32_names(model), precision.half_convolutions(model)
+    wide = precision.float32_names(model)
     if wanted == "fp16":
-        return LayerTypes(wide, convolutions, set(), {})
+        return LayerTypes(wide, precision.half_convolutions(model), {})
     ranges, left = calibration
-    # Not matrix multiplications, which 8.6 has no INT8 for without QuantizeLinear.
-    int8 = convolutions - set(left)
-    taken = {node.input[0] for node in model.graph.node if node.name in int8}
-    return LayerTypes(wide, convolutions - int8, int8, {name: ranges[name] for name in taken})
+    return LayerTypes(wide, set(left), quantization.implicit_ranges(model, ranges))
 
 
 def find_calibration(args, model):
@@ -209,7 +205,7 @@ def build(trt, args, model, metadata, batch, told=None, configure=None):
     if args.builder_optimization_level is not None:
         config.builder_optimization_level = args.builder_optimization_level
     if told:
-        allow_precisions(trt, config, network, args.precision, told)
+        allow_precisions(trt, config, network, told)
     add_profile(builder, config, network, batch)
     if configure:
         configure(builder, config, network)
@@ -247,17 +243,19 @@ def engine_name(metadata):
     return name
 
 
-def allow_precisions(trt, config, network, wanted, told):
+def allow_precisions(trt, config, network, told):
     """Tells TensorRT 8.6 which layers have which type, where it matters; the rest is its choice.
 
-    So it need not time convolutions in FP32 too. INT8 goes by the ranges of tensors ("Setting Per-Tensor
-    Dynamic Range Using C++", developer guide of 8.6), not by QuantizeLinear: at those of FPNLite 8.6 fails in an assertion
-    (filterQDQFormats).
+    So it need not time convolutions in FP32 too. INT8 goes by the ranges of tensors, not by QuantizeLinear, and only where
+    TensorRT finds it faster than FP16: FPNLite takes 0.94 ms so, 1.06 ms with every layer in INT8 that may be, and 1.43 ms
+    with QuantizeLinear, where it fails if it is also told of FP32 (BENCHMARKS.md).
     """
     config.set_flag(trt.BuilderFlag.FP16)
-    if wanted == "int8":
+    if told.ranges:
         config.set_flag(trt.BuilderFlag.INT8)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    else:
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
@@ -267,9 +265,7 @@ def allow_precisions(trt, config, network, wanted, told):
                 tensor.set_dynamic_range(-most, most)
         # The plugin's and TopK's other outputs are integers.
         computed = [i for i, output in enumerate(outputs) if output.dtype in floats and output.is_execution_tensor]
-        if layer.name in told.int8:
-            layer.precision = trt.DataType.INT8
-        elif layer.name in told.float32 | told.half and computed:
+        if layer.name in told.float32 | told.half and computed:
             layer.precision = trt.DataType.FLOAT if layer.name in told.float32 else trt.DataType.HALF
             for i in computed:
                 layer.set_output_type(i, layer.precision)

@@ -19,6 +19,8 @@ from precision import float32_nodes
 
 # The layers with weights whose inputs are quantized.
 QUANTIZED = {"Conv", "Gemm", "MatMul"}
+# Ops behind which part of what they read does not count.
+CLIPPING = {"Clip", "Relu"}
 # Bins of the histograms that calibration chooses a range from; ONNX Runtime's default of 128 leaves nothing to choose.
 HISTOGRAM_BINS = 2048
 # The disagreement with FP32 (see `disagreement`) that is let pass. FPNLite coco17: all layers in INT8 0.40 and 0.034 AP
@@ -31,8 +33,8 @@ CERTAIN = 0.1
 
 
 def calibrate(model, batches):
-    """Measures the range of every activation that `quantize` needs: entropy calibration (Migacz, "8-bit inference with
-    TensorRT", GTC 2017) by onnxruntime.quantization.
+    """Measures the ranges of `measured_tensors`: entropy calibration (Migacz, "8-bit inference with TensorRT", GTC 2017) by
+    onnxruntime.quantization.
 
     batches: iterable of dicts {input name: array} for the model. Returns {tensor name: (low, high)}.
     """
@@ -49,16 +51,36 @@ def calibrate(model, batches):
             calibrate_method=CalibrationMethod.Entropy,
             extra_options={"symmetric": True, "num_bins": HISTOGRAM_BINS},
         )
-        calibrator.tensors_to_calibrate = activations(model)
+        calibrator.tensors_to_calibrate = measured_tensors(model)
         for feed in batches:  # one at a time: the calibrator keeps every activation of what it is given
             calibrator.collect_data(_Once(feed))
         ranges = calibrator.compute_data()
     return {name: tuple(float(x.item()) for x in data.range_value) for name, data in ranges.items()}
 
 
-def activations(model):
-    """The names of the tensors that `quantize` quantizes: what the quantized layers take in, weights apart."""
-    return {x.name for node in _quantized(model) for x in node.inputs[:2] if isinstance(x, gs.Variable)}
+def measured_tensors(model):
+    """The names of what the quantized layers take in, weights apart, which `quantize` quantizes, and of what they give,
+    which `implicit_ranges` needs besides."""
+    return {
+        tensor.name
+        for node in _quantized(model)
+        for tensor in (*node.inputs[:2], *node.outputs)
+        if isinstance(tensor, gs.Variable)
+    }
+
+
+def implicit_ranges(model, ranges):
+    """The ranges that TensorRT 8.6 is given in place of QuantizeLinear: {tensor name: (low, high)}.
+
+    It takes a layer for INT8 only where the tensors on both sides have one ("Setting Per-Tensor Dynamic Range", developer
+    guide of 8.6). What a Clip or Relu alone reads gets the range of what that lets through.
+    """
+    known = dict(ranges)
+    for node in gs.import_onnx(model).nodes:
+        source = node.inputs[0] if node.op in CLIPPING else None
+        if source and len(source.outputs) == 1 and node.outputs[0].name in known:
+            known[source.name] = known[node.outputs[0].name]
+    return {name: pair for name, pair in known.items() if any(pair)}
 
 
 def _quantized(model):
@@ -196,6 +218,8 @@ def read_cache(path, model):
         return None, "it belongs to another model.onnx"
     if made_with != onnxruntime.__version__:
         return None, f"it was made with ONNX Runtime {made_with}, this is {onnxruntime.__version__}"
+    if not measured_tensors(model) <= ranges.keys():
+        return None, "it was made by another version of build_engine.py"
     return (ranges, left), None
 
 

@@ -117,22 +117,41 @@ def test_only_the_network_is_half(key, convert):
 
 
 def test_what_tensorrt_8_is_told_of_each_layer(int8_demo):
-    """Which layers are FP32, and which convolutions FP16 and INT8, with the ranges of what those take in."""
+    """Which layers are FP32 and FP16, and for INT8 the ranges of all that a convolution takes in and gives."""
     _, model, ranges, _, _ = int8_demo
-    convolutions = {node.name: node for node in model.graph.node if node.op_type == "Conv"}
+    graph = gs.import_onnx(model)
+    convolutions = {node.name: node for node in graph.nodes if node.op == "Conv"}
     assert len(convolutions) > 30
     told = build_engine.layer_types("fp16", model, None)
-    assert (told.half, told.int8, told.ranges) == (set(convolutions), set(), {})
+    assert (told.half, told.ranges) == (set(convolutions), {})
     assert told.float32 == precision.float32_names(model)
     assert not told.half & told.float32
 
     some = sorted(convolutions)[:9]
     told = build_engine.layer_types("int8", model, (ranges, some))
-    assert (told.half, told.int8) == (set(some), set(convolutions) - set(some))
-    assert set(told.ranges) == {convolutions[name].input[0] for name in told.int8}
-    assert all(told.ranges[name] == ranges[name] for name in told.ranges)
+    assert told.half == set(some)
+    for node in convolutions.values():
+        assert {node.inputs[0].name, node.outputs[0].name} <= told.ranges.keys()
+    assert all(low < high for low, high in told.ranges.values())
     assert build_engine.layer_types("fp32", model, None) is None
     assert types_by_op(build_engine.typed_model("int8", model, (ranges, some)))["Conv"] == {"float16"}
+
+
+def test_what_is_clipped_away_needs_no_range(int8_demo):
+    """Before a Clip the range of what it lets through, elsewhere the measured one."""
+    _, model, ranges, _, _ = int8_demo
+    known = quantization.implicit_ranges(model, ranges)
+    clips = [node for node in gs.import_onnx(model).nodes if node.op == "Clip" and node.outputs[0].name in ranges]
+    assert len(clips) > 10
+    before = {node.inputs[0].name for node in clips}
+    for node in clips:
+        assert known[node.inputs[0].name] == ranges[node.outputs[0].name]
+        assert 0 < known[node.inputs[0].name][1] <= 6.5
+    assert {name: pair for name, pair in known.items() if name not in before} == {
+        name: pair for name, pair in ranges.items() if name not in before
+    }
+    silent = {**ranges, clips[0].outputs[0].name: (0.0, 0.0)}
+    assert clips[0].outputs[0].name not in quantization.implicit_ranges(model, silent)
 
 
 @pytest.mark.parametrize("key", ["demo", "faster_rcnn_640"])
@@ -141,7 +160,7 @@ def test_a_calibration_serves_the_graph_that_tensorrt_gets(key, convert):
     model = onnx_utils.load(convert(key, "--batch_size", "dynamic")[0])
     prepared = trt_graph.prepare(model, BATCH)
     assert len(prepared.graph.node) != len(model.graph.node)
-    assert quantization.activations(prepared) == quantization.activations(model)
+    assert quantization.measured_tensors(prepared) == quantization.measured_tensors(model)
     assert quantization.layers(prepared).keys() == quantization.layers(model).keys()
 
 
@@ -212,6 +231,7 @@ def test_the_cache_belongs_to_one_network(int8_demo, convert, tmp_path, capsys, 
     for change, reason in (
         ({"onnxruntime": "0.1"}, "made with ONNX Runtime 0.1"),
         ({"ranges": None}, "not a calibration"),
+        ({"ranges": dict(list(ranges.items())[1:])}, "another version of build_engine.py"),
     ):
         (tmp_path / "cache").write_text(json.dumps({**content, **change}))
         found, why = quantization.read_cache(tmp_path / "cache", model)
