@@ -10,6 +10,7 @@ import pytest
 
 import create_onnx
 import tf_graph
+from demo import tiny_mask_rcnn as tiny
 from detector import open_detector
 from workers import Workers
 
@@ -30,6 +31,15 @@ ZOO = {
     "faster_rcnn_640": "faster_rcnn_resnet50_v1_640x640_coco17_tpu-8",
     "faster_rcnn_1333": "faster_rcnn_resnet50_v1_800x1333_coco17_gpu-8",
     "mask_rcnn": "mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8",
+}
+# Two-stage models of the project's own, by what they vary.
+EXPORTS = {
+    "mask": tiny.Export(),
+    "faster": tiny.Export(masks=False, share_box=True, keep_aspect=False, side=96, crop=8, seed=2),
+    "few_proposals": tiny.Export(first_threshold=0.9, seed=3),
+    "no_proposals": tiny.Export(first_threshold=0.9999, seed=4),
+    "ties": tiny.Export(ties=True, seed=5),
+    "thresholds": tiny.Export(masks=False, score_threshold=0.3, per_class=3, total=6, seed=6),
 }
 
 
@@ -69,6 +79,26 @@ def convert(tmp_path_factory):
         return path, printed.getvalue()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """exported(name, *options) -> (folder of the export, path of its ONNX file)."""
+
+    @functools.cache
+    def save(name):
+        folder = tmp_path_factory.mktemp("tiny") / name
+        tiny.save_export(folder, EXPORTS[name])
+        return folder
+
+    @functools.cache
+    def convert(name, *options):
+        path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
+        status = create_onnx.main(["--saved_model", str(save(name)), "--onnx", str(path), *options])
+        assert status == 0
+        return save(name), path
+
+    return convert
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from cli import UserError
 from detector import detect_image, open_detector
 from image_batcher import load_image, preprocess
 from pipeline import detect_files
-from trt_detector import GpuContext, make_logger
+from trt_detector import GpuContext, import_tensorrt, make_logger
 from workers import Workers
 
 pytestmark = pytest.mark.gpu
@@ -88,6 +88,47 @@ def test_int8_detections_are_onnx_runtimes(engine, batch):
     """Nearer than INT8 may be to FP32."""
     wanted, found = both_sides(engine("int8")[0], batch)
     assert quantization.disagreement(wanted, found) < quantization.TOLERATED
+
+
+@pytest.mark.parametrize("name", ["mask", "faster"])
+def test_two_stages_are_onnx_runtimes(name, exported, folder):
+    """Proposals, crops, second suppression and masks: without TF32 nothing but the order of sums differs."""
+    model = exported(name, "--batch_size", "dynamic")[1]
+    engine = folder / f"{name}.trt"
+    build_without_tf32(model, engine)
+    found = 0
+    with open_detector(model) as reference, open_detector(engine) as detector:
+        tensors, places = zip(
+            *(preprocess(load_image(path), reference.metadata["resizer"]) for path in PICTURES), strict=True
+        )
+        batch, shapes = np.stack(tensors), np.float32([place.true_shape for place in places])
+        for a, b in zip(reference.infer(batch, shapes), detector.infer(batch, shapes), strict=True):
+            report = parity.match_by_rank(a, b, tie=1e-3)
+            assert report.unmatched == 0
+            assert max(report.box_difference, report.score_difference, report.mask_difference) < 1e-3
+            found += report.compared
+    assert found >= 40
+
+
+def build_without_tf32(model, path):
+    import tensorrt as trt
+
+    options = ["--onnx", str(model), "--engine", str(path), "--precision", "fp32", "--builder_optimization_level", "1"]
+    args = build_engine.parse_args(options)
+    content = onnx_utils.load(model)
+    metadata = onnx_utils.read_metadata(content, model)
+    batch = build_engine.batch_range(args, metadata)
+    _, cuda = import_tensorrt("--engine")
+    with GpuContext(cuda):
+        plan = build_engine.build(
+            trt,
+            args,
+            trt_graph.prepare(content, batch[-1]),
+            {**metadata, "precision": "fp32"},
+            batch,
+            configure=lambda builder, config, network: config.clear_flag(trt.BuilderFlag.TF32),
+        )
+    path.write_bytes(plan)
 
 
 def test_every_batch_size_gives_the_same_again_and_again(engine, batch):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
-from conftest import DEMO
+from conftest import DEMO, EXPORTS
 from PIL import Image
 
 import create_onnx
@@ -18,41 +18,12 @@ import parity
 import tf_graph
 import trt_graph
 from cli import UserError
-from demo import tiny_mask_rcnn as tiny
 from detector import detect_image, open_detector
 from image_batcher import load_image, preprocess
 from visualize import draw_detections, paste_mask
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 RNG = np.random.default_rng(3)
-EXPORTS = {
-    "mask": tiny.Export(),
-    "faster": tiny.Export(masks=False, share_box=True, keep_aspect=False, side=96, crop=8, seed=2),
-    "few_proposals": tiny.Export(first_threshold=0.9, seed=3),
-    "no_proposals": tiny.Export(first_threshold=0.9999, seed=4),
-    "ties": tiny.Export(ties=True, seed=5),
-    "thresholds": tiny.Export(masks=False, score_threshold=0.3, per_class=3, total=6, seed=6),
-}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """exported(name, *options) -> (folder of the export, path of its ONNX file)."""
-
-    @functools.cache
-    def save(name):
-        folder = tmp_path_factory.mktemp("tiny") / name
-        tiny.save_export(folder, EXPORTS[name])
-        return folder
-
-    @functools.cache
-    def convert(name, *options):
-        path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
-        status = create_onnx.main(["--saved_model", str(save(name)), "--onnx", str(path), *options])
-        assert status == 0
-        return save(name), path
-
-    return convert
 
 
 def images():
