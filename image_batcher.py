@@ -30,6 +30,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 BLOCK_ROWS = 64
 # Bytes of a decoded image that processes hand on: 12 megapixels. Larger ones are decoded again to be drawn on.
 MOST_PIXELS = 36_000_000
+# The part of the machine's memory that all of them together may take.
+PIXELS_PART = 1 / 4
 
 
 class ImageError(Exception):
@@ -244,6 +246,7 @@ class ImageBatcher:
         self.skipped = 0
         self.decode_seconds = self.resize_seconds = 0.0  # spent in all workers together
         self._workers, self._spec, self._page_lock, self._keep_images = workers, spec, page_lock, keep_images
+        self._kept_bytes = 0
         self._free, self._blocks = [], []  # of _Block: to be used again; to be freed
 
     def reuse(self, batch):
@@ -261,6 +264,8 @@ class ImageBatcher:
         # Blocks hold whole batches and whole tasks, or nearly.
         size = self.batch_size * -(-workers.task_images // self.batch_size)
         most = 1 + -(-2 * workers.count * workers.task_images // size)
+        if workers.processes and self._keep_images:  # as many again as wait here may wait to be drawn on
+            self._kept_bytes = kept_bytes(2 * most * size)
         try:
             while True:
                 while len(waiting) < most and (paths := list(itertools.islice(todo, size))):
@@ -283,7 +288,7 @@ class ImageBatcher:
     def _begin(self, workers, paths, size):
         """Gives the paths to the workers; returns the block that the images will be in."""
         if not self._free:
-            self._free.append(_Block(workers, size, self.resizer, self._spec, self._page_lock, self._keep_images))
+            self._free.append(_Block(workers, size, self.resizer, self._spec, self._page_lock, self._kept_bytes))
             if workers.processes or self._page_lock:
                 self._blocks.append(self._free[-1])
         block = self._free.pop()
@@ -322,17 +327,23 @@ class ImageBatcher:
         self._recycle(block)
 
 
+def kept_bytes(images):
+    """Bytes of a decoded image that processes hand on, of so many images at a time."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(MOST_PIXELS, int(PIXELS_PART * memory / images)))
+
+
 class _Block:
     """Memory for some batches, and the tasks that fill it."""
 
-    def __init__(self, workers, size, resizer, spec, page_lock, keep_images):
+    def __init__(self, workers, size, resizer, spec, page_lock, kept_bytes):
         self.layout = spec.layout if spec else "NHWC"
         shape = (resizer["height"], resizer["width"])
         shape = (size, 3, *shape) if self.layout == "NCHW" else (size, *shape, 3)
         self.memory = workers.memory(shape, spec.dtype if spec else np.float32)
         self.images = as_images(self.memory.array, self.layout)
         # Pages that no image needs are never made.
-        self.pixels = workers.memory((size, MOST_PIXELS), np.uint8) if workers.processes and keep_images else None
+        self.pixels = workers.memory((size, kept_bytes), np.uint8) if kept_bytes else None
         self.jobs, self.in_use = [], 0
         self._unlock = page_lock(self.memory.array) if page_lock else None
 

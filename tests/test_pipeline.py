@@ -21,7 +21,7 @@ import parity
 from cli import UserError
 from detector import MOST_SIDE_BY_SIDE, detect_image, open_detector
 from image_batcher import SharedImage, decoded, load_image
-from pipeline import Later, Times, choose_batch_size, detect_files
+from pipeline import Later, Times, batcher_for, choose_batch_size, detect_files
 from workers import Workers
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -52,9 +52,10 @@ def is_its_own(image, path, seconds, found):
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_large_images_are_read_again(demo_detector, request, kind, monkeypatch):
+@pytest.mark.parametrize(("limit", "value"), [("MOST_PIXELS", 1000), ("PIXELS_PART", 1e-7)])
+def test_large_images_are_read_again(demo_detector, request, kind, limit, value, monkeypatch):
     """Those that do not fit into the memory that processes share for them."""
-    monkeypatch.setattr(image_batcher, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(image_batcher, limit, value)
     workers = request.getfixturevalue(kind)
 
     def work(path, image, placement, found):
@@ -62,6 +63,19 @@ def test_large_images_are_read_again(demo_detector, request, kind, monkeypatch):
 
     results = [result for _, result in detect_files(demo_detector, PICTURES, 3, work, workers, keep_images=True)]
     assert results == [(True, kind == "processes")] * len(PICTURES)
+
+
+def test_decoded_images_take_a_part_of_the_memory(demo_detector, processes, monkeypatch):
+    """At 4 megabytes each they would take more than the part allowed here; as many again may be waiting to be drawn on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(image_batcher, "PIXELS_PART", 200e6 / memory)
+    batcher = batcher_for(demo_detector, PICTURES * 20, 3, processes, keep_images=True)
+    for batch in batcher:
+        assert all(image is not None for image in batch.images)
+        batcher.reuse(batch)
+    rows = sum(block.pixels.array.size for block in batcher._blocks)
+    batcher.close()
+    assert 50e6 < rows <= 100e6
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 20])
