@@ -66,12 +66,13 @@ def main(argv=None):
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
     prepared = trt_graph.prepare(model, batch[-1])
-    typed = typed_model(args.precision, prepared, calibration)
+    told = None if strong else layer_types(args.precision, prepared, calibration)
+    by_ranges = bool(told and told.ranges)
+    typed = None if by_ranges and not args.typed_onnx else typed_model(args.precision, prepared, calibration)
     if args.typed_onnx:
         with whole_file(args.typed_onnx) as path:
             onnx_utils.save(typed, path)
-    told = None if strong else layer_types(args.precision, prepared, calibration)
-    given = prepared if told and told.ranges else typed
+    given = prepared if by_ranges else typed
     started = time.perf_counter()
     with GpuContext(cuda), whole_file(args.engine) as path:
         path.write_bytes(build(trt, args, given, {**metadata, "precision": args.precision}, batch, told))
@@ -253,7 +254,7 @@ def allow_precisions(trt, config, network, told):
     config.set_flag(trt.BuilderFlag.FP16)
     if told.ranges:
         config.set_flag(trt.BuilderFlag.INT8)
-        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)  # what was measured with INT8
     else:
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)

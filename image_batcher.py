@@ -246,7 +246,6 @@ class ImageBatcher:
         self.skipped = 0
         self.decode_seconds = self.resize_seconds = 0.0  # spent in all workers together
         self._workers, self._spec, self._page_lock, self._keep_images = workers, spec, page_lock, keep_images
-        self._kept_bytes = 0
         self._free, self._blocks = [], []  # of _Block: to be used again; to be freed
 
     def reuse(self, batch):
@@ -264,12 +263,12 @@ class ImageBatcher:
         # Blocks hold whole batches and whole tasks, or nearly.
         size = self.batch_size * -(-workers.task_images // self.batch_size)
         most = 1 + -(-2 * workers.count * workers.task_images // size)
-        if workers.processes and self._keep_images:  # as many again as wait here may wait to be drawn on
-            self._kept_bytes = kept_bytes(2 * most * size)
+        # As many images again as wait here may wait to be drawn on.
+        row_bytes = kept_bytes(2 * most * size) if workers.processes and self._keep_images else 0
         try:
             while True:
                 while len(waiting) < most and (paths := list(itertools.islice(todo, size))):
-                    waiting.append(self._begin(workers, paths, size))
+                    waiting.append(self._begin(workers, paths, size, row_bytes))
                 if not waiting:
                     return
                 yield from self._batches(waiting[0])
@@ -285,10 +284,10 @@ class ImageBatcher:
             block.free()
         self._blocks, self._free = [], []
 
-    def _begin(self, workers, paths, size):
-        """Gives the paths to the workers; returns the block that the images will be in."""
+    def _begin(self, workers, paths, size, row_bytes):
+        """Gives the paths to the workers; returns the block that the images will be in. row_bytes: of _Block."""
         if not self._free:
-            self._free.append(_Block(workers, size, self.resizer, self._spec, self._page_lock, self._kept_bytes))
+            self._free.append(_Block(workers, size, self.resizer, self._spec, self._page_lock, row_bytes))
             if workers.processes or self._page_lock:
                 self._blocks.append(self._free[-1])
         block = self._free.pop()
@@ -336,14 +335,15 @@ def kept_bytes(images):
 class _Block:
     """Memory for some batches, and the tasks that fill it."""
 
-    def __init__(self, workers, size, resizer, spec, page_lock, kept_bytes):
+    def __init__(self, workers, size, resizer, spec, page_lock, row_bytes):
+        """row_bytes: memory for each decoded image, where processes are to hand it on; 0: none."""
         self.layout = spec.layout if spec else "NHWC"
         shape = (resizer["height"], resizer["width"])
         shape = (size, 3, *shape) if self.layout == "NCHW" else (size, *shape, 3)
         self.memory = workers.memory(shape, spec.dtype if spec else np.float32)
         self.images = as_images(self.memory.array, self.layout)
         # Pages that no image needs are never made.
-        self.pixels = workers.memory((size, kept_bytes), np.uint8) if kept_bytes else None
+        self.pixels = workers.memory((size, row_bytes), np.uint8) if row_bytes else None
         self.jobs, self.in_use = [], 0
         self._unlock = page_lock(self.memory.array) if page_lock else None
 

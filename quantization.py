@@ -72,8 +72,8 @@ def measured_tensors(model):
 def implicit_ranges(model, ranges):
     """The ranges that TensorRT 8.6 is given in place of QuantizeLinear: {tensor name: (low, high)}.
 
-    It takes a layer for INT8 only where the tensors on both sides have one ("Setting Per-Tensor Dynamic Range", developer
-    guide of 8.6). What a Clip or Relu alone reads gets the range of what that lets through.
+    Where a tensor on either side of a layer has none, it warns that the layer is none for INT8 ("Missing scale and
+    zero-point"). What a Clip or Relu alone reads gets the range of what that lets through.
     """
     known = dict(ranges)
     for node in gs.import_onnx(model).nodes:

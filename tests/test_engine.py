@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -135,6 +136,54 @@ def test_what_tensorrt_8_is_told_of_each_layer(int8_demo):
     assert all(low < high for low, high in told.ranges.values())
     assert build_engine.layer_types("fp32", model, None) is None
     assert types_by_op(build_engine.typed_model("int8", model, (ranges, some)))["Conv"] == {"float16"}
+
+
+class Recorder:
+    """A layer, tensor or configuration of TensorRT 8.6, that keeps what it is told; attributes are what is given."""
+
+    def __init__(self, **attributes):
+        self.told = []
+        vars(self).update(attributes)
+
+    def __getattr__(self, name):
+        if name.startswith("set_"):
+            return lambda *arguments: self.told.append((name, *arguments))
+        raise AttributeError(name)
+
+
+def layer_of(name, *outputs):
+    return Recorder(name=name, num_outputs=len(outputs), get_output=lambda i: outputs[i])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_tensorrt_8_is_told_so(int8):
+    """Of TensorRT only the names are stood in for; that it has them, the real bindings say (above)."""
+    names = ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
+    trt = SimpleNamespace(
+        BuilderFlag=SimpleNamespace(**{name: name for name in names}),
+        DataType=SimpleNamespace(FLOAT="FLOAT", HALF="HALF", INT32="INT32"),
+    )
+    boxes, number, features, other = (
+        Recorder(name=name, dtype=dtype, is_execution_tensor=True)
+        for name, dtype in (("boxes", "FLOAT"), ("number", "INT32"), ("features", "FLOAT"), ("other", "FLOAT"))
+    )
+    layers = [layer_of("nms", number, boxes), layer_of("conv", features), layer_of("free", other)]
+    network = SimpleNamespace(num_layers=3, get_layer=lambda i: layers[i])
+    ranges = {"features": (-2.0, 5.0), "other": (-7.0, 1.0)} if int8 else {}
+    config = Recorder()
+    build_engine.allow_precisions(trt, config, network, build_engine.LayerTypes({"nms"}, {"conv"}, ranges))
+    flags = [flag for _, flag in config.told]
+    assert flags == ["FP16", "INT8", names[3]] if int8 else flags == ["FP16", names[2]]
+    assert (layers[0].precision, layers[0].told) == (
+        "FLOAT",
+        [("set_output_type", 1, "FLOAT")],
+    )  # the number is no float
+    assert (layers[1].precision, layers[1].told) == ("HALF", [("set_output_type", 0, "HALF")])
+    assert not hasattr(layers[2], "precision")
+    assert layers[2].told == []
+    assert features.told == ([("set_dynamic_range", -5.0, 5.0)] if int8 else [])
+    assert other.told == ([("set_dynamic_range", -7.0, 7.0)] if int8 else [])
+    assert boxes.told == number.told == []
 
 
 def test_what_is_clipped_away_needs_no_range(int8_demo):

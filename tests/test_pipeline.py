@@ -66,7 +66,7 @@ def test_large_images_are_read_again(demo_detector, request, kind, limit, value,
 
 
 def test_decoded_images_take_a_part_of_the_memory(demo_detector, processes, monkeypatch):
-    """At 4 megabytes each they would take more than the part allowed here; as many again may be waiting to be drawn on."""
+    """Those read ahead half of it: as many again may be waiting to be drawn on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     monkeypatch.setattr(image_batcher, "PIXELS_PART", 200e6 / memory)
     batcher = batcher_for(demo_detector, PICTURES * 20, 3, processes, keep_images=True)
