@@ -21,6 +21,9 @@ SPARE = 28
 SPARE_WITH_CLASS_LIMIT = 900
 # EfficientNMS: below this threshold it takes all scores to its sort, above it only those that pass.
 DENSE_BELOW = 0.007
+# Levels that `among_most` tells apart, and how far below the largest they reach.
+STEPS = 64
+WIDEST = 40.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +98,10 @@ def suppress(build, boxes, scores, settings, window=None, few=False):
     """
     # TensorFlow keeps what scores more than the threshold, the plugin what scores as much: a score of 0 is none.
     threshold = max(settings.score_threshold, float(np.finfo(np.float32).tiny))
-    # Below DENSE_BELOW the plugin sorts all scores, also those under the threshold. Square roots keep the order.
-    roots = math.ceil(max(0.0, math.log2(math.log(threshold) / math.log(DENSE_BELOW)))) if few and threshold < 1 else 0
-    for _ in range(roots):
-        scores, threshold = build.add("Sqrt", scores), math.sqrt(threshold)
+    # Below DENSE_BELOW the plugin sorts all scores, also those under the threshold. A power of two changes no digit of them.
+    factor = 2.0 ** max(0, math.ceil(math.log2(DENSE_BELOW / threshold))) if few else 1.0
+    if factor > 1:
+        scores, threshold = build.add("Mul", scores, np.float32(factor)), threshold * factor
     _, boxes, scores, classes = onnx_utils.efficient_nms(
         build,
         boxes,
@@ -107,8 +110,8 @@ def suppress(build, boxes, scores, settings, window=None, few=False):
         iou_threshold=settings.iou_threshold,
         max_output_boxes=settings.given,
     )
-    for _ in range(roots):
-        scores = build.add("Mul", scores, scores)
+    if factor > 1:
+        scores = build.add("Mul", scores, np.float32(1 / factor))
     return finish_nms(build, boxes, scores, classes, settings, window)
 
 
@@ -193,13 +196,37 @@ def add_proposals(build, objectness, encodings, anchors, scales, settings, windo
     objectness [B, N, 2] and encodings [B, N, 4], logits and codes for anchors (array [N, 4]).
     Returns (proposals [B, P, 4], clipped to the window and zero-padded, and valid [B, P] bool).
     """
-    # A softmax of two. Nothing is chosen before the plugin: it sorts by itself, and looks at the best 4,096.
     background, foreground = (build.slice(objectness, 2, i, i + 1) for i in (0, 1))
-    scores = build.add("Sigmoid", build.add("Sub", foreground, background))  # [B, N, 1]
+    logits = build.add("Sub", foreground, background)  # [B, N, 1]
+    scores = build.add("Sigmoid", logits)  # a softmax of two
+    few = len(anchors) > 2 * onnx_utils.PLUGIN_MAX_PAIRS
+    if few:
+        scores = build.add("Where", among_most(build, logits, onnx_utils.PLUGIN_MAX_PAIRS), scores, np.float32(0))
+        scores.dtype = np.dtype(np.float32)
     boxes = decode_boxes(build, encodings, centre_and_size(anchors)[None], scales)
     boxes.shape, scores.shape = [None, len(anchors), 4], [None, len(anchors), 1]
-    _, proposals, scores, _ = suppress(build, boxes, scores, settings, window)
+    _, proposals, scores, _ = suppress(build, boxes, scores, settings, window, few)
     return proposals, build.add("Greater", scores, np.float32(0), dtype=bool)
+
+
+def among_most(build, values, count):
+    """values [B, N, 1] -> [B, N, 1] bool: the `count` largest of each image and not many more, without sorting them.
+
+    Of STEPS levels between the least value and the largest, the highest that so many reach. All of the first `count` are
+    among them: what comes of more is for the sort to choose.
+    """
+    least, largest = (build.add(op, values, axes=[1, 2], keepdims=1) for op in ("ReduceMin", "ReduceMax"))
+    # One far-off value must not widen the levels.
+    least = build.add("Max", least, build.add("Sub", largest, np.float32(WIDEST)))
+    fractions = (np.arange(STEPS, dtype=np.float32) / STEPS)[None, None]
+    levels = build.add("Add", build.add("Mul", build.add("Sub", largest, least), fractions), least)  # [B, 1, STEPS]
+    reaching = build.cast(build.add("GreaterOrEqual", values, levels, dtype=bool), np.float32)
+    number = build.add("ReduceSum", reaching, np.int64([1]), keepdims=1)
+    enough = build.add("GreaterOrEqual", number, np.float32(count), dtype=bool)
+    lowest = np.float32(np.finfo(np.float32).min)
+    level = build.add("Where", enough, levels, lowest, dtype=np.float32)
+    level = build.add("ReduceMax", level, axes=[2], keepdims=1)
+    return build.add("GreaterOrEqual", values, level, dtype=bool)
 
 
 def crop_features(build, features, boxes, count, size, shape, zero_outside):

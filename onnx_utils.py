@@ -18,6 +18,8 @@ METADATA_KEY = "tfod_tensorrt"
 # The ONNX checker skips nodes of a domain that the file declares and does not know; TensorRT's parser finds plugins by
 # name in any domain.
 PLUGIN_DOMAIN = "TRT"
+# EfficientNMS_TRT sorts all (box, class) pairs and walks the best 4,096 only (EfficientNMS plugin, NmsImpl parameters).
+PLUGIN_MAX_PAIRS = 4096
 
 
 class Builder:

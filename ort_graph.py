@@ -7,10 +7,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_utils import PLUGIN_DOMAIN, Builder, replace_tensor
-
-# The plugin sorts all (box, class) pairs and walks the best 4,096 only (EfficientNMS plugin, NmsImpl parameters).
-PLUGIN_MAX_PAIRS = 4096
+from onnx_utils import PLUGIN_DOMAIN, PLUGIN_MAX_PAIRS, Builder, replace_tensor
 
 
 def is_half_quantized(model):

@@ -6,6 +6,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
+import detection_graph
 import onnx_utils
 import ort_graph
 import trt_graph
@@ -15,7 +16,7 @@ def plugin(boxes, scores, score_threshold, iou_threshold, kept):
     """The plugin's rule in numpy, for one image: boxes [N, 4] or [N, C, 4], scores [N, C]; lists (box, score, class)."""
     count, classes = scores.shape
     per_class = boxes if boxes.ndim == 3 else np.repeat(boxes[:, None], classes, axis=1)
-    order = np.argsort(-scores, axis=None, kind="stable")[: ort_graph.PLUGIN_MAX_PAIRS]
+    order = np.argsort(-scores, axis=None, kind="stable")[: onnx_utils.PLUGIN_MAX_PAIRS]
     chosen = []
     for row, label in zip(*np.unravel_index(order, (count, classes)), strict=True):
         if scores[row, label] < score_threshold or len(chosen) == kept:
@@ -64,7 +65,7 @@ def random_case(rng, batch, count, classes, per_class):
 def test_same_as_the_plugin(most, per_class, batch, count, classes):
     boxes, scores = random_case(np.random.default_rng(count), batch, count, classes, per_class)
     settings = {"score_threshold": 0.02, "iou_threshold": 0.5}
-    if most and count * classes > ort_graph.PLUGIN_MAX_PAIRS:
+    if most and count * classes > onnx_utils.PLUGIN_MAX_PAIRS:
         settings["score_threshold"] = 0.5  # in groups it looks at more pairs: leave fewer
     number, found, values, labels = run(boxes, scores, most, max_output_boxes=100, **settings)
     assert found.shape == (batch, 100, 4)
@@ -119,3 +120,59 @@ def test_nothing_above_the_threshold():
     assert number.tolist() == [[0], [0]]
     assert not found.any()
     assert not values.any()
+
+
+def evaluate(graph, **feeds):
+    """The outputs of a graphsurgeon graph on ONNX Runtime."""
+    model = ort_graph.prepare(gs.export_onnx(graph.cleanup().toposort()))
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+RNG = np.random.default_rng(11)
+LOGITS = {
+    "spread": RNG.normal(-8, 4, (2, 9000)),
+    "far off": np.concatenate([np.full((2, 1), -80.0), RNG.normal(-8, 2, (2, 8998)), np.full((2, 1), 30)], axis=1),
+    "alike": np.full((2, 9000), -3.0),
+    "many ties": RNG.integers(-3, 3, (2, 9000)),
+    "few high": np.concatenate([RNG.normal(5, 1, (2, 50)), np.full((2, 8950), -15.0)], axis=1),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_the_largest_without_sorting(name):
+    logits = LOGITS[name].astype(np.float32)[..., None]
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    values = gs.Variable("values", np.float32, ["B", 9000, 1])
+    graph.inputs = [values]
+    graph.outputs = [detection_graph.among_most(onnx_utils.Builder(graph, "test"), values, 4096)]
+    (found,) = evaluate(graph, values=logits)
+    for image, chosen in zip(logits, found, strict=True):
+        assert chosen[image >= np.sort(image[:, 0])[-4096]].all()
+    if name in ("spread", "far off"):
+        assert found.sum(axis=1).max() < 5000
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_proposals_are_those_of_all_anchors(name):
+    """What is left out before the plugin sorts is nothing that it would have looked at."""
+    rng = np.random.default_rng(2)
+    logits = LOGITS[name].astype(np.float32)
+    corner = rng.random((9000, 2)) * 0.8
+    anchors = np.concatenate([corner, corner + 0.02 + 0.18 * rng.random((9000, 2))], axis=1).astype(np.float32)
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    objectness = gs.Variable("objectness", np.float32, ["B", 9000, 2])
+    encodings = gs.Variable("encodings", np.float32, ["B", 9000, 4])
+    graph.inputs = [objectness, encodings]
+    settings = detection_graph.Suppression(0.0, 0.7, 300, 300)
+    build = onnx_utils.Builder(graph, "test")
+    scales = (10.0, 10.0, 5.0, 5.0)
+    graph.outputs = detection_graph.add_proposals(build, objectness, encodings, anchors, scales, settings, None)
+    zeros = np.zeros_like(logits)
+    pairs = np.stack([zeros, logits], axis=2)
+    found, valid = evaluate(graph, objectness=pairs, encodings=np.zeros((2, 9000, 4), np.float32))
+    for i in range(2):
+        scores = (1 / (1 + np.exp(-logits[i]))).astype(np.float32)
+        tiny = np.finfo(np.float32).tiny
+        wanted = [box for box, _, _ in plugin(anchors, scores[:, None], tiny, 0.7, 300)]
+        assert valid[i].sum() == len(wanted) > 200
+        np.testing.assert_allclose(found[i, : len(wanted)], wanted, atol=1e-6)
