@@ -36,7 +36,7 @@ def float32_nodes(graph):
     found = {id(node) for node in suppressions}
     _spread(found, suppressions, lambda node: [x.inputs[0] for x in node.inputs if x.inputs])
     readers = [reader for tensor in graph.inputs for reader in tensor.outputs]
-    _spread(found, [*suppressions, *readers], lambda node: [x for tensor in node.outputs for x in tensor.outputs])
+    _spread(found, [*suppressions, *readers], _readers)
     graph.toposort()
     for node in graph.nodes:  # at the near edge: movers of what a layer with weights made
         sources = [tensor.inputs[0] for tensor in _moved(node) if tensor.inputs]
@@ -66,6 +66,11 @@ def half_convolutions(model):
 def _moved(node):
     """The tensors whose values a node of MOVING hands on."""
     return node.inputs if node.op == "Concat" else node.inputs[:1]
+
+
+def _readers(node):
+    """The nodes that read a node's outputs. What a crop hands on is features, which skip connections may carry on."""
+    return [] if node.op == "GridSample" else [x for tensor in node.outputs for x in tensor.outputs]
 
 
 def _spread(found, start, neighbours):

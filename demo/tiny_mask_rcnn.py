@@ -42,12 +42,14 @@ class Export:
     per_class: int = 10
     total: int = 20
     ties: bool = False  # a first stage that scores all anchors alike
+    skip: bool = False  # a second stage whose last features are also the crop itself, as Inception ResNet's are
     seed: int = 1
 
 
 def make_weights(export):
     """{name: float32 array} of a network that spreads its scores."""
     rng = np.random.default_rng(export.seed)
+    last = 24 + (16 if export.skip else 0)
     shapes = {
         "conv1": (3, 3, 3, 12),
         "conv2": (3, 3, 12, 16),
@@ -56,9 +58,9 @@ def make_weights(export):
         "objectness": (1, 1, 16, 2 * len(ANCHOR_SIDES)),
         "rpn_box": (1, 1, 16, 4 * len(ANCHOR_SIDES)),
         "second": (3, 3, 16, 24),
-        "class": (24, CLASSES + 1),
-        "box": (24, 4 if export.share_box else 4 * CLASSES),
-        "mask": (3, 3, 24, CLASSES),
+        "class": (last, CLASSES + 1),
+        "box": (last, 4 if export.share_box else 4 * CLASSES),
+        "mask": (3, 3, last, CLASSES),
     }
     gain = {"objectness": 3.0, "rpn_box": 1.5, "class": 4.0, "box": 1.5, "mask": 2.0}
     weights = {}
@@ -135,7 +137,9 @@ def exported_module(tf, export):
             """Crops at boxes [N, 4] in pixels, and the max-pool that TFOD puts behind each crop."""
             index = tf.zeros([tf.shape(boxes)[0]], tf.int32)
             crops = tf.image.crop_and_resize(features, boxes / side, index, [export.crop, export.crop])
-            return tf.nn.relu(self.conv(tf.nn.max_pool2d(crops, 2, 2, "SAME"), "second"))
+            crops = tf.nn.max_pool2d(crops, 2, 2, "SAME")
+            made = tf.nn.relu(self.conv(crops, "second"))
+            return tf.concat([made, crops], axis=3) if export.skip else made
 
         @tf.function(input_signature=[tf.TensorSpec([1, None, None, 3], "uint8", name="input_tensor")])
         def __call__(self, input_tensor):

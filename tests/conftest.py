@@ -40,6 +40,7 @@ EXPORTS = {
     "no_proposals": tiny.Export(first_threshold=0.9999, seed=4),
     "ties": tiny.Export(ties=True, seed=5),
     "thresholds": tiny.Export(masks=False, score_threshold=0.3, per_class=3, total=6, seed=6),
+    "skip": tiny.Export(skip=True, seed=7),
 }
 
 

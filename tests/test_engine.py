@@ -117,6 +117,15 @@ def test_only_the_network_is_half(key, convert):
     assert onnx_utils.read_metadata(half, "half") == onnx_utils.read_metadata(model, "model")
 
 
+def test_skip_connections_behind_a_crop_are_half(exported):
+    """No layer with weights lies between the crops and what reads them, and it is features all the same."""
+    model = onnx_utils.load(exported("skip", "--batch_size", "dynamic")[1])
+    types = types_by_op(precision.to_half(model))
+    assert types["GridSample"] == {"float32"}
+    for op in ("MaxPool", "GlobalAveragePool", "MatMul", "Resize"):
+        assert types[op] == {"float16"}, op
+
+
 def test_what_tensorrt_8_is_told_of_each_layer(int8_demo):
     """Which layers are FP32 and FP16, and for INT8 the ranges of all that a convolution takes in and gives."""
     _, model, ranges, _, _ = int8_demo
