@@ -3,6 +3,7 @@
 Tensor-name API only, which TensorRT 8.6, 10 and 11 share (TensorRT developer guide, "Performing Inference").
 """
 
+import collections
 import ctypes
 import json
 import math
@@ -295,6 +296,11 @@ class TrtDetector:
             times.append(end.time_since(begin))
         return float(np.median(times)), float(np.percentile(times, 99)), captured is not None
 
+    def weight_types(self):
+        """{type of weights, such as "Half" or "Int8": number of layers}; empty where TensorRT tells nothing of them."""
+        inspector = self._engine.create_engine_inspector()
+        return count_weight_types(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
     def profile(self, batch, runs=20):
         """Mean GPU time of each layer in ms on a batch (see infer), {layer name: ms}, slowest first."""
         trt, times = self._trt, {}
@@ -331,6 +337,21 @@ class TrtDetector:
 
     def __exit__(self, *_):
         self.close()
+
+
+def count_weight_types(information):
+    """The engine inspector's JSON -> {type of weights: number of layers}; a fused layer counts for each that it was.
+
+    (TensorRT developer guide, "Engine Inspector".)
+    """
+    try:
+        # Names in "Metadata" are separated by control characters, which JSON forbids.
+        layers = json.loads(information, strict=False)["Layers"]
+    except (ValueError, KeyError):
+        return {}
+    # Where the engine was built without details, a layer is only its name.
+    weights = [value for entry in layers if isinstance(entry, dict) for key, value in entry.items() if "Weights" in key]
+    return dict(collections.Counter(value["Type"] for value in weights if isinstance(value, dict) and "Type" in value))
 
 
 def explain(errors, version):

@@ -37,6 +37,7 @@ OBJECTS = {
     "layer": "ILayer",
     "tensor": "ITensor",
     "_engine": "ICudaEngine",
+    "inspector": "EngineInspector",
     "_runtime": "Runtime",
     "_context": "IExecutionContext",
 }
@@ -193,6 +194,17 @@ def test_tensorrt_8_is_told_so(int8):
     assert features.told == ([("set_dynamic_range", -5.0, 5.0)] if int8 else [])
     assert other.told == ([("set_dynamic_range", -7.0, 7.0)] if int8 else [])
     assert boxes.told == number.told == []
+
+
+def test_how_much_of_an_engine_is_int8():
+    """On six layers of what TensorRT 8.6 told on the H200 of the demo's engine in INT8: one of them was two layers."""
+    types = trt_detector.count_weight_types((ROOT / "tests" / "data" / "engine_layers.json").read_text())
+    assert types == {"Float": 1, "Half": 1, "Int8": 3}
+    assert build_engine.int8_used(types) == "3 of 5 layers with weights run in INT8"
+    assert "0 of 123 layers" in build_engine.int8_used({"Half": 123})
+    assert "--precision fp16" in build_engine.int8_used({"Half": 123})
+    for silent in ('{"Layers": ["conv1", "conv2"], "Bindings": []}', "", "{}"):
+        assert "does not tell" in build_engine.int8_used(trt_detector.count_weight_types(silent))
 
 
 def test_what_is_clipped_away_needs_no_range(int8_demo):

