@@ -201,8 +201,8 @@ def add_proposals(build, objectness, encodings, anchors, scales, settings, windo
     scores = build.add("Sigmoid", logits)  # a softmax of two
     few = len(anchors) > 2 * onnx_utils.PLUGIN_MAX_PAIRS
     if few:
-        scores = build.add("Where", among_most(build, logits, onnx_utils.PLUGIN_MAX_PAIRS), scores, np.float32(0))
-        scores.dtype = np.dtype(np.float32)
+        among_best = among_most(build, logits, onnx_utils.PLUGIN_MAX_PAIRS)
+        scores = build.add("Where", among_best, scores, np.float32(0), dtype=np.float32)
     boxes = decode_boxes(build, encodings, centre_and_size(anchors)[None], scales)
     boxes.shape, scores.shape = [None, len(anchors), 4], [None, len(anchors), 1]
     _, proposals, scores, _ = suppress(build, boxes, scores, settings, window, few)

@@ -30,7 +30,7 @@ def float32_nodes(graph):
     """The ids of the nodes of a graphsurgeon graph that compute in float32 in every form.
 
     All that lies between the inputs and the first layer with weights, before an NMS back to the layers with weights, and
-    behind an NMS up to the next ones or to the outputs; without the ops at its edges that only move values.
+    behind an NMS up to its crops, the next ones or the outputs; without the ops at its edges that only move values.
     """
     suppressions = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
     found = {id(node) for node in suppressions}
