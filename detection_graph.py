@@ -21,7 +21,7 @@ SPARE = 28
 SPARE_WITH_CLASS_LIMIT = 900
 # EfficientNMS: below this threshold it takes all scores to its sort, above it only those that pass.
 DENSE_BELOW = 0.007
-# Levels that `among_most` tells apart, and how far below the largest they reach.
+# Levels that `among_most` tells apart at a time, and how far below the largest they reach.
 STEPS = 64
 WIDEST = 40.0
 
@@ -210,23 +210,26 @@ def add_proposals(build, objectness, encodings, anchors, scales, settings, windo
 
 
 def among_most(build, values, count):
-    """values [B, N, 1] -> [B, N, 1] bool: the `count` largest of each image and not many more, without sorting them.
+    """values [B, N, 1] -> [B, N, 1] bool: the `count` largest of each image and few more, without sorting them.
 
-    Of STEPS levels between the least value and the largest, the highest that so many reach. All of the first `count` are
-    among them: what comes of more is for the sort to choose.
+    Of STEPS levels between the least value and the largest, the highest that so many reach; then of as many between that
+    and the next. All of the first `count` are among them: what comes of more is for the sort to choose.
     """
-    least, largest = (build.add(op, values, axes=[1, 2], keepdims=1) for op in ("ReduceMin", "ReduceMax"))
-    # One far-off value must not widen the levels.
-    least = build.add("Max", least, build.add("Sub", largest, np.float32(WIDEST)))
+    high = build.add("ReduceMax", values, axes=[1, 2], keepdims=1)
+    # Values far below the largest must not widen the levels.
+    values = build.add("Max", values, build.add("Sub", high, np.float32(WIDEST)))
+    low = build.add("ReduceMin", values, axes=[1, 2], keepdims=1)
     fractions = (np.arange(STEPS, dtype=np.float32) / STEPS)[None, None]
-    levels = build.add("Add", build.add("Mul", build.add("Sub", largest, least), fractions), least)  # [B, 1, STEPS]
-    reaching = build.cast(build.add("GreaterOrEqual", values, levels, dtype=bool), np.float32)
-    number = build.add("ReduceSum", reaching, np.int64([1]), keepdims=1)
-    enough = build.add("GreaterOrEqual", number, np.float32(count), dtype=bool)
-    lowest = np.float32(np.finfo(np.float32).min)
-    level = build.add("Where", enough, levels, lowest, dtype=np.float32)
-    level = build.add("ReduceMax", level, axes=[2], keepdims=1)
-    return build.add("GreaterOrEqual", values, level, dtype=bool)
+    for _ in range(2):
+        width = build.add("Sub", high, low)
+        levels = build.add("Add", build.add("Mul", width, fractions), low)  # [B, 1, STEPS]
+        reaching = build.cast(build.add("GreaterOrEqual", values, levels, dtype=bool), np.float32)
+        number = build.add("ReduceSum", reaching, np.int64([1]), keepdims=1)
+        enough = build.add("GreaterOrEqual", number, np.float32(count), dtype=bool)
+        # Enough reach the first level, which is `low` itself.
+        low = build.add("ReduceMax", build.add("Where", enough, levels, low, dtype=np.float32), axes=[2], keepdims=1)
+        high = build.add("Add", low, build.add("Mul", width, np.float32(1 / STEPS)))
+    return build.add("GreaterOrEqual", values, low, dtype=bool)
 
 
 def crop_features(build, features, boxes, count, size, shape, zero_outside):

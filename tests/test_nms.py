@@ -149,7 +149,7 @@ def test_the_largest_without_sorting(name):
     for image, chosen in zip(logits, found, strict=True):
         assert chosen[image >= np.sort(image[:, 0])[-4096]].all()
     if name in ("spread", "far off"):
-        assert found.sum(axis=1).max() < 5000
+        assert found.sum(axis=1).max() < 4150
 
 
 @pytest.mark.parametrize("name", LOGITS)
