@@ -299,8 +299,7 @@ def report(args, batch, seconds):
 
 
 def int8_used(weight_types):
-    """A line on how much of an engine runs in INT8 (see TrtDetector.weight_types): what may, TensorRT 8.6 takes there only
-    where that is faster."""
+    """A line on how much of an engine runs in INT8, of TrtDetector.weight_types: not all that may, where FP16 is faster."""
     if not weight_types:
         return "TensorRT does not tell which layers run in INT8"
     used = weight_types.get("Int8", 0)
