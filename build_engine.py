@@ -18,13 +18,11 @@ from pathlib import Path
 import numpy as np
 
 import onnx_utils
-import precision
-import quantization
-import trt_graph
-from cli import UserError, check_writable, progress, run, warn, whole_file
-from detector import OnnxDetector, arrange, arrange_true_shapes, input_spec
+from commandline import UserError, check_writable, progress, run, warn, whole_file
 from image_batcher import ImageBatcher, find_images
-from trt_detector import GpuContext, TrtDetector, import_tensorrt, make_logger
+from runtimes import precision, quantization, trt_graph
+from runtimes.detector import OnnxDetector, arrange, arrange_true_shapes, input_spec
+from runtimes.trt_detector import GpuContext, TrtDetector, import_tensorrt, make_logger
 
 # TensorRT keeps no longer names.
 LONGEST_NAME = 4095

@@ -19,13 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-import coco
-import parity
-import report
-import tf_graph
-from cli import UserError, make_folder, progress, run, warn, whole_file
-from detector import Detections, detect_image, open_detector
+from checks import coco, parity, report
+from commandline import UserError, make_folder, progress, run, warn, whole_file
 from image_batcher import ImageError, find_images, load_image, result_names
+from runtimes.detector import Detections, detect_image, open_detector
+from tfod import graph as tf_graph
 from visualize import draw_detections, paste_mask, read_labels, side_by_side
 
 # How far scores may be apart, and what share of the detections may lack a partner, by the engine's precision. FP32: two

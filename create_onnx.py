@@ -18,12 +18,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-import detection_graph
 import onnx_utils
-import tf_graph
-from cli import UserError, check_writable, run, warn, whole_file
-from detection_graph import Heads, SecondStage, Suppression
-from tfod_config import ENUMS, describe_resizer, read_pipeline_config
+from commandline import UserError, check_writable, run, warn, whole_file
+from tfod import detection_graph
+from tfod import graph as tf_graph
+from tfod.config import ENUMS, describe_resizer, read_pipeline_config
+from tfod.detection_graph import Heads, SecondStage, Suppression
 
 # The check's bound on normalised coordinates and scores. Float32 rounding alone reaches 1.2e-3 in a two-stage network
 # (TensorFlow's two sets of CPU kernels differ by as much); a wrong conversion is off by orders of magnitude more.
@@ -439,8 +439,8 @@ def main(argv=None):
 
 def check(saved_model, args):
     """Compares args.onnx on ONNX Runtime with TensorFlow on one image, prints the verdict, returns whether it passed."""
-    import parity
-    from detector import open_detector
+    from checks import parity
+    from runtimes.detector import open_detector
 
     with open_detector(args.onnx) as detector:
         report = parity.compare(saved_model, detector, args.check_image, TOLERANCE)

@@ -18,14 +18,13 @@ from pathlib import Path
 
 from PIL import Image
 
-import coco
-import report
-from cli import UserError, make_folder, progress, run, warn, whole_file
-from detector import open_detector
+from checks import coco, report
+from commandline import UserError, make_folder, progress, run, warn, whole_file
 from image_batcher import find_images, load_image
-from pipeline import Later, choose_batch_size, detect_files, open_workers
+from runtimes.detector import open_detector
+from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers
+from runtimes.workers import process_pool
 from visualize import mark_box
-from workers import process_pool
 
 # Above this score threshold detections are missing that average precision counts.
 MEANINGLESS_FROM = 0.05

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli import UserError, warn
-from workers import Workers
+from commandline import UserError, warn
+from runtimes.workers import Workers
 
 try:
     import simplejpeg

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, make_folder, progress, run, whole_file
-from detector import open_detector
+from commandline import UserError, make_folder, progress, run, whole_file
 from image_batcher import ImageBatcher, decoded, find_images, result_names, simplejpeg
-from pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
+from runtimes.detector import open_detector
+from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
 from visualize import draw_detections, read_labels
 
 # JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.

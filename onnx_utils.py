@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from cli import UserError
+from commandline import UserError
 
 G_LOGGER.severity = G_LOGGER.ERROR
 OPSET = 17
@@ -67,7 +67,7 @@ class Builder:
 
 
 def save(model, path):
-    """Writes an ONNX model to `path` (a path that the caller renames: see cli.whole_file)."""
+    """Writes an ONNX model to `path` (a path that the caller renames: see commandline.whole_file)."""
     onnx.save(model, str(path))
 
 

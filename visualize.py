@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import UserError
+from commandline import UserError
 
 COCO_LABELS = Path(__file__).resolve().parent / "labels_coco.txt"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import create_onnx
-import tf_graph
 from demo import tiny_mask_rcnn as tiny
-from detector import open_detector
-from workers import Workers
+from runtimes.detector import open_detector
+from runtimes.workers import Workers
+from tfod import graph as tf_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -10,15 +10,14 @@ from browser import open_page
 from conftest import DEMO, need_shared
 from PIL import Image
 
-import coco
 import create_onnx
 import eval_coco
-import parity
-import tf_graph
-from cli import UserError
+from checks import coco, parity
+from commandline import UserError
 from demo import tiny_mask_rcnn as tiny
-from detector import Detections, detect_image, open_detector
 from image_batcher import load_image
+from runtimes.detector import Detections, detect_image, open_detector
+from tfod import graph as tf_graph
 
 LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
 TRUTH = DEMO / "instances_shapes.json"

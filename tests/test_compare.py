@@ -10,8 +10,8 @@ from PIL import Image
 from test_coco import TRUTH, tiny_masks  # noqa: F401  (a fixture)
 
 import compare_tf
-from cli import UserError
-from detector import Detections
+from commandline import UserError
+from runtimes.detector import Detections
 
 
 def detections(*rows, masks=None):

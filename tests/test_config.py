@@ -3,8 +3,8 @@
 import pytest
 from conftest import DEMO_MODEL, model_folder
 
-from cli import UserError
-from tfod_config import ENUMS, describe_resizer, read_pipeline_config
+from commandline import UserError
+from tfod.config import ENUMS, describe_resizer, read_pipeline_config
 
 DEMO_TEXT = (DEMO_MODEL / "pipeline.config").read_text()
 

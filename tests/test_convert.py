@@ -13,12 +13,12 @@ from conftest import DEMO, DEMO_MODEL, ROOT, model_folder
 
 import create_onnx
 import onnx_utils
-import parity
-import tf_graph
-from cli import UserError
+from checks import parity
+from commandline import UserError
 from demo import train_demo_ssd as demo
-from detector import detect_image, open_detector
 from image_batcher import load_image, preprocess
+from runtimes.detector import detect_image, open_detector
+from tfod import graph as tf_graph
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 

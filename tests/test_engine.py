@@ -15,15 +15,12 @@ import trt_bindings
 from conftest import DEMO, MODELS, ROOT, need_shared
 
 import build_engine
-import coco
 import onnx_utils
-import precision
-import quantization
-import trt_detector
-import trt_graph
-from cli import UserError
-from detector import Detections, OnnxDetector, detect_image, open_detector
+from checks import coco
+from commandline import UserError
 from image_batcher import load_image
+from runtimes import precision, quantization, trt_detector, trt_graph
+from runtimes.detector import Detections, OnnxDetector, detect_image, open_detector
 
 BINDINGS = MODELS.parent / "bindings"
 # What the scripts' variables are, of TensorRT's classes.
@@ -66,10 +63,10 @@ def test_every_tensorrt_name_exists_in_the_real_bindings(version):
     known = trt_bindings.names(version, BINDINGS)
     skipped = COMMAND_LINE | (set() if version == "8.6.1" else WEAKLY_TYPED)
     used = set()
-    for script in ("build_engine.py", "trt_detector.py"):
+    for script in ("build_engine.py", "runtimes/trt_detector.py"):
         used |= names_in((ROOT / script).read_text(), skipped)
     if version == "8.6.1":  # what bench_gpu.py --flags compares with is 8.6's alone
-        used |= names_in((ROOT / "bench_gpu.py").read_text(), COMMAND_LINE)
+        used |= names_in((ROOT / "benchmarks" / "bench_gpu.py").read_text(), COMMAND_LINE)
     assert {"Builder", "IExecutionContext.execute_async_v3", "IBuilderConfig.set_tactic_sources"} <= used
     assert len(used) > 40
     assert not used - known
@@ -82,7 +79,7 @@ def test_every_tensorrt_name_exists_in_the_real_bindings(version):
 def test_networks_are_strongly_typed_where_tensorrt_can(version, flag):
     """The script's own functions, on the real bindings; the logger too, which only needs the Python side."""
     code = (
-        "import tensorrt_bindings as trt, build_engine, trt_detector\n"
+        "import tensorrt_bindings as trt, build_engine; from runtimes import trt_detector\n"
         f"assert build_engine.network_flags(trt) == 1 << int(trt.NetworkDefinitionCreationFlag.{flag})\n"
         "logger = trt_detector.make_logger(trt)\n"
         "logger.log(trt.ILogger.ERROR, 'first\\nsecond'); logger.log(trt.ILogger.INFO, 'chatter')\n"

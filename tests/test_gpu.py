@@ -11,16 +11,14 @@ from conftest import DEMO
 import build_engine
 import infer
 import onnx_utils
-import ort_graph
-import parity
-import quantization
-import trt_graph
-from cli import UserError
-from detector import detect_image, open_detector
+from checks import parity
+from commandline import UserError
 from image_batcher import load_image, preprocess
-from pipeline import detect_files
-from trt_detector import GpuContext, import_tensorrt, make_logger
-from workers import Workers
+from runtimes import ort_graph, quantization, trt_graph
+from runtimes.detector import detect_image, open_detector
+from runtimes.pipeline import detect_files
+from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
+from runtimes.workers import Workers
 
 pytestmark = pytest.mark.gpu
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))[:8]

@@ -9,11 +9,11 @@ from conftest import DEMO
 from PIL import Image
 
 import image_batcher
-import tf_graph
-from cli import UserError
-from detector import InputSpec, arrange
+from commandline import UserError
 from image_batcher import ImageBatcher, ImageError, find_images, keep_aspect_size, load_image, preprocess, resize_image
-from workers import Workers
+from runtimes.detector import InputSpec, arrange
+from runtimes.workers import Workers
+from tfod import graph as tf_graph
 
 RNG = np.random.default_rng(0)
 FIXED = {"kind": "fixed_shape", "height": 32, "width": 48}

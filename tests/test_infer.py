@@ -14,9 +14,9 @@ from test_convert import command
 
 import infer
 import onnx_utils
-import ort_graph
-from cli import UserError
+from commandline import UserError
 from image_batcher import load_image, result_names
+from runtimes import ort_graph
 from visualize import _place, class_colour, draw_detections, read_labels
 
 LABELS = DEMO_MODEL / "labels.txt"
@@ -198,7 +198,7 @@ def test_the_stand_in_is_not_left_in_the_file(convert):
 
 
 def test_help_has_examples():
-    for script in ("create_onnx.py", "infer.py", "bench_cpu.py", "bench_gpu.py"):
+    for script in ("create_onnx.py", "infer.py", "benchmarks/bench_cpu.py", "benchmarks/bench_gpu.py"):
         process = command("--help", script=script)
         assert process.returncode == 0
         assert process.stdout.count(f"python {script}") >= 2

@@ -6,10 +6,9 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
-import detection_graph
 import onnx_utils
-import ort_graph
-import trt_graph
+from runtimes import ort_graph, trt_graph
+from tfod import detection_graph
 
 
 def plugin(boxes, scores, score_threshold, iou_threshold, kept):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import DEMO, ROWS, need_shared
 
-import parity
-from detector import detect_image
+from checks import parity
 from image_batcher import load_image, preprocess
+from runtimes.detector import detect_image
 
 pytestmark = pytest.mark.models
 zoo = pytest.mark.zoo
@@ -141,7 +141,7 @@ def test_demo_finds_the_shapes(detector):
 @pytest.mark.zoo
 def test_average_precision_is_tensorflows(detector, saved_model, coco_images):
     """COCO AP on the 188 images: 0.250 and AP50 0.407 with TensorFlow."""
-    from coco import average_precision
+    from checks.coco import average_precision
 
     annotations = need_shared("coco", "instances_val2017_subset.json")
     model = detector("fpnlite", "--batch_size", "dynamic")

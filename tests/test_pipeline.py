@@ -17,12 +17,12 @@ from conftest import DEMO, ROOT
 
 import image_batcher
 import infer
-import parity
-from cli import UserError
-from detector import MOST_SIDE_BY_SIDE, detect_image, open_detector
+from checks import parity
+from commandline import UserError
 from image_batcher import SharedImage, decoded, load_image
-from pipeline import Later, Times, batcher_for, choose_batch_size, detect_files
-from workers import Workers
+from runtimes.detector import MOST_SIDE_BY_SIDE, detect_image, open_detector
+from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files
+from runtimes.workers import Workers
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 
@@ -242,7 +242,7 @@ def many(folder, count):
 def test_ctrl_c_keeps_what_is_finished(model, tmp_path, cores):
     """In threads, and in processes, which infer.py starts from four cores on."""
     source = many(tmp_path / "in", 3000)
-    script = f"import os, cli; os.cpu_count = lambda: {cores}; import infer; cli.run(infer.main)"
+    script = f"import os, commandline; os.cpu_count = lambda: {cores}; import infer; commandline.run(infer.main)"
     command = [sys.executable, "-c", script, "--engine", model, "--input", source, "--output", tmp_path / "out"]
     # A test run in the background of a shell ignores Ctrl-C, and so would what it starts.
     restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -10,16 +10,15 @@ from conftest import DEMO, EXPORTS
 from PIL import Image
 
 import create_onnx
-import detection_graph
 import infer
 import onnx_utils
-import ort_graph
-import parity
-import tf_graph
-import trt_graph
-from cli import UserError
-from detector import detect_image, open_detector
+from checks import parity
+from commandline import UserError
 from image_batcher import load_image, preprocess
+from runtimes import ort_graph, trt_graph
+from runtimes.detector import detect_image, open_detector
+from tfod import detection_graph
+from tfod import graph as tf_graph
 from visualize import draw_detections, paste_mask
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-import ort_graph
-from cli import progress, whole_file
-from parity import box_iou
-from precision import float32_nodes
+from checks.parity import box_iou
+from commandline import progress, whole_file
+from runtimes import ort_graph
+from runtimes.precision import float32_nodes
 
 # The layers with weights whose inputs are quantized.
 QUANTIZED = {"Conv", "Gemm", "MatMul"}

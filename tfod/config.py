@@ -10,7 +10,7 @@ from pathlib import Path
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from cli import UserError
+from commandline import UserError
 
 # message -> "field:type=default ..."; a type that is no scalar names another message or an enum.
 SCHEMA = {

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import onnx_utils
-from cli import UserError, warn
-from detector import STAGES, arrange, arrange_true_shapes, input_spec, split_detections
+from commandline import UserError, warn
+from runtimes.detector import STAGES, arrange, arrange_true_shapes, input_spec, split_detections
 
 REBUILD = "build it here with build_engine.py"
 # Batches that may be under way: one is copied in while one is computed and one's results are copied out.

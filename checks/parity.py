@@ -7,8 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from detector import Detections, detect_image
 from image_batcher import load_image, resize_image
+from runtimes.detector import Detections, detect_image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_utils import Builder, efficient_nms, replace_tensor
-from precision import typed_graph
+from runtimes.precision import typed_graph
 
 # EfficientNMS_TRT takes so many images (tests/test_gpu.py) and fails at 2,880, both measured with TensorRT 8.6.
 PLUGIN_MAX_IMAGES = 960

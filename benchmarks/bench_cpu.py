@@ -1,7 +1,7 @@
 """Times TensorFlow's SavedModel against the converted model on ONNX Runtime, on this machine's processor.
 
-    python bench_cpu.py --saved_model MODEL --engine model.onnx --input photos
-    python bench_cpu.py --saved_model MODEL --engine model.onnx --input photos --rounds 50
+    python benchmarks/bench_cpu.py --saved_model MODEL --engine model.onnx --input photos
+    python benchmarks/bench_cpu.py --saved_model MODEL --engine model.onnx --input photos --rounds 50
 
 From the decoded image to detections, both sides' resizing included; the two take turns, image by image, so that whatever
 else the machine does slows both. Prints the medians and their ratio (BENCHMARKS.md).
@@ -10,12 +10,16 @@ else the machine does slows both. Prints the medians and their ratio (BENCHMARKS
 import argparse
 import itertools
 import statistics
+import sys
 import time
+from pathlib import Path
 
-import tf_graph
-from cli import progress, run
-from detector import detect_image, open_detector
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from commandline import progress, run
 from image_batcher import find_images, load_image
+from runtimes.detector import detect_image, open_detector
+from tfod import graph as tf_graph
 
 
 def parse_args(argv=None):

@@ -11,9 +11,9 @@ import dataclasses
 import time
 from pathlib import Path
 
-from cli import UserError
+from commandline import UserError
 from image_batcher import ImageBatcher
-from workers import Workers
+from runtimes.workers import Workers
 
 # Images whose results are being worked on, per worker: twice as many as are handed over together.
 IMAGES_AHEAD = 8

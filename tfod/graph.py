@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from commandline import UserError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

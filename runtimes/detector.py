@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import onnx_utils
-import ort_graph
-from cli import UserError
+from commandline import UserError
 from image_batcher import preprocess
+from runtimes import ort_graph
 
 # What a detector counts its seconds of, in `spent`: copies to and from the GPU, network, taking the results apart.
 STAGES = ("copy", "network", "postprocess")
@@ -59,7 +59,7 @@ def open_detector(path):
         raise UserError(f"--engine {path}: no such file; make one with create_onnx.py")
     if path.suffix == ".onnx":
         return OnnxDetector(path)
-    from trt_detector import TrtDetector
+    from runtimes.trt_detector import TrtDetector
 
     return TrtDetector(path)
 

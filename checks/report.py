@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import whole_file
+from commandline import whole_file
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --good: #1a7f37; --bad: #c62828; }

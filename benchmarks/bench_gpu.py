@@ -1,8 +1,8 @@
 """Builds engines of a model in several precisions and prints the table of BENCHMARKS.md: build time, latency, accuracy.
 
-    python bench_gpu.py --onnx dynamic.onnx --output engines --input val2017 --annotations instances_val2017.json
-    python bench_gpu.py --onnx dynamic.onnx --output engines --input photos --precision fp32 fp16 --profile 10
-    python bench_gpu.py --onnx dynamic.onnx --output engines86 --input val2017 --calib_input photos --flags
+    python benchmarks/bench_gpu.py --onnx dynamic.onnx --output engines --input val2017 --annotations instances_val2017.json
+    python benchmarks/bench_gpu.py --onnx dynamic.onnx --output engines --input photos --precision fp32 fp16 --profile 10
+    python benchmarks/bench_gpu.py --onnx dynamic.onnx --output engines86 --input val2017 --calib_input photos --flags
 
 Needs an NVIDIA GPU. `dynamic.onnx` is a model of `create_onnx.py --batch_size dynamic`; int8 needs --calib_input, or a
 calibration in OUTPUT/dynamic.calib.
@@ -10,21 +10,22 @@ calibration in OUTPUT/dynamic.calib.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import build_engine
-import coco
 import onnx_utils
-import parity
-import precision
-import trt_graph
-from cli import UserError, make_folder, run, whole_file
-from detector import arrange, arrange_true_shapes, detect_image, input_spec, open_detector
+from checks import coco, parity
+from commandline import UserError, make_folder, run, whole_file
 from image_batcher import ImageBatcher, find_images, load_image, preprocess
-from trt_detector import GpuContext, import_tensorrt
+from runtimes import precision, trt_graph
+from runtimes.detector import arrange, arrange_true_shapes, detect_image, input_spec, open_detector
+from runtimes.trt_detector import GpuContext, import_tensorrt
 
 CALIBRATION_BATCH = 8
 

@@ -14,7 +14,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval as PycocotoolsEvaluation
 
-from cli import UserError
+from commandline import UserError
 from image_batcher import load_image
 from visualize import paste_mask
 
