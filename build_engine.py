@@ -21,8 +21,10 @@ import onnx_utils
 from commandline import UserError, check_writable, progress, run, warn, whole_file
 from image_batcher import ImageBatcher, find_images
 from runtimes import precision, quantization, trt_graph
-from runtimes.detector import OnnxDetector, arrange, arrange_true_shapes, input_spec
+from runtimes.detector import input_spec, network_inputs
+from runtimes.ort_detector import OrtDetector
 from runtimes.trt_detector import GpuContext, TrtDetector, import_tensorrt, make_logger
+from runtimes.workers import Workers
 
 # TensorRT keeps no longer names.
 LONGEST_NAME = 4095
@@ -70,10 +72,11 @@ def main(argv=None):
     if args.typed_onnx:
         with whole_file(args.typed_onnx) as path:
             onnx_utils.save(typed, path)
-    given = prepared if by_ranges else typed
     started = time.perf_counter()
     with GpuContext(cuda), whole_file(args.engine) as path:
-        path.write_bytes(build(trt, args, given, {**metadata, "precision": args.precision}, batch, told))
+        path.write_bytes(
+            build(trt, args, prepared if by_ranges else typed, {**metadata, "precision": args.precision}, batch, told)
+        )
     seconds = time.perf_counter() - started
     report(args, batch, seconds)
     print(f"Wrote {args.engine}. Next: python infer.py --engine {args.engine} --input IMAGES --output results")
@@ -150,27 +153,25 @@ def calibrate(args, model, metadata):
     files = find_images(args.calib_input)[: args.calib_num_images]
     spec = input_spec(metadata)
     size = spec.batch or args.calib_batch_size
-    batches = list(progress(ImageBatcher(files, metadata["resizer"], size), unit="batch", desc="reading"))
+    with Workers(0) as workers:
+        batches = list(progress(ImageBatcher(files, metadata["resizer"], size, workers), unit="batch", desc="reading"))
     if not batches:
         raise UserError(f"--calib_input {args.calib_input}: none of the {len(files)} images could be read")
 
-    def feeds():
+    def inputs():
         for batch in progress(batches, unit="batch", desc="calibrating"):
-            feed = {spec.name: arrange(batch.tensor, spec)}
-            if spec.true_shape:
-                feed[spec.true_shape] = arrange_true_shapes(batch.true_shapes, len(batch.tensor), spec)
-            yield feed
+            yield network_inputs(batch.tensor, batch.true_shapes, spec)
 
     def detect(candidate):
         found = []
-        with OnnxDetector(args.onnx, candidate) as detector:
+        with OrtDetector(args.onnx, candidate) as detector:
             for batch in batches:
                 found += detector.infer(batch.tensor, batch.true_shapes)
                 if len(found) >= quantization.JUDGED_IMAGES:
                     break
         return found
 
-    ranges = quantization.calibrate(model, feeds())
+    ranges = quantization.calibrate(model, inputs())
     left, plain, reached = quantization.choose_layers(model, ranges, detect)
     layers = sum(map(len, quantization.layers(model).values()))
     if left:

@@ -22,11 +22,12 @@ import numpy as np
 from checks import coco, parity, report
 from commandline import UserError, make_folder, progress, run, warn, whole_file
 from image_batcher import ImageError, find_images, load_image, result_names
-from runtimes.detector import Detections, detect_image, open_detector
-from tfod import graph as tf_graph
+from runtimes import open_detector
+from runtimes.detector import Detections, detect_image
+from tfod.saved_model import SavedModel, find_saved_model
 from visualize import draw_detections, paste_mask, read_labels, side_by_side
 
-# How far scores may be apart, and what share of the detections may lack a partner, by the engine's precision. FP32: two
+# How far scores may be apart, and what share of the detections may be unmatched, by the engine's precision. FP32: two
 # orders of summation in a two-stage network differ by 0.013 (README); FP16 and INT8 round.
 TOLERANCES = {"fp32": 0.02, "fp16": 0.05, "int8": 0.25}
 BANDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -53,7 +54,7 @@ def parse_args(argv=None):
     add(
         "--tolerance",
         type=float,
-        help="largest difference in score, share without partner; default: 0.02 (fp32), 0.05 (fp16), 0.25 (int8)",
+        help="largest difference in score, largest share unmatched; default: 0.02 (fp32), 0.05 (fp16), 0.25 (int8)",
     )
     add("--detection_type", choices=["bbox", "segmentation"], default="bbox", help="compare boxes, or masks too")
     add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
@@ -64,14 +65,14 @@ def parse_args(argv=None):
 
 @dataclasses.dataclass
 class Comparison:
-    """The detections of one image on both sides, and who belongs to whom."""
+    """The detections of one image on both sides, and which are of the same object."""
 
     path: Path
     size: tuple  # of the image: height, width
     theirs: Detections
     ours: Detections
     pairs: list  # [(index in theirs, index in ours, IoU of the boxes)]
-    alone: tuple  # (indices of theirs, of ours) without partner, from the threshold on
+    unmatched: tuple  # (indices of theirs, of ours) that are in no pair, from the threshold on
     classes_differ: int  # of those, pairs that overlap but for their class
     mask_ious: list
 
@@ -82,13 +83,13 @@ class Comparison:
 
     @property
     def difference(self):
-        """How much to look at: the scores of the lonely, and what the pairs are apart."""
-        lonely = self.theirs.scores[self.alone[0]].sum() + self.ours.scores[self.alone[1]].sum()
-        return float(lonely + np.abs(np.diff(self.scores, axis=1)).sum() + sum(1 - iou for _, _, iou in self.pairs))
+        """How much to look at: the scores of the unmatched, and what the pairs are apart."""
+        unmatched = self.theirs.scores[self.unmatched[0]].sum() + self.ours.scores[self.unmatched[1]].sum()
+        return float(unmatched + np.abs(np.diff(self.scores, axis=1)).sum() + sum(1 - iou for _, _, iou in self.pairs))
 
 
 def compare_detections(path, theirs, ours, size, threshold, mask_threshold=None):
-    """Pairs the detections of an image of `size` (height, width): TensorFlow's surest first, each with the free one of its
+    """Matches the detections of an image of `size` (height, width): TensorFlow's surest first, each with the free one of its
     class that overlaps it most, by half at least. What scores less than `threshold` on both sides does not count.
     """
     iou = parity.box_iou(theirs.boxes, ours.boxes)
@@ -101,16 +102,16 @@ def compare_detections(path, theirs, ours, size, threshold, mask_threshold=None)
             free[j] = False
             pairs.append((i, j, float(row[j])))
     matched = {i for i, _, _ in pairs}
-    alone = (
+    unmatched = (
         [i for i, score in enumerate(theirs.scores) if score >= threshold and i not in matched],
         [j for j in np.flatnonzero(free).tolist() if ours.scores[j] >= threshold],
     )
     pairs = [pair for pair in pairs if max(theirs.scores[pair[0]], ours.scores[pair[1]]) >= threshold]
-    differ = int((iou[np.ix_(*alone)] >= 0.5).any(axis=1).sum()) if all(alone) else 0
+    differ = int((iou[np.ix_(*unmatched)] >= 0.5).any(axis=1).sum()) if all(unmatched) else 0
     masks = []
     if mask_threshold is not None:
         masks = [mask_iou(theirs, i, ours, j, size, mask_threshold) for i, j, _ in pairs]
-    return Comparison(Path(path), size, theirs, ours, pairs, alone, differ, masks)
+    return Comparison(Path(path), size, theirs, ours, pairs, unmatched, differ, masks)
 
 
 def mask_iou(theirs, i, ours, j, size, threshold):
@@ -130,35 +131,35 @@ def summarise(comparisons, threshold, tolerance):
     scores = np.concatenate([np.zeros((0, 2)), *(comparison.scores for comparison in comparisons)])
     apart = np.abs(scores[:, 0] - scores[:, 1])
     ious = np.array([iou for comparison in comparisons for _, _, iou in comparison.pairs])
-    lonely = [sum(len(comparison.alone[side]) for comparison in comparisons) for side in (0, 1)]
+    unmatched = [sum(len(comparison.unmatched[side]) for comparison in comparisons) for side in (0, 1)]
     masks = [iou for comparison in comparisons for iou in comparison.mask_ious]
-    total = 2 * len(scores) + sum(lonely)
-    share = sum(lonely) / total if total else 0.0
+    total = 2 * len(scores) + sum(unmatched)
+    share = sum(unmatched) / total if total else 0.0
     edges = [threshold, *(edge for edge in BANDS if edge > threshold), 1.0]
     bands = []
     for low, high in itertools.pairwise(edges):
         last = high == 1.0
         inside = (scores[:, 0] >= low) & ((scores[:, 0] < high) | last)
-        without = sum(
+        missed = sum(
             low <= score and (score < high or last)
             for comparison in comparisons
-            for score in comparison.theirs.scores[comparison.alone[0]]
+            for score in comparison.theirs.scores[comparison.unmatched[0]]
         )
         bands.append(
             {
                 "from": low,
                 "to": high,
-                "partnered": int(inside.sum()),
-                "alone": int(without),
+                "matched": int(inside.sum()),
+                "unmatched": int(missed),
                 **_spread(apart[inside]),
             }
         )
     numbers = {
         "images": len(comparisons),
-        "partnered": len(scores),
-        "alone_in_tensorflow": lonely[0],
-        "alone_in_engine": lonely[1],
-        "share_alone": share,
+        "matched": len(scores),
+        "unmatched_in_tensorflow": unmatched[0],
+        "unmatched_in_engine": unmatched[1],
+        "share_unmatched": share,
         "class_disagreements": sum(comparison.classes_differ for comparison in comparisons),
         **_spread(apart),
         "smallest_iou": float(ious.min()) if len(ious) else None,
@@ -185,7 +186,7 @@ def main(argv=None):
         raise UserError(f"--num_images {args.num_images}: give a number from 1 on")
     files = find_images(args.input)[: args.num_images]
     truth = coco.load_annotations(args.annotations) if args.annotations else None
-    folder = tf_graph.find_saved_model(args.saved_model)
+    folder = find_saved_model(args.saved_model)
     with open_detector(args.engine) as detector:
         metadata = detector.metadata
         masks = args.detection_type == "segmentation"
@@ -194,7 +195,7 @@ def main(argv=None):
         names = read_labels(args.labels, metadata["num_classes"])
         output = make_folder(args.output)
         args.runtime = detector.runtime
-        with tf_graph.SavedModel(folder) as saved_model:
+        with SavedModel(folder) as saved_model:
             comparisons, times = run_both(saved_model, detector, files, args)
     if not comparisons:
         raise UserError(f"--input {args.input}: none of the {len(files)} images could be read")
@@ -263,9 +264,9 @@ def both_average_precisions(truth, comparisons, metadata, args):
 
 def verdict(numbers):
     return (
-        f"{'PASSED' if numbers['passed'] else 'FAILED'}: {numbers['partnered']} detections in {numbers['images']} images"
-        f" partnered, {numbers['alone_in_tensorflow']} of TensorFlow's and {numbers['alone_in_engine']} of the engine's alone"
-        f" ({100 * numbers['share_alone']:.1f} %), largest score difference {_text(numbers['largest_score_difference'])}"
+        f"{'PASSED' if numbers['passed'] else 'FAILED'}: {numbers['matched']} detections in {numbers['images']} images"
+        f" matched, {numbers['unmatched_in_tensorflow']} of TensorFlow's and {numbers['unmatched_in_engine']} of the engine's"
+        f" unmatched ({100 * numbers['share_unmatched']:.1f} %), largest score difference {_text(numbers['largest_score_difference'])}"
         f" (tolerance {numbers['tolerance']:g})"
     )
 
@@ -279,14 +280,14 @@ def rows(numbers):
     ms = numbers["milliseconds"]
     lines = [
         ("images", str(numbers["images"])),
-        ("partnered detections", str(numbers["partnered"])),
-        ("alone in TensorFlow", str(numbers["alone_in_tensorflow"])),
-        ("alone in the engine", str(numbers["alone_in_engine"])),
+        ("matched detections", str(numbers["matched"])),
+        ("unmatched in TensorFlow", str(numbers["unmatched_in_tensorflow"])),
+        ("unmatched in the engine", str(numbers["unmatched_in_engine"])),
         ("class disagreements", str(numbers["class_disagreements"])),
         ("largest score difference", _text(numbers["largest_score_difference"])),
         ("median score difference", _text(numbers["median_score_difference"])),
-        ("smallest IoU of partners", _text(numbers["smallest_iou"], "{:.4f}")),
-        ("median IoU of partners", _text(numbers["median_iou"], "{:.4f}")),
+        ("smallest IoU of a match", _text(numbers["smallest_iou"], "{:.4f}")),
+        ("median IoU of a match", _text(numbers["median_iou"], "{:.4f}")),
     ]
     if "median_mask_iou" in numbers:
         lines.append(("smallest IoU of masks", f"{numbers['smallest_mask_iou']:.4f}"))
@@ -303,21 +304,21 @@ def print_numbers(numbers):
 
 
 def draw_all(comparisons, truth, names, metadata, args, output):
-    """Writes NAME.jpg of every image: the sides next to each other, detections without partner in a dashed frame."""
+    """Writes NAME.jpg of every image: the sides next to each other, unmatched detections in a dashed frame."""
     folder = make_folder(output / "pictures")
     known = coco.match_images(truth, [comparison.path for comparison in comparisons])[0] if truth else {}
     titles = result_names([comparison.path for comparison in comparisons])
     for comparison, name in zip(progress(comparisons, unit="picture"), titles, strict=True):
         image = load_image(comparison.path)
         panels = {}
-        for side, found, alone in zip(
-            ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.alone, strict=True
+        for side, found, unmatched in zip(
+            ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.unmatched, strict=True
         ):
             count = int((found.scores >= args.nms_threshold).sum())
             title = f"{side}: {count} detection{'s' if count != 1 else ''}" + (
-                f", {len(alone)} without partner" if alone else ""
+                f", {len(unmatched)} unmatched" if unmatched else ""
             )
-            panels[title] = draw_side(image, found, alone, names, args)
+            panels[title] = draw_side(image, found, unmatched, names, args)
         if comparison.path in known:
             panels["ground truth"] = draw_truth(image, truth, known[comparison.path], names, metadata["class_offset"])
         picture = side_by_side(panels)
@@ -325,7 +326,7 @@ def draw_all(comparisons, truth, names, metadata, args, output):
             picture.save(path, quality=88)
 
 
-def draw_side(image, found, alone, names, args):
+def draw_side(image, found, unmatched, names, args):
     shown, pixels = found.above(args.nms_threshold), np.float32(image.shape[:2] * 2)
     masks = shown.masks if args.detection_type == "segmentation" else None
     return draw_detections(
@@ -336,7 +337,7 @@ def draw_side(image, found, alone, names, args):
         names,
         masks,
         args.iou_threshold,
-        dashed=found.boxes[alone] * pixels,
+        dashed=found.boxes[unmatched] * pixels,
     )
 
 
@@ -353,8 +354,8 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
     bands = [
         (
             f"{band['from']:g} to {band['to']:g}",
-            band["partnered"],
-            band["alone"],
+            band["matched"],
+            band["unmatched"],
             _text(band["largest_score_difference"]),
             _text(band["median_score_difference"]),
         )
@@ -366,11 +367,11 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
     for i in order:
         picture = report.shrink(report.Image.open(output / "pictures" / f"{titles[i]}.jpg"), 1400)
         figures.append((picture, f"{comparisons[i].path.name}: difference {comparisons[i].difference:.3g}"))
-    columns = ("TensorFlow's score", "partnered", "alone", "largest score difference", "median")
+    columns = ("TensorFlow's score", "matched", "unmatched", "largest score difference", "median")
     side_by_side_part = report.section(
         "Side by side",
         report.pictures(figures, 1),
-        note=f"Most difference first, {len(figures)} of {len(comparisons)}; a dashed frame marks a detection without partner."
+        note=f"Most difference first, {len(figures)} of {len(comparisons)}; a dashed frame marks an unmatched detection."
         " All of them are in the folder pictures.",
     )
     parts = [
@@ -400,7 +401,7 @@ def histogram(comparisons):
 
     def draw(axes):
         axes.hist(ious, bins=np.linspace(0.5, 1, 51))
-        axes.set(xlabel="IoU of partnered boxes", ylabel="detections")
+        axes.set(xlabel="IoU of matched boxes", ylabel="detections")
         if ious:  # a few far apart must show beside thousands that agree
             axes.set(yscale="log", ylim=(0.8, None))
 

@@ -21,7 +21,7 @@ from PIL import Image
 from checks import coco, report
 from commandline import UserError, make_folder, progress, run, warn, whole_file
 from image_batcher import find_images, load_image
-from runtimes.detector import open_detector
+from runtimes import open_detector
 from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers
 from runtimes.workers import process_pool
 from visualize import mark_box

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from commandline import UserError, warn
-from runtimes.workers import Workers
 
 try:
     import simplejpeg
@@ -28,10 +27,10 @@ except ImportError:
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 # Rows of output per step of the resize: the few hundred kB it touches stay in the processor's cache.
 BLOCK_ROWS = 64
-# Bytes of a decoded image that processes hand on: 12 megapixels. Larger ones are decoded again to be drawn on.
-MOST_PIXELS = 36_000_000
-# The part of the machine's memory that all of them together may take.
-PIXELS_PART = 1 / 4
+# Bytes of a decoded image that processes hand on, at most: 12 megapixels. Larger ones are decoded again to be drawn on.
+MAX_KEPT_BYTES = 36_000_000
+# The share of the machine's memory that all of them together may take.
+KEPT_SHARE = 1 / 4
 
 
 class ImageError(Exception):
@@ -212,7 +211,7 @@ def keep_aspect_size(height, width, min_dimension, max_dimension):
 def preprocess(image, resizer, out=None):
     """Brings RGB [H, W, 3] to the network's input.
 
-    resizer: the dict of tfod_config.describe_resizer. out: as of resize_image. Returns (array [height, width, 3], 0..255,
+    resizer: the dict of tfod.config.describe_resizer. out: as of resize_image. Returns (array [height, width, 3], 0..255,
     Placement). Raises ImageError for an image of which the resizer leaves nothing.
     """
     rows, columns = image.shape[:2]
@@ -234,12 +233,12 @@ def preprocess(image, resizer, out=None):
 class ImageBatcher:
     """Iterates over files in batches, in order, decoding ahead, each image straight to its place in a batch.
 
-    Close it where it has workers or a page_lock. A file that cannot be read is warned about and left out; `skipped` counts
+    Close it where its workers are processes or it has a page_lock. A file that cannot be read is warned about and left out; `skipped` counts
     them. Few images are in memory: two tasks for each worker, rounded up to batches, besides the batches in hand.
     """
 
-    def __init__(self, paths, resizer, batch_size, workers=None, spec=None, page_lock=None, keep_images=True):
-        """workers: a workers.Workers; None: threads of its own. spec: the detector.InputSpec of the tensors; None: float32,
+    def __init__(self, paths, resizer, batch_size, workers, spec=None, page_lock=None, keep_images=True):
+        """workers: a workers.Workers, which decode. spec: the detector.InputSpec of the tensors; None: float32,
         NHWC. page_lock: is given each array that tensors lie in, returns what is called to let it go. keep_images: whether
         batches have their `images`."""
         self.paths, self.resizer, self.batch_size = list(paths), resizer, batch_size
@@ -258,7 +257,7 @@ class ImageBatcher:
             self._free.append(block)
 
     def __iter__(self):
-        workers = self._workers or Workers(0)
+        workers = self._workers
         waiting, todo = collections.deque(), iter(self.paths)
         # Blocks hold whole batches and whole tasks, or nearly.
         size = self.batch_size * -(-workers.task_images // self.batch_size)
@@ -275,8 +274,6 @@ class ImageBatcher:
                 waiting.popleft()
         finally:
             concurrent.futures.wait([job for block in waiting for job, _ in block.jobs if not job.cancel()])
-            if workers is not self._workers:
-                workers.close()
 
     def close(self):
         """Gives back shared and page-locked memory, once no worker and no GPU reads it."""
@@ -292,14 +289,14 @@ class ImageBatcher:
                 self._blocks.append(self._free[-1])
         block = self._free.pop()
         for first in range(0, len(paths), workers.task_images):
-            part = paths[first : first + workers.task_images]
-            task = _prepare, part, self.resizer, block.memory, first, block.layout, block.pixels, self._keep_images
-            block.jobs.append((workers.submit(*task), part))
+            some = paths[first : first + workers.task_images]
+            task = _prepare, some, self.resizer, block.memory, first, block.layout, block.pixels, self._keep_images
+            block.jobs.append((workers.submit(*task), some))
         return block
 
     def _batches(self, block):
         """Yields the block's batches as they are ready, without the files that could not be read."""
-        jobs, read, row, given, size = collections.deque(block.jobs), [], 0, 0, self.batch_size
+        jobs, read, row, yielded, size = collections.deque(block.jobs), [], 0, 0, self.batch_size
         block.in_use += 1  # not to be recycled meanwhile
         while jobs:
             job, paths = jobs.popleft()
@@ -317,11 +314,11 @@ class ImageBatcher:
                 if len(read) != row - 1:
                     block.images[len(read)] = block.images[row - 1]
                 read.append((path, image, placement))
-            while len(read) - given >= size or (not jobs and len(read) > given):
-                part = slice(given, min(given + size, len(read)))
+            while len(read) - yielded >= size or (not jobs and len(read) > yielded):
+                rows = slice(yielded, min(yielded + size, len(read)))
                 block.in_use += 1
-                yield Batch(*map(list, zip(*read[part], strict=True)), block.images[part], block)
-                given = part.stop
+                yield Batch(*map(list, zip(*read[rows], strict=True)), block.images[rows], block)
+                yielded = rows.stop
         block.jobs, block.in_use = [], block.in_use - 1
         self._recycle(block)
 
@@ -329,7 +326,7 @@ class ImageBatcher:
 def kept_bytes(images):
     """Bytes of a decoded image that processes hand on, of so many images at a time."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(MOST_PIXELS, int(PIXELS_PART * memory / images)))
+    return max(1, min(MAX_KEPT_BYTES, int(KEPT_SHARE * memory / images)))
 
 
 class _Block:

@@ -19,14 +19,13 @@ import numpy as np
 
 from commandline import UserError, make_folder, progress, run, whole_file
 from image_batcher import ImageBatcher, decoded, find_images, result_names, simplejpeg
-from runtimes.detector import open_detector
+from runtimes import open_detector
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
+from runtimes.workers import Workers
 from visualize import draw_detections, read_labels
 
 # JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.
 JPEG_QUALITY = 92
-# For so long at most the network's own rate is measured.
-LIMIT_SECONDS = 20
 
 
 def parse_args(argv=None):
@@ -220,18 +219,11 @@ def decoder_limit(detector, files, size, workers):
 
 def network_limit(detector, files, size):
     """Images per second of the network alone on one batch again and again; on a GPU without copies and all else."""
-    batch = next(iter(ImageBatcher(files[: 4 * size], detector.metadata["resizer"], size)), None)
+    with Workers(0) as workers:
+        batch = next(iter(ImageBatcher(files[: 4 * size], detector.metadata["resizer"], size, workers)), None)
     if batch is None:
         return float("inf")
-    if detector.runtime == "TensorRT":
-        median, _, _ = detector.benchmark(batch.tensor)
-        return len(batch.tensor) / median * 1000
-    detector.infer(batch.tensor, batch.true_shapes)
-    begun, rounds = time.perf_counter(), 0
-    while rounds == 0 or (rounds * size < len(files) and time.perf_counter() - begun < LIMIT_SECONDS):
-        detector.infer(batch.tensor, batch.true_shapes)
-        rounds += 1
-    return rounds * size / (time.perf_counter() - begun)
+    return detector.images_per_second(batch.tensor, batch.true_shapes, len(files))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Shapes: B batch, N boxes, C classes, M detections kept. Boxes are [ymin, xmin, y
 """
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ from commandline import UserError
 G_LOGGER.severity = G_LOGGER.ERROR
 OPSET = 17
 METADATA_KEY = "tfod_tensorrt"
+# What tf2onnx adds to names.
+COUNTER = re.compile(r"__\d+")
 # The ONNX checker skips nodes of a domain that the file declares and does not know; TensorRT's parser finds plugins by
 # name in any domain.
 PLUGIN_DOMAIN = "TRT"
@@ -22,7 +25,7 @@ PLUGIN_DOMAIN = "TRT"
 PLUGIN_MAX_PAIRS = 4096
 
 
-class Builder:
+class OpBuilder:
     """Appends nodes to a graphsurgeon graph: `add` returns the first output of the node it makes."""
 
     def __init__(self, graph, scope):
@@ -99,12 +102,12 @@ def read_metadata(model, path):
     )
 
 
-def efficient_nms(build, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes):
+def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes):
     """Adds an EfficientNMS_TRT node (version 1) on boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C], all float32.
 
     Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores [B, M], classes [B, M] i32).
     """
-    return build.add(
+    return ops.add(
         "EfficientNMS_TRT",
         boxes,
         scores,
@@ -147,6 +150,48 @@ def fold_batch_norms(graph):
         ]
         conv.outputs = [norm.outputs[0]]
         norm.outputs.clear()
+
+
+def name_by_place(graph):
+    """Orders a graph's nodes, and names nodes and tensors, by their place in it alone: the same network, the same file.
+
+    tf2onnx numbers on from conversion to conversion, and its order follows hashes that Python salts in every process.
+    TensorFlow's names stay, but for those numbers; inputs keep theirs.
+    """
+    used = {tensor.name for tensor in graph.inputs}
+
+    def unused(name):
+        name, number, found = COUNTER.sub("", name), 1, ""
+        while not found or found in used:
+            found, number = name if number == 1 else f"{name}_{number}", number + 1
+        used.add(found)
+        return found
+
+    graph.nodes = ordered_nodes(graph)
+    named = {id(tensor) for tensor in graph.inputs}
+    for node in graph.nodes:
+        node.name = unused(node.name)
+        tensors = [(tensor, f"{node.name}/input_{i}") for i, tensor in enumerate(node.inputs)]
+        tensors += [(tensor, f"{node.name}:{i}") for i, tensor in enumerate(node.outputs)]
+        for tensor, name in tensors:
+            if id(tensor) not in named and not tensor.is_empty():
+                named.add(id(tensor))
+                tensor.name = unused(name)
+
+
+def ordered_nodes(graph):
+    """The nodes that the graph's outputs are computed by, each behind those of its inputs, in the order of the inputs."""
+    ordered, entered = [], set()
+    todo = [(tensor.inputs[0], False) for tensor in reversed(graph.outputs) if tensor.inputs]
+    while todo:
+        node, left = todo.pop()
+        if left:
+            ordered.append(node)
+        elif id(node) not in entered:
+            entered.add(id(node))
+            todo.append((node, True))
+            todo += [(tensor.inputs[0], False) for tensor in reversed(node.inputs) if tensor.inputs]
+    return ordered
 
 
 def replace_tensor(graph, old, new):

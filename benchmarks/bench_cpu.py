@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commandline import progress, run
 from image_batcher import find_images, load_image
-from runtimes.detector import detect_image, open_detector
-from tfod import graph as tf_graph
+from runtimes import open_detector
+from runtimes.detector import detect_image
+from tfod.saved_model import SavedModel, find_saved_model
 
 
 def parse_args(argv=None):
@@ -39,7 +40,7 @@ def main(argv=None):
     times = {"TensorFlow": [], "ONNX Runtime": []}
     with (
         open_detector(args.engine) as detector,
-        tf_graph.SavedModel(tf_graph.find_saved_model(args.saved_model)) as model,
+        SavedModel(find_saved_model(args.saved_model)) as model,
     ):
         sides = {
             "TensorFlow": model.detect,

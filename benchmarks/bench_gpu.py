@@ -23,9 +23,10 @@ import onnx_utils
 from checks import coco, parity
 from commandline import UserError, make_folder, run, whole_file
 from image_batcher import ImageBatcher, find_images, load_image, preprocess
-from runtimes import precision, trt_graph
-from runtimes.detector import arrange, arrange_true_shapes, detect_image, input_spec, open_detector
+from runtimes import open_detector, precision, trt_graph
+from runtimes.detector import detect_image, input_spec, network_inputs
 from runtimes.trt_detector import GpuContext, import_tensorrt
+from runtimes.workers import Workers
 
 CALIBRATION_BATCH = 8
 
@@ -83,8 +84,8 @@ def measure(args, wanted, reference):
     files = find_images(args.input)
     with open_detector(engine) as detector:
         images = [preprocess(load_image(path), detector.metadata["resizer"])[0] for path in files[:8]]
-        batches = [np.stack(images[:size]) for size in (1, 8) if size <= detector.most]
-        fast, slow = ([detector.benchmark(batch, graph=graph) for batch in batches] for graph in (True, False))
+        batches = [np.stack(images[:size]) for size in (1, 8) if size <= detector.max_batch]
+        fast, slow = ([detector.benchmark(batch, cuda_graph=used) for batch in batches] for used in (True, False))
         for batch, (median, worst, _) in zip(batches, fast, strict=True):
             row[f"ms, batch {len(batch)}"] = f"{median:.3f} (p99 {worst:.3f})"
         row["without CUDA graph"] = ", ".join(f"{median:.3f}" for median, _, _ in slow)
@@ -138,7 +139,8 @@ def build_by_flags(args, calib_input):
 def make_calibrator(trt, cuda, metadata, calib_input):
     """TensorRT 8.6's entropy calibrator over the images in `calib_input`."""
     spec = input_spec(metadata)
-    batches = iter(ImageBatcher(find_images(calib_input), metadata["resizer"], CALIBRATION_BATCH))
+    workers = Workers(0)
+    batches = iter(ImageBatcher(find_images(calib_input), metadata["resizer"], CALIBRATION_BATCH, workers))
 
     class Calibrator(trt.IInt8EntropyCalibrator2):
         def __init__(self):
@@ -152,12 +154,10 @@ def make_calibrator(trt, cuda, metadata, calib_input):
             batch = next(batches, None)
             if batch is None or len(batch.paths) < CALIBRATION_BATCH:
                 return None
-            feed = {spec.name: arrange(batch.tensor, spec)}
-            if spec.true_shape:
-                feed[spec.true_shape] = arrange_true_shapes(batch.true_shapes, CALIBRATION_BATCH, spec)
+            inputs = network_inputs(batch.tensor, batch.true_shapes, spec)
             for name in names:
-                self.buffers.setdefault(name, cuda.mem_alloc(feed[name].nbytes))
-                cuda.memcpy_htod(self.buffers[name], feed[name])
+                self.buffers.setdefault(name, cuda.mem_alloc(inputs[name].nbytes))
+                cuda.memcpy_htod(self.buffers[name], inputs[name])
             return [int(self.buffers[name]) for name in names]
 
         def read_calibration_cache(self):

@@ -9,16 +9,17 @@ import numpy as np
 
 from image_batcher import load_image, resize_image
 from runtimes.detector import Detections, detect_image
+from tfod.boxes import box_iou
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     compared: int  # pairs of detections
-    unmatched: int  # detections of either side without a partner
+    unmatched: int  # detections of either side that match none of the other
     box_difference: float  # largest, over coordinates and pairs
     score_difference: float  # largest, over pairs
     # Mean over pixels, largest over pairs, without boxes that end at the image's bottom or right: their crop's last
-    # samples are zero or not by the last bit of the box (detection_graph.crop_features), in TensorFlow itself.
+    # samples are zero or not by the last bit of the box (faster_rcnn.crop_features), in TensorFlow itself.
     mask_difference: float = 0.0
 
 
@@ -27,7 +28,7 @@ FAR = 0.01
 
 
 def compare(saved_model, detector, image=None, tie=1e-4):
-    """Runs an open tf_graph.SavedModel and an open detector on the same network input; returns a Report.
+    """Runs an open SavedModel and an open detector on the same network input; returns a Report.
 
     image: a file, or None for a built-in picture. It is brought to a size first that TensorFlow's own resizer leaves as
     it is, so that both sides see the same tensor. tie: see match_by_rank.
@@ -45,10 +46,10 @@ def compare(saved_model, detector, image=None, tie=1e-4):
 
 
 def allowed_unmatched(metadata):
-    """How many detections, of both sides together, may lack a partner in a right conversion: 2 % or none.
+    """How many detections, of both sides together, may be unmatched in a right conversion: 2 % or none.
 
     Where the op CropAndResize cuts at proposals, one that ends at the image's border has its last samples zero or not by
-    the last bit of the box (detection_graph.crop_features), and a score that differs by 0.01. TensorFlow does not repeat
+    the last bit of the box (faster_rcnn.crop_features), and a score that differs by 0.01. TensorFlow does not repeat
     this itself: two runs of a graph that fetch different tensors differ in it (BENCHMARKS.md).
     """
     return metadata["max_detections"] // 25 if metadata.get("zero_outside") else 0
@@ -72,17 +73,17 @@ def match_by_rank(theirs, ours, tie=1e-4):
     """
     free = np.ones(len(ours.scores), bool)
     box_difference = score_difference = mask_difference = 0.0
-    pairs, lonely = 0, []
+    pairs, unmatched = 0, []
     for rank, (box, score, label) in enumerate(zip(theirs.boxes, theirs.scores, theirs.classes, strict=True)):
         near = np.flatnonzero(free & (ours.classes == label) & (np.abs(ours.scores - score) < tie))
         if rank < len(free) and free[rank] and ours.classes[rank] == label:
             near = np.append(near, rank)
         if not len(near):
-            lonely.append(score)
+            unmatched.append(score)
             continue
         distance = np.abs(ours.boxes[near] - box).max(axis=1)
         if distance.min() > FAR:
-            lonely.append(score)
+            unmatched.append(score)
             continue
         chosen = near[distance.argmin()]
         free[chosen] = False
@@ -92,36 +93,26 @@ def match_by_rank(theirs, ours, tie=1e-4):
         if theirs.masks is not None and box[2:].max() < 1 - 1e-6:
             apart = np.abs(theirs.masks[rank] - ours.masks[chosen]).mean()
             mask_difference = max(mask_difference, float(apart))
-    lonely.extend(ours.scores[free])
-    if len(theirs.scores) == len(ours.scores) and lonely:
+    unmatched.extend(ours.scores[free])
+    if len(theirs.scores) == len(ours.scores) and unmatched:
         last = min(theirs.scores[-1], ours.scores[-1])
-        lonely = [score for score in lonely if score - last >= tie]
-    return Report(pairs, len(lonely), box_difference, score_difference, mask_difference)
+        unmatched = [score for score in unmatched if score - last >= tie]
+    return Report(pairs, len(unmatched), box_difference, score_difference, mask_difference)
 
 
 def match_by_overlap(theirs, ours, min_iou, max_score_difference):
-    """The indices of `theirs` that have no partner in `ours`: same class, IoU and score as close as asked.
+    """The indices of `theirs` that match none of `ours`: same class, IoU and score as close as asked.
 
     Where both lists are full, those that score hardly more than the last of `ours` are not counted: they may just have
     been cut off there.
     """
     iou = box_iou(theirs.boxes, ours.boxes)
     close = np.abs(theirs.scores[:, None] - ours.scores[None]) <= max_score_difference
-    partner = (iou >= min_iou) & close & (theirs.classes[:, None] == ours.classes[None])
-    alone = ~partner.any(axis=1)
+    match = (iou >= min_iou) & close & (theirs.classes[:, None] == ours.classes[None])
+    unmatched = ~match.any(axis=1)
     if len(theirs.scores) == len(ours.scores) > 0:
-        alone &= theirs.scores > ours.scores[-1] + max_score_difference
-    return np.flatnonzero(alone)
-
-
-def box_iou(a, b):
-    """Intersection over union of boxes [N, 4] and [M, 4] -> [N, M]; 0 where a box is empty."""
-    top_left = np.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
-    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inter = (bottom_right - top_left).clip(min=0).prod(axis=2)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).clip(min=0).prod(axis=1) for x in (a, b))
-    union = area_a[:, None] + area_b[None] - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+        unmatched &= theirs.scores > ours.scores[-1] + max_score_difference
+    return np.flatnonzero(unmatched)
 
 
 def built_in_image(height, width):

@@ -1,0 +1,65 @@
+"""Runs model files: `open_detector(path)` returns a detector.Detector."""
+
+from pathlib import Path
+
+from commandline import UserError
+
+# How files begin that are given by mistake: (offset, bytes, what they are).
+FOREIGN = (
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"GIF8", "a GIF image"),
+    (0, b"BM", "a BMP image"),
+    (8, b"WEBP", "a WebP image"),
+    (0, b"II*\0", "a TIFF image"),
+    (0, b"MM\0*", "a TIFF image"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (4, b"TFL3", "a TensorFlow Lite model"),
+)
+# An ONNX file begins with its ir_version, field 1 of onnx.ModelProto.
+ONNX_BEGINS = b"\x08"
+# TensorRT's engines begin so ("magic tag").
+ENGINE_BEGINS = b"ftrt"
+
+
+def open_detector(path):
+    """Opens an ONNX file of create_onnx.py (on ONNX Runtime) or an engine of build_engine.py (on TensorRT): what the file
+    holds decides, not its name. Raises UserError, naming the file, where that cannot be."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--engine {path}: it is a folder; give the model.onnx or engine.trt in it")
+    if not path.is_file():
+        raise UserError(f"--engine {path}: no such file; make it with {maker(path)}")
+    with open(path, "rb") as file:
+        begin = file.read(4096)
+    if what := foreign(begin):
+        raise UserError(f"--engine {path}: it is {what}, not a model; make one with {maker(path)}")
+    if begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS)):
+        from runtimes.ort_detector import OrtDetector
+
+        return OrtDetector(path)
+    from runtimes.trt_detector import TrtDetector
+
+    return TrtDetector(path)
+
+
+def maker(path):
+    """The script that makes a file of this name."""
+    return "create_onnx.py" if path.suffix == ".onnx" else "build_engine.py"
+
+
+def foreign(begin):
+    """What a file is that begins with these bytes, where it is neither an ONNX file nor an engine; None where it may be."""
+    for offset, signature, what in FOREIGN:
+        if begin[offset:].startswith(signature):
+            return what
+    if not begin:
+        return "an empty file"
+    try:
+        text = begin.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(begin) - 3:  # not just a letter that is cut in two
+            return None
+        text = begin[: error.start].decode()
+    return "a text file" if not any(ord(c) < 9 or 13 < ord(c) < 32 for c in text) else None

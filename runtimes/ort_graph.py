@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_utils import PLUGIN_DOMAIN, PLUGIN_MAX_PAIRS, Builder, replace_tensor
+from onnx_utils import PLUGIN_DOMAIN, PLUGIN_MAX_PAIRS, OpBuilder, replace_tensor
 
 
 def is_half_quantized(model):
@@ -30,7 +30,7 @@ def prepare(model):
 def _replace_plugins(graph):
     """Every EfficientNMS_TRT node in standard ops, with the plugin's exact semantics."""
     for number, node in enumerate([n for n in graph.nodes if n.op == "EfficientNMS_TRT"]):
-        results = _standard_nms(Builder(graph, f"nms_{number}"), node)
+        results = _standard_nms(OpBuilder(graph, f"nms_{number}"), node)
         for old, new in zip(list(node.outputs), results, strict=True):
             new.shape = old.shape
             replace_tensor(graph, old, new)
@@ -38,7 +38,7 @@ def _replace_plugins(graph):
 
 
 def _replace_crops(graph):
-    """Every crop of features (detection_graph.crop_features) by RoiAlign instead of GridSample.
+    """Every crop of features (faster_rcnn.crop_features) by RoiAlign instead of GridSample.
 
     TensorRT has GridSample built in, RoiAlign only in a library that its Python wheels leave out. ONNX Runtime's RoiAlign
     writes the crops in their order, GridSample leaves a transposition of them all: 0.10 s against 0.6 s for 300 crops of
@@ -51,36 +51,36 @@ def _replace_crops(graph):
         (transpose,) = reshape.outputs[0].outputs
         (crops,) = transpose.outputs[0].outputs  # the Reshape to [B * count, C, size, size]
         count, size = reshape.inputs[1].values[2:4]
-        result = _roi_align(Builder(graph, f"crop_{number}"), node, int(count), int(size))
+        result = _roi_align(OpBuilder(graph, f"crop_{number}"), node, int(count), int(size))
         replace_tensor(graph, crops.outputs[0], result)
 
 
-def _roi_align(build, node, count, size):
+def _roi_align(ops, node, count, size):
     """GridSample of `count` regular grids of size x size an image -> RoiAlign: [B * count, C, size, size].
 
     A sample in the middle of each of RoiAlign's bins lies at start + (i + 0.5) bin - 0.5 pixels (ONNX, half_pixel).
     """
     features, grid = node.inputs
-    grid = build.reshape(grid, [-1, size, size, 2])  # [B * count, y, x, (x, y)], -1..1
-    pixels = build.slice(build.add("Shape", features, dtype=np.int64), 0, 2, 4)  # H, W
-    last = build.cast(build.add("Sub", pixels, np.int64([1])), np.float32)
-    last = build.add("Gather", last, np.int64([1, 0]), axis=0)  # W - 1, H - 1
+    grid = ops.reshape(grid, [-1, size, size, 2])  # [B * count, y, x, (x, y)], -1..1
+    pixels = ops.slice(ops.add("Shape", features, dtype=np.int64), 0, 2, 4)  # H, W
+    last = ops.cast(ops.add("Sub", pixels, np.int64([1])), np.float32)
+    last = ops.add("Gather", last, np.int64([1, 0]), axis=0)  # W - 1, H - 1
 
     def sample(i):  # the place in pixels, x and y, of the i-th sample in both directions [B * count, 2]
-        place = build.slice(build.slice(grid, 1, i, i + 1), 2, i, i + 1)
-        place = build.reshape(place, [-1, 2])
-        return build.add("Mul", build.add("Add", place, np.float32(1)), build.add("Mul", last, np.float32(0.5)))
+        place = ops.slice(ops.slice(grid, 1, i, i + 1), 2, i, i + 1)
+        place = ops.reshape(place, [-1, 2])
+        return ops.add("Mul", ops.add("Add", place, np.float32(1)), ops.add("Mul", last, np.float32(0.5)))
 
     first = sample(0)
     # Not the last sample, which may be marked as outside by a value that is no place.
-    step = build.add("Div", build.add("Sub", sample(size - 2), first), np.float32(size - 2))
-    start = build.add("Add", build.add("Sub", first, build.add("Mul", step, np.float32(0.5))), np.float32(0.5))
-    rois = build.add("Concat", start, build.add("Add", start, build.add("Mul", step, np.float32(size))), axis=1)
-    crops = build.add(
+    step = ops.add("Div", ops.add("Sub", sample(size - 2), first), np.float32(size - 2))
+    start = ops.add("Add", ops.add("Sub", first, ops.add("Mul", step, np.float32(0.5))), np.float32(0.5))
+    rois = ops.add("Concat", start, ops.add("Add", start, ops.add("Mul", step, np.float32(size))), axis=1)
+    crops = ops.add(
         "RoiAlign",
         features,
         rois,
-        _image_of_each(build, features, count),
+        _image_of_each(ops, features, count),
         mode="avg",
         sampling_ratio=1,
         output_height=size,
@@ -90,27 +90,27 @@ def _roi_align(build, node, count, size):
     if node.attrs["padding_mode"] != "zeros":
         return crops
     # crop_features marks what lies outside with 3; what rounds to 1.0000001 is the last pixel.
-    inside = build.add("Less", build.add("ReduceMax", grid, axes=[3], keepdims=0), np.float32(2), dtype=bool)
-    inside = build.add("Unsqueeze", build.cast(inside, np.float32), np.int64([1]))
-    return build.add("Mul", crops, inside)  # faster there than Where
+    inside = ops.add("Less", ops.add("ReduceMax", grid, axes=[3], keepdims=0), np.float32(2), dtype=bool)
+    inside = ops.add("Unsqueeze", ops.cast(inside, np.float32), np.int64([1]))
+    return ops.add("Mul", crops, inside)  # faster there than Where
 
 
-def _image_of_each(build, features, count):
+def _image_of_each(ops, features, count):
     """The number of the image that each of `count` crops an image belongs to: [B * count] int64."""
-    images = build.add("Squeeze", build.slice(build.add("Shape", features, dtype=np.int64), 0, 0, 1), np.int64([0]))
-    numbers = build.add("Range", np.int64(0), images, np.int64(1), dtype=np.int64)
-    numbers = build.add("Unsqueeze", numbers, np.int64([1]))
-    return build.reshape(build.add("Expand", numbers, np.int64([1, count])), [-1])
+    images = ops.add("Squeeze", ops.slice(ops.add("Shape", features, dtype=np.int64), 0, 0, 1), np.int64([0]))
+    numbers = ops.add("Range", np.int64(0), images, np.int64(1), dtype=np.int64)
+    numbers = ops.add("Unsqueeze", numbers, np.int64([1]))
+    return ops.reshape(ops.add("Expand", numbers, np.int64([1, count])), [-1])
 
 
-def _standard_nms(build, node):
+def _standard_nms(ops, node):
     """EfficientNMS_TRT in standard ops: for any batch, boxes shared by the classes or one per class."""
     boxes, scores = node.inputs  # [B, N, 4] or [B, N, C, 4]; [B, N, C]
     kept, threshold = int(node.attrs["max_output_boxes"]), np.float32(node.attrs["score_threshold"])
-    scores = build.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, N]
-    shape = build.add("Shape", scores, dtype=np.int64)
-    flat = _best_pairs(build, build.reshape(scores, [0, -1]))
-    scores = build.add("Reshape", flat, shape)
+    scores = ops.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, N]
+    shape = ops.add("Shape", scores, dtype=np.int64)
+    flat = _best_pairs(ops, ops.reshape(scores, [0, -1]))
+    scores = ops.add("Reshape", flat, shape)
 
     # ONNX suppresses at IoU > threshold and keeps score > threshold, the plugin at >= both: one step of float32 apart.
     limits = (
@@ -120,45 +120,43 @@ def _standard_nms(build, node):
     )
     per_class = "Transpose" if len(boxes.shape) == 4 else None
     if per_class:
-        boxes = build.add("Transpose", boxes, perm=[0, 2, 1, 3])  # [B, C, N, 4]
-        columns = build.slice(shape, 0, 2, 3)
-        as_batch = build.add("Concat", np.array([-1], np.int64), columns, np.array([4], np.int64), axis=0)
-        boxes = build.add("Reshape", boxes, as_batch)  # [B * C, N, 4]
-        shape = build.add("Concat", np.array([-1, 1], np.int64), columns, axis=0)
-        scores = build.add("Reshape", scores, shape)  # [B * C, 1, N]
-    picked = build.add("NonMaxSuppression", boxes, scores, *limits, dtype=np.int64)  # [S, 3]: image, class, box
+        boxes = ops.add("Transpose", boxes, perm=[0, 2, 1, 3])  # [B, C, N, 4]
+        columns = ops.slice(shape, 0, 2, 3)
+        as_batch = ops.add("Concat", np.array([-1], np.int64), columns, np.array([4], np.int64), axis=0)
+        boxes = ops.add("Reshape", boxes, as_batch)  # [B * C, N, 4]
+        shape = ops.add("Concat", np.array([-1, 1], np.int64), columns, axis=0)
+        scores = ops.add("Reshape", scores, shape)  # [B * C, 1, N]
+    picked = ops.add("NonMaxSuppression", boxes, scores, *limits, dtype=np.int64)  # [S, 3]: image, class, box
 
-    nothing = build.add("Sub", build.add("Mul", scores, np.float32(0)), np.float32(1))
-    picked_scores = build.add("GatherND", scores, picked)
-    survivors = build.add("ScatterND", nothing, picked, picked_scores)  # -1 but at the survivors
-    flat = build.add("Reshape", survivors, build.add("Shape", flat, dtype=np.int64))
+    nothing = ops.add("Sub", ops.add("Mul", scores, np.float32(0)), np.float32(1))
+    picked_scores = ops.add("GatherND", scores, picked)
+    survivors = ops.add("ScatterND", nothing, picked, picked_scores)  # -1 but at the survivors
+    flat = ops.add("Reshape", survivors, ops.add("Shape", flat, dtype=np.int64))
     padding = np.array([0, 0, 0, kept], np.int64)  # so that there are `kept` columns to choose from
-    best, index = build.top_k(build.add("Pad", flat, padding, np.float32(-1)), kept)  # [B, M]
+    best, index = ops.top_k(ops.add("Pad", flat, padding, np.float32(-1)), kept)  # [B, M]
 
-    count = build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 1, 2)  # N
-    classes, rows = build.add("Div", index, count), build.add("Mod", index, count)
-    valid = build.add("GreaterOrEqual", best, threshold, dtype=bool)
+    count = ops.slice(ops.add("Shape", node.inputs[0], dtype=np.int64), 0, 1, 2)  # N
+    classes, rows = ops.add("Div", index, count), ops.add("Mod", index, count)
+    valid = ops.add("GreaterOrEqual", best, threshold, dtype=bool)
     if per_class:
-        last = build.add("Sub", build.slice(build.add("Shape", node.inputs[0], dtype=np.int64), 0, 2, 3), np.int64([1]))
-        classes = build.add("Min", classes, last)
-        pair = build.add("Unsqueeze", rows, np.int64([2]))
-        pair = build.add("Concat", pair, build.add("Unsqueeze", classes, np.int64([2])), axis=2)
-        chosen = build.add("GatherND", node.inputs[0], pair, batch_dims=1)
+        last = ops.add("Sub", ops.slice(ops.add("Shape", node.inputs[0], dtype=np.int64), 0, 2, 3), np.int64([1]))
+        classes = ops.add("Min", classes, last)
+        pair = ops.add("Unsqueeze", rows, np.int64([2]))
+        pair = ops.add("Concat", pair, ops.add("Unsqueeze", classes, np.int64([2])), axis=2)
+        chosen = ops.add("GatherND", node.inputs[0], pair, batch_dims=1)
     else:
-        chosen = build.gather_rows(boxes, rows)
-    chosen = build.add("Where", build.add("Unsqueeze", valid, np.int64([2])), chosen, np.float32(0), dtype=np.float32)
-    number = build.add("ReduceSum", build.cast(valid, np.int32), np.int64([1]), keepdims=1)
-    scores = build.add("Where", valid, best, np.float32(0), dtype=np.float32)
-    classes = build.cast(build.add("Where", valid, classes, np.int64(0), dtype=np.int64), np.int32)
+        chosen = ops.gather_rows(boxes, rows)
+    chosen = ops.add("Where", ops.add("Unsqueeze", valid, np.int64([2])), chosen, np.float32(0), dtype=np.float32)
+    number = ops.add("ReduceSum", ops.cast(valid, np.int32), np.int64([1]), keepdims=1)
+    scores = ops.add("Where", valid, best, np.float32(0), dtype=np.float32)
+    classes = ops.cast(ops.add("Where", valid, classes, np.int64(0), dtype=np.int64), np.int32)
     return number, chosen, scores, classes
 
 
-def _best_pairs(build, flat):
+def _best_pairs(ops, flat):
     """flat [B, pairs] with all but the plugin's best 4,096 scores of each image set to -1."""
-    count = build.slice(build.add("Shape", flat, dtype=np.int64), 0, 1, 2)
-    most = build.add("Min", count, np.array([PLUGIN_MAX_PAIRS], np.int64))
-    best, _ = build.add("TopK", flat, most, outputs=2, dtype=(np.float32, np.int64), axis=-1, sorted=1)
-    least = build.slice(best, 1, -1, np.iinfo(np.int64).max)  # [B, 1]
-    return build.add(
-        "Where", build.add("GreaterOrEqual", flat, least, dtype=bool), flat, np.float32(-1), dtype=np.float32
-    )
+    count = ops.slice(ops.add("Shape", flat, dtype=np.int64), 0, 1, 2)
+    most = ops.add("Min", count, np.array([PLUGIN_MAX_PAIRS], np.int64))
+    best, _ = ops.add("TopK", flat, most, outputs=2, dtype=(np.float32, np.int64), axis=-1, sorted=1)
+    least = ops.slice(best, 1, -1, np.iinfo(np.int64).max)  # [B, 1]
+    return ops.add("Where", ops.add("GreaterOrEqual", flat, least, dtype=bool), flat, np.float32(-1), dtype=np.float32)

@@ -39,12 +39,11 @@ def choose_batch_size(detector, asked, usual):
 
     Raises UserError, naming --batch_size, where the model cannot.
     """
-    fixed, most = detector.input.batch, getattr(detector, "most", None)
+    fixed, most = detector.input.batch, detector.max_batch
     if asked is None:
         return fixed or min(usual, most or usual)
-    limit = fixed or most
-    if asked < 1 or (limit and asked > limit):
-        raise UserError(f"--batch_size {asked}: the model takes 1 to {limit or 'any number of'} images at a time")
+    if asked < 1 or (most and asked > most):
+        raise UserError(f"--batch_size {asked}: the model takes 1 to {most or 'any number of'} images at a time")
     return asked
 
 

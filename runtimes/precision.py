@@ -100,7 +100,7 @@ def to_half(model):
     def cast(tensor, dtype):
         name = f"{tensor.name}/{np.dtype(dtype).name}"
         if name not in casts:
-            casts[name] = onnx_utils.Builder(graph, name).cast(tensor, dtype)
+            casts[name] = onnx_utils.OpBuilder(graph, name).cast(tensor, dtype)
         return casts[name]
 
     nodes = list(graph.nodes)

@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from checks.parity import box_iou
-from commandline import progress, whole_file
+from commandline import UserError, progress, whole_file
+from onnx_utils import ordered_nodes
 from runtimes import ort_graph
-from runtimes.precision import float32_nodes
+from runtimes.precision import WEIGHTED, float32_nodes
+from tfod.boxes import box_iou
 
 # The layers with weights whose inputs are quantized.
 QUANTIZED = {"Conv", "Gemm", "MatMul"}
@@ -198,34 +199,49 @@ def choose_layers(model, ranges, detect):
 
 
 def fingerprint(model):
-    """What ties a calibration to a network: a hash of the model file's contents."""
-    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    """What ties a calibration to a network: a hash of its nodes and weights, whatever batch, layout or type the file takes.
+
+    The network goes from the first layers with weights to where float32_nodes begin: it has neither the input's
+    preparation nor what follows the heads.
+    """
+    graph = gs.import_onnx(model)
+    wide, network, digest = float32_nodes(graph), set(), hashlib.sha256()
+    for node in ordered_nodes(graph):
+        behind = any(id(source) in network for tensor in node.inputs for source in tensor.inputs)
+        if id(node) in wide or not (behind or node.op in WEIGHTED):
+            continue
+        network.add(id(node))
+        digest.update(json.dumps([node.op, node.name, sorted(node.attrs.items())], default=str).encode())
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant):
+                digest.update(tensor.values.tobytes())
+    return digest.hexdigest()
 
 
 def read_cache(path, model):
-    """The calibration in the file `path`: (ranges, names of the nodes to leave), or None and why it does not serve."""
-    import onnxruntime
+    """The calibration in the file `path`: (ranges, names of the nodes to leave), or None and why it does not serve.
 
+    Raises UserError for a file that is no calibration of this tool: it is not to be overwritten.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        made_with, of, left = (content[key] for key in ("onnxruntime", "model", "left"))
+        network, left = content["network"], content["left"]
         ranges = {name: (low, high) for name, (low, high) in content["ranges"].items()}
     except FileNotFoundError:
         return None, "there is none yet"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None, "it is not a calibration of build_engine.py"
-    if of != fingerprint(model):
-        return None, "it belongs to another model.onnx"
-    if made_with != onnxruntime.__version__:
-        return None, f"it was made with ONNX Runtime {made_with}, this is {onnxruntime.__version__}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--calib_cache {path}: it is not a calibration of build_engine.py, and stays as it is; name another file"
+        ) from error
+    if network != fingerprint(model):
+        return None, "it belongs to another network"
     if not measured_tensors(model) <= ranges.keys():
         return None, "it was made by another version of build_engine.py"
     return (ranges, left), None
 
 
 def write_cache(path, model, ranges, left):
-    import onnxruntime
-
-    content = {"onnxruntime": onnxruntime.__version__, "model": fingerprint(model), "ranges": ranges, "left": left}
+    """Writes a calibration for read_cache."""
+    content = {"network": fingerprint(model), "ranges": ranges, "left": left}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")

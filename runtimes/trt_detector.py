@@ -1,4 +1,4 @@
-"""An engine.trt on TensorRT, through pycuda: the same interface as the ONNX Runtime detector.
+"""An engine.trt on TensorRT, through pycuda: see detector.Detector.
 
 Tensor-name API only, which TensorRT 8.6, 10 and 11 share (TensorRT developer guide, "Performing Inference").
 """
@@ -14,7 +14,8 @@ import numpy as np
 
 import onnx_utils
 from commandline import UserError, warn
-from runtimes.detector import STAGES, arrange, arrange_true_shapes, input_spec, split_detections
+from runtimes.cuda_graph import CudaGraph
+from runtimes.detector import STAGES, input_spec, network_inputs, split_detections
 
 REBUILD = "build it here with build_engine.py"
 # Batches that may be under way: one is copied in while one is computed and one's results are copied out.
@@ -100,13 +101,13 @@ class Slot:
 
 
 class TrtDetector:
-    """An engine made by build_engine.py. A context manager: everything on the GPU is freed on exit.
+    """A detector.Detector on TensorRT, of an engine made by build_engine.py.
 
     Copies to the GPU, the network and copies back go on in a stream each, for up to SLOTS batches at a time.
     """
 
     runtime = "TensorRT"
-    batches_ahead = SLOTS  # that may be started before the first of them is finished
+    batches_ahead = SLOTS
 
     def __init__(self, path):
         """Raises UserError, naming the file and what to do, where the engine cannot run here."""
@@ -115,7 +116,7 @@ class TrtDetector:
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
         self._gpu = GpuContext(self._cuda)
         self._gpu.__enter__()
-        self._graphs, self._slots, self._context, self._engine = {}, [], None, None
+        self._cuda_graphs, self._slots, self._context, self._engine = {}, [], None, None
         self._turn = 0
         self.spent = dict.fromkeys(STAGES, 0.0)
         try:
@@ -126,8 +127,6 @@ class TrtDetector:
 
     def _load(self, data):
         trt, cuda = self._trt, self._cuda
-        if not data:
-            raise UserError(f"--engine {self._path}: the file is empty; {REBUILD}")
         self._logger = make_logger(trt)
         trt.init_libnvinfer_plugins(self._logger, "")
         self._runtime = trt.Runtime(self._logger)
@@ -144,15 +143,15 @@ class TrtDetector:
             raise UserError(f"--engine {self._path}: too little GPU memory ({self._logger.last()}); free some")
         self._copying_in, self._stream, self._copying_out = (cuda.Stream() for _ in range(3))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        mode, given = self._engine.get_tensor_mode, trt.TensorIOMode.INPUT
-        self._inputs = [name for name in names if mode(name) == given]
-        self._outputs = [name for name in names if mode(name) != given]
+        mode, of_input = self._engine.get_tensor_mode, trt.TensorIOMode.INPUT
+        self._inputs = [name for name in names if mode(name) == of_input]
+        self._outputs = [name for name in names if mode(name) != of_input]
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self.most = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
+        self.max_batch = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
         try:
             for _ in range(SLOTS):
-                sizes = {name: self._bytes(name, self.most) for name in self._inputs}
-                self._slots.append(Slot(cuda, sizes, self._places(self.most)[1]))
+                sizes = {name: self._bytes(name, self.max_batch) for name in self._inputs}
+                self._slots.append(Slot(cuda, sizes, self._places(self.max_batch)[1]))
         except cuda.MemoryError as error:
             raise UserError(f"--engine {self._path}: too little GPU memory; build it for a smaller --batch") from error
 
@@ -176,7 +175,6 @@ class TrtDetector:
         return {name: tuple(self._engine.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
 
     def page_lock(self, array):
-        """Locks an array (whole pages) in memory, so that `start` copies from it beside the network; returns what undoes it."""
         # By the driver: pycuda 2026.1's register_host_memory ended in a segmentation fault, with numpy 2.4.
         driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(array.ctypes.data)
         error = driver.cuMemHostRegister_v2(address, ctypes.c_size_t(array.nbytes), 0)
@@ -188,38 +186,26 @@ class TrtDetector:
         return lambda: driver.cuMemHostUnregister(address)
 
     def infer(self, batch, true_shapes=None):
-        """batch: [n, height, width, 3] RGB 0..255, n at most `most`. Returns n Detections.
-
-        true_shapes: [n, 2] height and width of the images within padded inputs (image_batcher.Placement.true_shape);
-        None: they fill them.
-        """
         return self.finish(self.start(batch, true_shapes))
 
     def start(self, batch, true_shapes=None):
-        """Like infer, but returns when the work is queued; `finish` takes what this returns and gives the Detections.
-
-        In order, and at most SLOTS at a time. A page-locked batch is read until `finish`.
-        """
-        given = len(batch)
-        if given > self.most:
-            raise ValueError(f"the engine takes at most {self.most} images at a time, not {given}")
-        feed = {self.input.name: arrange(batch, self.input)}
-        if self.input.true_shape:
-            feed[self.input.true_shape] = arrange_true_shapes(true_shapes, given, self.input)
-        size = len(feed[self.input.name])
+        if len(batch) > self.max_batch:
+            raise ValueError(f"the engine takes at most {self.max_batch} images at a time, not {len(batch)}")
+        inputs = network_inputs(batch, true_shapes, self.input)
+        size = len(inputs[self.input.name])
         number, self._turn = self._turn, (self._turn + 1) % SLOTS
         slot, cuda = self._slots[number], self._cuda
         # From memory that is not page-locked the driver copies before it returns: right, but not beside the network.
-        slot.reading = feed
+        slot.reading = inputs
         slot.begun.record(self._copying_in)
-        for name, array in feed.items():
+        for name, array in inputs.items():
             cuda.memcpy_htod_async(slot.device_inputs[name], array, self._copying_in)
         slot.copied.record(self._copying_in)
         self._stream.wait_for_event(slot.copied)
-        graph = self._graph(number, size)
+        cuda_graph = self._cuda_graph(number, size)
         slot.computing.record(self._stream)
-        if graph:
-            graph.launch()
+        if cuda_graph:
+            cuda_graph.launch()
         else:
             self._bind(number, size)
             self._enqueue()
@@ -228,31 +214,31 @@ class TrtDetector:
         places, end = self._places(size)
         cuda.memcpy_dtoh_async(slot.host_outputs[:end], slot.device_outputs, self._copying_out)
         slot.done.record(self._copying_out)
-        return slot, size, given, places
+        return slot, size, len(batch), places
 
     def finish(self, ticket):
-        slot, size, given, places = ticket
+        slot, size, images, places = ticket
         slot.done.synchronize()
         slot.reading = None
         begun = time.perf_counter()
         memory = slot.host_outputs.copy()
         results = {}
         for name, place in places.items():
-            part = memory[place : place + self._bytes(name, size)]
-            results[name] = part.view(self._types[name]).reshape(self._shape(name, size))
-        found = split_detections(results, given)
+            values = memory[place : place + self._bytes(name, size)]
+            results[name] = values.view(self._types[name]).reshape(self._shape(name, size))
+        found = split_detections(results, images)
         for stage, seconds in zip(STAGES, (*slot.seconds(), time.perf_counter() - begun), strict=True):
             self.spent[stage] += seconds
         return found
 
-    def _graph(self, number, size):
+    def _cuda_graph(self, number, size):
         """The network on `size` images in a slot's memory as a CUDA graph, captured at the first call; None: it cannot be."""
-        if (number, size) not in self._graphs:
+        if (number, size) not in self._cuda_graphs:
             self._bind(number, size)
             self._enqueue()  # the first run of a shape allocates, which cannot be captured
             self._stream.synchronize()
-            self._graphs[number, size] = CudaGraph.capture(self._stream, self._enqueue)
-        return self._graphs[number, size]
+            self._cuda_graphs[number, size] = CudaGraph.capture(self._stream, self._enqueue)
+        return self._cuda_graphs[number, size]
 
     def _bind(self, number, size):
         """Points the context at a slot's memory, with `size` images in it."""
@@ -271,18 +257,22 @@ class TrtDetector:
         """Puts images (see infer) into the first slot for `benchmark` and `profile`; returns the CUDA graph on them or None."""
         self._turn = 0
         self.infer(batch)
-        size = len(arrange(batch, self.input))
+        size = len(network_inputs(batch, None, self.input)[self.input.name])
         self._bind(0, size)
-        return self._graphs[0, size]
+        return self._cuda_graphs[0, size]
 
-    def benchmark(self, batch, runs=200, graph=True):
+    def images_per_second(self, batch, true_shapes=None, images=500):
+        median, _, _ = self.benchmark(batch)
+        return len(batch) / median * 1000
+
+    def benchmark(self, batch, runs=200, cuda_graph=True):
         """GPU time of the network on a batch (see infer) by CUDA events, copies not included.
 
         What suppression costs depends on the images. Returns (median ms, 99th percentile ms, whether a CUDA graph was
         replayed).
         """
         captured = self._fill(batch)
-        captured = captured if graph else None
+        captured = captured if cuda_graph else None
         run = captured.launch if captured else self._enqueue
         for _ in range(20):
             run()
@@ -320,12 +310,12 @@ class TrtDetector:
         return {name: ms / runs for name, ms in sorted(times.items(), key=lambda pair: -pair[1])}
 
     def close(self):
-        for graph in filter(None, self._graphs.values()):
-            graph.free()
+        for cuda_graph in filter(None, self._cuda_graphs.values()):
+            cuda_graph.free()
         for slot in self._slots:
             slot.free()
         # The order matters: a context outlives neither its engine nor the CUDA context.
-        self._graphs, self._slots, self._context = {}, [], None
+        self._cuda_graphs, self._slots, self._context = {}, [], None
         self._copying_in = self._stream = self._copying_out = None
         self._engine = self._runtime = None
         if self._gpu:
@@ -364,44 +354,3 @@ def explain(errors, version):
     if any(words in text for words in ("outofmemory", "out of memory", "could not be allocated")):
         return "too little GPU memory; free some, or build it for a smaller --batch"
     return f"it is no whole TensorRT engine (truncated?); {REBUILD}"
-
-
-class CudaGraph:
-    """Work captured from a stream, replayed at once. pycuda has no call for it, the driver has (CUDA driver API, Graphs)."""
-
-    _driver = None
-    THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
-
-    def __init__(self, stream, graph, executable):
-        self._stream, self._graph, self._executable = stream, graph, executable
-
-    @classmethod
-    def capture(cls, stream, enqueue):
-        """Captures what `enqueue()` puts on the pycuda stream; None where that cannot be captured."""
-        if cls._driver is None:
-            cls._driver = ctypes.CDLL("libcuda.so.1")
-        driver, handle = cls._driver, ctypes.c_void_p(stream.handle)
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        if driver.cuStreamBeginCapture_v2(handle, cls.THREAD_LOCAL):
-            return None
-        try:
-            enqueue()
-            failed = False
-        except UserError:
-            failed = True
-        failed |= bool(driver.cuStreamEndCapture(handle, ctypes.byref(graph)))
-        if failed or not graph:
-            return None
-        if driver.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)):
-            driver.cuGraphDestroy(graph)
-            return None
-        return cls(handle, graph, executable)
-
-    def launch(self):
-        error = self._driver.cuGraphLaunch(self._executable, self._stream)
-        if error:
-            raise RuntimeError(f"CUDA graph launch failed with error {error}")
-
-    def free(self):
-        self._driver.cuGraphExecDestroy(self._executable)
-        self._driver.cuGraphDestroy(self._graph)

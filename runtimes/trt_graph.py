@@ -6,7 +6,7 @@ Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. B
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_utils import Builder, efficient_nms, replace_tensor
+from onnx_utils import OpBuilder, efficient_nms, replace_tensor
 from runtimes.precision import typed_graph
 
 # EfficientNMS_TRT takes so many images (tests/test_gpu.py) and fails at 2,880, both measured with TensorRT 8.6.
@@ -24,7 +24,7 @@ def prepare(model, most):
         _, count, classes = node.inputs[1].shape
         size = -(-classes // max(1, PLUGIN_MAX_IMAGES // most))
         if size < classes:
-            results = _in_groups(Builder(graph, f"suppression_{number}"), node, count, classes, size)
+            results = _in_groups(OpBuilder(graph, f"suppression_{number}"), node, count, classes, size)
             for old, new in zip(list(node.outputs), results, strict=True):
                 new.shape = old.shape
                 replace_tensor(graph, old, new)
@@ -36,38 +36,38 @@ def prepare(model, most):
     return result
 
 
-def _in_groups(build, node, count, classes, size):
+def _in_groups(ops, node, count, classes, size):
     """The plugin's outputs, computed for groups of `size` classes: num_detections, boxes, scores, classes."""
     boxes, scores = node.inputs
     groups = -(-classes // size)
     missing = groups * size - classes
     if missing:  # classes that are never found
-        scores = build.add("Pad", scores, np.int64([0, 0, 0, 0, 0, missing]), np.float32(0))
-    scores = build.add("Transpose", build.reshape(scores, [0, count, groups, size]), perm=[0, 2, 1, 3])
-    scores = build.reshape(scores, [-1, count, size])
+        scores = ops.add("Pad", scores, np.int64([0, 0, 0, 0, 0, missing]), np.float32(0))
+    scores = ops.add("Transpose", ops.reshape(scores, [0, count, groups, size]), perm=[0, 2, 1, 3])
+    scores = ops.reshape(scores, [-1, count, size])
     if len(boxes.shape) == 4:
         if missing:
-            boxes = build.add("Pad", boxes, np.int64([0, 0, 0, 0, 0, 0, missing, 0]), np.float32(0))
-        boxes = build.add("Transpose", build.reshape(boxes, [0, count, groups, size * 4]), perm=[0, 2, 1, 3])
-        boxes = build.reshape(boxes, [-1, count, size, 4])
+            boxes = ops.add("Pad", boxes, np.int64([0, 0, 0, 0, 0, 0, missing, 0]), np.float32(0))
+        boxes = ops.add("Transpose", ops.reshape(boxes, [0, count, groups, size * 4]), perm=[0, 2, 1, 3])
+        boxes = ops.reshape(boxes, [-1, count, size, 4])
         boxes.shape = [None, count, size, 4]
     else:
-        boxes = build.add("Expand", build.add("Unsqueeze", boxes, np.int64([1])), np.int64([1, groups, 1, 1]))
-        boxes = build.reshape(boxes, [-1, count, 4])
+        boxes = ops.add("Expand", ops.add("Unsqueeze", boxes, np.int64([1])), np.int64([1, groups, 1, 1]))
+        boxes = ops.reshape(boxes, [-1, count, 4])
         boxes.shape = [None, count, 4]
     scores.shape = [None, count, size]
     kept = node.attrs["max_output_boxes"]
     # No group gives more than it has; all together they must have `kept` slots.
     each = min(kept, count * size) if groups * count * size >= kept else kept
     limits = {name: node.attrs[name] for name in ("score_threshold", "iou_threshold")}
-    _, boxes, scores, labels = efficient_nms(build, boxes, scores, max_output_boxes=each, **limits)
+    _, boxes, scores, labels = efficient_nms(ops, boxes, scores, max_output_boxes=each, **limits)
     first = np.repeat(np.arange(groups, dtype=np.int32) * size, each)[None]  # class of each slot's group [1, G * slots]
-    labels = build.add("Add", build.reshape(labels, [-1, groups * each]), first)
-    scores, rows = build.top_k(build.reshape(scores, [-1, groups * each]), kept)
-    boxes = build.gather_rows(build.reshape(boxes, [-1, groups * each, 4]), rows)
-    found = build.add("Greater", scores, np.float32(0), dtype=bool)
-    labels = build.add("Where", found, build.gather_rows(labels, rows), np.int32(0), dtype=np.int32)
-    number = build.add("ReduceSum", build.cast(found, np.int32), np.int64([1]), keepdims=1)
+    labels = ops.add("Add", ops.reshape(labels, [-1, groups * each]), first)
+    scores, rows = ops.top_k(ops.reshape(scores, [-1, groups * each]), kept)
+    boxes = ops.gather_rows(ops.reshape(boxes, [-1, groups * each, 4]), rows)
+    found = ops.add("Greater", scores, np.float32(0), dtype=bool)
+    labels = ops.add("Where", found, ops.gather_rows(labels, rows), np.int32(0), dtype=np.int32)
+    number = ops.add("ReduceSum", ops.cast(found, np.int32), np.int64([1]), keepdims=1)
     return number, boxes, scores, labels
 
 
@@ -90,7 +90,7 @@ def _pool_crops_first(graph):
     Only where no pool reaches from one crop into the next.
     """
     for node in [node for node in graph.nodes if node.op == "GridSample"]:
-        # See detection_graph.crop_features: [B, count, size, size, 2] -> [B, C, count * size, size]
+        # See faster_rcnn.crop_features: [B, count, size, size, 2] -> [B, C, count * size, size]
         # -> [B * count, C, size, size].
         chain = [node]
         for op in ("Reshape", "Transpose", "Reshape", "MaxPool"):
@@ -105,22 +105,22 @@ def _pool_crops_first(graph):
         window, strides = pool.attrs["kernel_shape"], pool.attrs.get("strides", [1, 1])
         if window != strides or window[0] != window[1] or size % window[0] or not _unpadded(pool):
             continue
-        build = Builder(graph, f"{pool.name}/first")
+        ops = OpBuilder(graph, f"{pool.name}/first")
         pooled = np.arange(size // window[0])
         if stride := _common_stride(pool.outputs[0].outputs):
             pooled = pooled[::stride]
             samples = (pooled[:, None] * window[0] + np.arange(window[0])).ravel()  # that the pooled are made of
-            grid = build.reshape(node.inputs[1], [0, count, size, size, 2])
-            grid = build.add("Gather", build.add("Gather", grid, samples, axis=2), samples, axis=3)
-            node.inputs[1] = build.reshape(grid, [0, count * len(samples), len(samples), 2])
+            grid = ops.reshape(node.inputs[1], [0, count, size, size, 2])
+            grid = ops.add("Gather", ops.add("Gather", grid, samples, axis=2), samples, axis=3)
+            node.inputs[1] = ops.reshape(grid, [0, count * len(samples), len(samples), 2])
             node.outputs[0].shape = [None, channels, count * len(samples), len(samples)]
             for convolution in pool.outputs[0].outputs:
                 convolution.attrs["strides"] = [1, 1]
         size = len(pooled)
-        crops = build.add("MaxPool", node.outputs[0], **pool.attrs)
-        crops = build.reshape(crops, [0, channels, count, size, size])
-        crops = build.add("Transpose", crops, **transposed.attrs)
-        crops = build.reshape(crops, [*apart.inputs[1].values[:2].tolist(), size, size])
+        crops = ops.add("MaxPool", node.outputs[0], **pool.attrs)
+        crops = ops.reshape(crops, [0, channels, count, size, size])
+        crops = ops.add("Transpose", crops, **transposed.attrs)
+        crops = ops.reshape(crops, [*apart.inputs[1].values[:2].tolist(), size, size])
         _take_place(graph, pool.outputs[0], crops)
 
 

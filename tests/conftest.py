@@ -10,9 +10,9 @@ import pytest
 
 import create_onnx
 from demo import tiny_mask_rcnn as tiny
-from runtimes.detector import open_detector
+from runtimes import open_detector
 from runtimes.workers import Workers
-from tfod import graph as tf_graph
+from tfod.saved_model import SavedModel, find_saved_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -119,7 +119,7 @@ def saved_model():
 
     @functools.lru_cache(maxsize=2)
     def run(key):
-        return tf_graph.SavedModel(tf_graph.find_saved_model(model_folder(key)))
+        return SavedModel(find_saved_model(model_folder(key)))
 
     return run
 

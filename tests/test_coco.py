@@ -16,8 +16,9 @@ from checks import coco, parity
 from commandline import UserError
 from demo import tiny_mask_rcnn as tiny
 from image_batcher import load_image
-from runtimes.detector import Detections, detect_image, open_detector
-from tfod import graph as tf_graph
+from runtimes import open_detector
+from runtimes.detector import Detections, detect_image
+from tfod.saved_model import SavedModel, find_saved_model
 
 LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
 TRUTH = DEMO / "instances_shapes.json"
@@ -265,7 +266,7 @@ def tiny_masks(tmp_path_factory):
     model = folder / "model.onnx"
     assert create_onnx.main(["--saved_model", str(folder / "model"), "--onnx", str(model)]) == 0
     images, notes = {}, []
-    with open_detector(model) as detector, tf_graph.SavedModel(tf_graph.find_saved_model(folder / "model")) as theirs:
+    with open_detector(model) as detector, SavedModel(find_saved_model(folder / "model")) as theirs:
         for key, path in enumerate(sorted((DEMO / "images").glob("*.jpg"))):
             image = load_image(path)
             images[key] = path.name, *image.shape[:2]

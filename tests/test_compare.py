@@ -1,4 +1,4 @@
-"""compare_tf.py: who belongs to whom, what counts as agreement, and what the pages and pictures show."""
+"""compare_tf.py: what matches what, what counts as agreement, and what the pages and pictures show."""
 
 import json
 
@@ -29,25 +29,25 @@ def compared(theirs, ours, **options):
     return compare_tf.compare_detections("a.jpg", theirs, ours, (100, 200), 0.3, **options)
 
 
-def test_partners_are_of_one_class_and_overlap():
+def test_matches_are_of_one_class_and_overlap():
     theirs = detections((*BOX, 0.9, 1), (*FAR, 0.8, 2), (*BOX, 0.5, 3), (*FAR, 0.1, 4))
     ours = detections((*NEAR, 0.85, 1), (*FAR, 0.8, 5), (*BOX, 0.28, 3), (*FAR, 0.2, 6))
     found = compared(theirs, ours)
     assert [(i, j) for i, j, _ in found.pairs] == [(0, 0), (2, 2)]  # 0.5 against 0.28: one side passes the threshold
     assert found.pairs[0][2] == pytest.approx(0.4 * 0.4 / (0.4 * 0.42), abs=1e-4)
-    assert found.alone == ([1], [1])
+    assert found.unmatched == ([1], [1])
     assert found.classes_differ == 1
     assert found.difference > compared(theirs, theirs).difference == 0
 
 
-def test_each_has_one_partner():
-    """Two detections on one object are not both partners of the same one; the surer chooses first."""
+def test_each_matches_one():
+    """Two detections on one object do not both match the same one; the surer chooses first."""
     theirs = detections((*BOX, 0.9, 1), (*NEAR, 0.8, 1))
     found = compared(theirs, detections((*NEAR, 0.9, 1)))
     assert [(i, j) for i, j, _ in found.pairs] == [(0, 0)]
-    assert found.alone == ([1], [])
+    assert found.unmatched == ([1], [])
     nothing = compared(detections(), detections())
-    assert (nothing.pairs, nothing.alone, nothing.difference) == ([], ([], []), 0)
+    assert (nothing.pairs, nothing.unmatched, nothing.difference) == ([], ([], []), 0)
 
 
 def test_masks_are_compared_as_they_are_pasted():
@@ -64,19 +64,19 @@ def test_the_summary_and_its_verdict():
     near = detections((*BOX, 0.94, 1), (*FAR, 0.46, 2))
     numbers = compare_tf.summarise([compared(theirs, near)] * 3, 0.3, 0.02)
     assert numbers["passed"]
-    assert (numbers["partnered"], numbers["alone_in_tensorflow"], numbers["images"]) == (6, 0, 3)
+    assert (numbers["matched"], numbers["unmatched_in_tensorflow"], numbers["images"]) == (6, 0, 3)
     assert numbers["largest_score_difference"] == pytest.approx(0.01, abs=1e-6)
-    assert [(band["from"], band["to"], band["partnered"]) for band in numbers["bands"]] == [
+    assert [(band["from"], band["to"], band["matched"]) for band in numbers["bands"]] == [
         (0.3, 0.5, 3),
         (0.5, 0.7, 0),
         (0.7, 0.9, 0),
         (0.9, 1.0, 3),
     ]
     assert not compare_tf.summarise([compared(theirs, near)], 0.3, 0.005)["passed"]
-    lonely = compare_tf.summarise([compared(theirs, near), compared(theirs, detections())], 0.3, 0.02)
-    assert not lonely["passed"]
-    assert lonely["share_alone"] == pytest.approx(2 / 6)
-    assert lonely["bands"][0]["alone"] == 1
+    missed = compare_tf.summarise([compared(theirs, near), compared(theirs, detections())], 0.3, 0.02)
+    assert not missed["passed"]
+    assert missed["share_unmatched"] == pytest.approx(2 / 6)
+    assert missed["bands"][0]["unmatched"] == 1
     assert compare_tf.summarise([compared(detections(), detections())], 0.3, 0.02)["passed"]
 
 
@@ -102,7 +102,7 @@ def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
     assert "\nPASSED: " in printed
     assert printed.splitlines()[-1].endswith(f"open {tmp_path / 'report.html'}")
     assert numbers["images"] == 5
-    assert numbers["partnered"] >= 10
+    assert numbers["matched"] >= 10
     assert numbers["largest_score_difference"] < 1e-4
     both = numbers["average_precision"]
     assert both["TensorFlow"]["AP"] == pytest.approx(both["engine"]["AP"], abs=0.001)
@@ -113,28 +113,28 @@ def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
     assert high > 640
     text, pictures, broken, collapsed, too_wide = open_page(tmp_path / "report.html")
     assert "PASSED" in text
-    assert f"partnered detections {numbers['partnered']}" in text
+    assert f"matched detections {numbers['matched']}" in text
     assert f"TensorFlow: AP, AP50 {both['TensorFlow']['AP']:.4f}" in text
     assert "score, ONNX Runtime" in text  # the axis of the scatter plot
     assert (pictures, broken, collapsed, too_wide) == (5, 0, 0, False)
 
 
 def test_a_model_that_differs_fails(convert, tmp_path, capsys):
-    """An engine whose threshold hides what TensorFlow finds: FAILED, and the pictures mark what is alone."""
+    """An engine whose threshold hides what TensorFlow finds: FAILED, and the pictures mark what is unmatched."""
     agreeing = convert("demo", "--batch_size", "dynamic")[0]
     run(tmp_path / "same", capsys, engine=agreeing, num_images=4)
     cut = convert("demo", "--first_nms_threshold", "0.8")[0]
     status, printed, numbers = run(tmp_path / "cut", capsys, engine=cut, num_images=4)
     assert status == 1
     assert "\nFAILED: " in printed
-    assert numbers["alone_in_tensorflow"] > 0
-    assert numbers["alone_in_engine"] == 0
+    assert numbers["unmatched_in_tensorflow"] > 0
+    assert numbers["unmatched_in_engine"] == 0
     names = [path.name for path in (tmp_path / "cut" / "pictures").glob("*.jpg")]
     marked = sum(red_pixels(tmp_path / "cut" / "pictures" / name) for name in names)
     assert marked > 500 + sum(red_pixels(tmp_path / "same" / "pictures" / name) for name in names)
     text = open_page(tmp_path / "cut" / "report.html")[0]
     assert "FAILED" in text
-    assert f"alone in TensorFlow {numbers['alone_in_tensorflow']}" in text
+    assert f"unmatched in TensorFlow {numbers['unmatched_in_tensorflow']}" in text
 
 
 def test_masks_of_the_tiny_model_agree(tiny_masks, tmp_path, capsys):  # noqa: F811
@@ -179,7 +179,7 @@ def test_coco17_agrees_with_tensorflow(convert, coco_images, tmp_path, capsys):
         annotations=need_shared("coco", "instances_val2017_subset.json"),
     )
     assert status == 0
-    assert numbers["partnered"] > 1000
+    assert numbers["matched"] > 1000
     both = numbers["average_precision"]
     for key, known in (("AP", 0.250), ("AP50", 0.407)):
         assert both["TensorFlow"][key] == pytest.approx(known, abs=0.001)

@@ -1,6 +1,7 @@
 """create_onnx.py as a command: what it takes, what it writes, what it says of mistakes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,8 +18,10 @@ from checks import parity
 from commandline import UserError
 from demo import train_demo_ssd as demo
 from image_batcher import load_image, preprocess
-from runtimes.detector import detect_image, open_detector
-from tfod import graph as tf_graph
+from runtimes import open_detector
+from runtimes.detector import detect_image
+from tfod.saved_model import SavedModel
+from tfod.tensorflow_import import import_tensorflow
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 
@@ -140,7 +143,7 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def network():
     """The demo's network with made-up weights that spread its outputs."""
-    tf = tf_graph.import_tensorflow()
+    tf = import_tensorflow()
     tf.keras.utils.set_random_seed(5)
     network = demo.build_network(tf)
     rng = np.random.default_rng(5)
@@ -160,7 +163,7 @@ def test_what_the_config_says_is_what_is_computed(name, network, tmp_path):
     assert status == 0
     model = open_detector(tmp_path / "m.onnx")
     seen = 0
-    with tf_graph.SavedModel(folder / "saved_model") as saved_model:
+    with SavedModel(folder / "saved_model") as saved_model:
         for path in PICTURES:
             image = load_image(path)
             ours = detect_image(model, image)
@@ -255,7 +258,7 @@ def test_files_that_do_not_belong_together(tmp_path, change, said):
 
 
 def test_a_saved_model_of_something_else(tmp_path):
-    tf = tf_graph.import_tensorflow()
+    tf = import_tensorflow()
     module = tf.Module()
     module.f = tf.function(lambda x: {"y": x + 1}, input_signature=[tf.TensorSpec([1], tf.float32)])
     tf.saved_model.save(module, str(tmp_path / "saved_model"), signatures={"serving_default": module.f})
@@ -308,6 +311,18 @@ def test_a_failed_check_exits_1(tmp_path, capsys):
     status = create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")])
     assert status == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_conversion_repeats(convert, exported, tmp_path):
+    """The same bytes, in one process and in another with other hashes, for both kinds of model."""
+    for first, folder in ((convert("demo")[0], DEMO_MODEL), (exported("mask")[1], exported("mask")[0])):
+        options = ["--saved_model", str(folder), "--onnx", str(tmp_path / "again.onnx"), "--no_check"]
+        assert create_onnx.main(options) == 0
+        assert (tmp_path / "again.onnx").read_bytes() == first.read_bytes()
+        code = "import create_onnx, sys; sys.exit(create_onnx.main(sys.argv[1:]))"
+        environment = {**os.environ, "PYTHONHASHSEED": "123"}
+        subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, env=environment, check=True)
+        assert (tmp_path / "again.onnx").read_bytes() == first.read_bytes()
 
 
 def test_metadata_is_json_in_the_file(convert):

@@ -14,8 +14,8 @@ import onnx_utils
 from checks import parity
 from commandline import UserError
 from image_batcher import load_image, preprocess
-from runtimes import ort_graph, quantization, trt_graph
-from runtimes.detector import detect_image, open_detector
+from runtimes import open_detector, ort_graph, quantization, trt_graph
+from runtimes.detector import detect_image
 from runtimes.pipeline import detect_files
 from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
 from runtimes.workers import Workers
@@ -81,8 +81,8 @@ def test_detections_are_onnx_runtimes(engine, batch, precision, tolerance):
     """TF32 and FP16 round; what is certain must be found all the same."""
     wanted, found = both_sides(engine(precision)[0], batch)
     for a, b in zip(wanted, found, strict=True):
-        alone = parity.match_by_overlap(a, b, min_iou=0.7, max_score_difference=tolerance)
-        assert not (a.scores[alone] >= 0.5).any()
+        unmatched = parity.match_by_overlap(a, b, min_iou=0.7, max_score_difference=tolerance)
+        assert not (a.scores[unmatched] >= 0.5).any()
     assert sum((a.scores >= 0.5).sum() for a in wanted) >= 10
 
 
@@ -101,7 +101,7 @@ def test_two_stages_are_onnx_runtimes(name, tolerated, exported, folder):
     """Proposals, crops, second suppression and masks: without TF32 nothing but the order of sums differs.
 
     Where the op CropAndResize cuts ("mask"), the last bit of a box decides whether a sample at the image's border is zero
-    (detection_graph.crop_features): ONNX Runtime itself finds other detections when the input changes by that much.
+    (faster_rcnn.crop_features): ONNX Runtime itself finds other detections when the input changes by that much.
     """
     model = exported(name, "--batch_size", "dynamic")[1]
     engine = folder / f"{name}.trt"
@@ -113,8 +113,8 @@ def test_two_stages_are_onnx_runtimes(name, tolerated, exported, folder):
         batch, shapes = np.stack(tensors), np.float32([place.true_shape for place in places])
         pairs = list(zip(reference.infer(batch, shapes), detector.infer(batch, shapes), strict=True))
     assert sum(len(wanted.scores) for wanted, _ in pairs) == 160
-    alone = [parity.match_by_overlap(*pair, min_iou=0.99, max_score_difference=1e-3) for pair in pairs]
-    assert sum(map(len, alone)) <= tolerated
+    unmatched = [parity.match_by_overlap(*pair, min_iou=0.99, max_score_difference=1e-3) for pair in pairs]
+    assert sum(map(len, unmatched)) <= tolerated
     assert max(parity.match_by_rank(*pair, tie=1e-3).mask_difference for pair in pairs) < 1e-2
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 import image_batcher
 from commandline import UserError
 from image_batcher import ImageBatcher, ImageError, find_images, keep_aspect_size, load_image, preprocess, resize_image
-from runtimes.detector import InputSpec, arrange
+from runtimes.detector import InputSpec, network_inputs
 from runtimes.workers import Workers
-from tfod import graph as tf_graph
+from tfod.tensorflow_import import import_tensorflow
 
 RNG = np.random.default_rng(0)
 FIXED = {"kind": "fixed_shape", "height": 32, "width": 48}
@@ -25,7 +25,7 @@ PADDED = {
 
 @pytest.fixture(scope="module")
 def tf():
-    return tf_graph.import_tensorflow()
+    return import_tensorflow()
 
 
 def noise(height, width):
@@ -139,8 +139,9 @@ def test_batches_keep_their_order_and_skip_bad_files(tmp_path, capsys):
     for i in range(11):
         Image.new("RGB", (40 + i, 30), (i, i, i)).save(tmp_path / f"{i:02}.png")
     (tmp_path / "05.png").write_bytes(b"")
-    batcher = ImageBatcher(find_images(tmp_path), FIXED, 4)
-    batches = list(batcher)
+    with Workers(0) as workers:
+        batcher = ImageBatcher(find_images(tmp_path), FIXED, 4, workers)
+        batches = list(batcher)
     assert [len(b.paths) for b in batches] == [4, 3, 3]
     stems = [path.stem for b in batches for path in b.paths]
     assert stems == [f"{i:02}" for i in range(11) if i != 5]
@@ -173,10 +174,10 @@ def test_images_go_straight_to_where_the_network_takes_them(tmp_path, layout, dt
     with Workers(1000, 12, cores=4 if processes else 1) as workers:
         batcher = ImageBatcher(find_images(tmp_path) * 3, resizer, 2, workers, spec, page_lock)
         for batch in batcher:
-            arranged = arrange(batch.tensor, spec)
+            arranged = network_inputs(batch.tensor, None, spec)[spec.name]
             assert any(np.shares_memory(arranged, array) for array in locked)
             wanted = np.stack([preprocess(load_image(path), resizer)[0] for path in batch.paths])
-            np.testing.assert_array_equal(arranged, arrange(wanted, spec))
+            np.testing.assert_array_equal(arranged, network_inputs(wanted, None, spec)[spec.name])
             seen += [path.stem for path in batch.paths]
             batcher.reuse(batch)
         assert not unlocked  # a GPU may still read it

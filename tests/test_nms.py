@@ -8,7 +8,7 @@ import pytest
 
 import onnx_utils
 from runtimes import ort_graph, trt_graph
-from tfod import detection_graph
+from tfod import faster_rcnn, nms
 
 
 def plugin(boxes, scores, score_threshold, iou_threshold, kept):
@@ -40,8 +40,8 @@ def run(boxes, scores, most=None, **settings):
     graph = gs.Graph(opset=onnx_utils.OPSET)
     a = gs.Variable("boxes", np.float32, ["B", *boxes.shape[1:]])
     b = gs.Variable("scores", np.float32, ["B", *scores.shape[1:]])
-    build = onnx_utils.Builder(graph, "test")
-    graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(build, a, b, **settings)
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(ops, a, b, **settings)
     model = gs.export_onnx(graph)
     model = ort_graph.prepare(trt_graph.prepare(model, most) if most else model)
     onnx.checker.check_model(model)
@@ -96,8 +96,8 @@ def test_tensorrt_gets_as_many_groups_as_it_can_take(most, images):
     boxes = gs.Variable("boxes", np.float32, ["B", 20, 4])
     scores = gs.Variable("scores", np.float32, ["B", 20, 90])
     settings = {"score_threshold": 0.1, "iou_threshold": 0.5, "max_output_boxes": 10}
-    build = onnx_utils.Builder(graph, "test")
-    graph.inputs, graph.outputs = [boxes, scores], onnx_utils.efficient_nms(build, boxes, scores, **settings)
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.inputs, graph.outputs = [boxes, scores], onnx_utils.efficient_nms(ops, boxes, scores, **settings)
     model = trt_graph.prepare(gs.export_onnx(graph), most)
     onnx.checker.check_model(model)
     (node,) = [node for node in gs.import_onnx(model).nodes if node.op == "EfficientNMS_TRT"]
@@ -143,7 +143,7 @@ def test_the_largest_without_sorting(name):
     graph = gs.Graph(opset=onnx_utils.OPSET)
     values = gs.Variable("values", np.float32, ["B", 9000, 1])
     graph.inputs = [values]
-    graph.outputs = [detection_graph.among_most(onnx_utils.Builder(graph, "test"), values, 4096)]
+    graph.outputs = [nms.among_largest(onnx_utils.OpBuilder(graph, "test"), values, 4096)]
     (found,) = evaluate(graph, values=logits)
     for image, chosen in zip(logits, found, strict=True):
         assert chosen[image >= np.sort(image[:, 0])[-4096]].all()
@@ -162,16 +162,16 @@ def test_proposals_are_those_of_all_anchors(name):
     objectness = gs.Variable("objectness", np.float32, ["B", 9000, 2])
     encodings = gs.Variable("encodings", np.float32, ["B", 9000, 4])
     graph.inputs = [objectness, encodings]
-    settings = detection_graph.Suppression(0.0, 0.7, 300, 300)
-    build = onnx_utils.Builder(graph, "test")
+    settings = nms.NmsSettings(0.0, 0.7, 300, 300)
+    ops = onnx_utils.OpBuilder(graph, "test")
     scales = (10.0, 10.0, 5.0, 5.0)
-    proposals = detection_graph.add_proposals(build, objectness, encodings, anchors, scales, settings, None)
-    (given,) = [node.inputs[1] for node in graph.nodes if node.op == "EfficientNMS_TRT"]
-    graph.outputs = [*proposals, given]
+    proposals = faster_rcnn.add_proposals(ops, objectness, encodings, anchors, scales, settings, None)
+    (sorted_scores,) = [node.inputs[1] for node in graph.nodes if node.op == "EfficientNMS_TRT"]
+    graph.outputs = [*proposals, sorted_scores]
     pairs = np.stack([np.zeros_like(logits), logits], axis=2)
-    found, valid, given = evaluate(graph, objectness=pairs, encodings=np.zeros((2, 9000, 4), np.float32))
+    found, valid, sorted_scores = evaluate(graph, objectness=pairs, encodings=np.zeros((2, 9000, 4), np.float32))
     if name in ("spread", "far off"):
-        assert np.count_nonzero(given, axis=1).max() < 4150
+        assert np.count_nonzero(sorted_scores, axis=1).max() < 4150
     for i in range(2):
         scores = (1 / (1 + np.exp(-logits[i]))).astype(np.float32)
         tiny = np.finfo(np.float32).tiny

@@ -81,10 +81,10 @@ def test_same_file(key, detector, saved_model):
         theirs = parity.tensorflow_detections(saved_model(key), image, model.metadata)
         ours = detect_image(model, image)
         for a, b in ((theirs, ours), (ours, theirs)):
-            alone = parity.match_by_overlap(a, b, min_iou=0.98, max_score_difference=0.01)
+            unmatched = parity.match_by_overlap(a, b, min_iou=0.98, max_score_difference=0.01)
             # Of 300, one may be decided by an overlap that the noise of resizing moves across the NMS's threshold.
             allowed = max(parity.allowed_unmatched(model.metadata), len(a.scores) // 200)
-            assert sum(a.scores[alone] >= 0.1) <= allowed, path
+            assert sum(a.scores[unmatched] >= 0.1) <= allowed, path
         seen += int((theirs.scores >= 0.1).sum())
     assert seen >= 20, "too few detections to prove anything"
 

@@ -20,7 +20,9 @@ import infer
 from checks import parity
 from commandline import UserError
 from image_batcher import SharedImage, decoded, load_image
-from runtimes.detector import MOST_SIDE_BY_SIDE, detect_image, open_detector
+from runtimes import open_detector
+from runtimes.detector import detect_image
+from runtimes.ort_detector import MOST_SIDE_BY_SIDE
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files
 from runtimes.workers import Workers
 
@@ -52,7 +54,7 @@ def is_its_own(image, path, seconds, found):
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-@pytest.mark.parametrize(("limit", "value"), [("MOST_PIXELS", 1000), ("PIXELS_PART", 1e-7)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_KEPT_BYTES", 1000), ("KEPT_SHARE", 1e-7)])
 def test_large_images_are_read_again(demo_detector, request, kind, limit, value, monkeypatch):
     """Those that do not fit into the memory that processes share for them."""
     monkeypatch.setattr(image_batcher, limit, value)
@@ -68,7 +70,7 @@ def test_large_images_are_read_again(demo_detector, request, kind, limit, value,
 def test_decoded_images_take_a_part_of_the_memory(demo_detector, processes, monkeypatch):
     """Those read ahead half of it: as many again may be waiting to be drawn on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(image_batcher, "PIXELS_PART", 200e6 / memory)
+    monkeypatch.setattr(image_batcher, "KEPT_SHARE", 200e6 / memory)
     batcher = batcher_for(demo_detector, PICTURES * 20, 3, processes, keep_images=True)
     for batch in batcher:
         assert all(image is not None for image in batch.images)

@@ -15,10 +15,11 @@ import onnx_utils
 from checks import parity
 from commandline import UserError
 from image_batcher import load_image, preprocess
-from runtimes import ort_graph, trt_graph
-from runtimes.detector import detect_image, open_detector
-from tfod import detection_graph
-from tfod import graph as tf_graph
+from runtimes import open_detector, ort_graph, trt_graph
+from runtimes.detector import detect_image
+from tfod import faster_rcnn
+from tfod.saved_model import SavedModel
+from tfod.tensorflow_import import import_tensorflow
 from visualize import draw_detections, paste_mask
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -39,7 +40,7 @@ def images():
 def test_detections_are_tensorflows(name, exported):
     folder, path = exported(name)
     counts = []
-    with open_detector(path) as model, tf_graph.SavedModel(folder / "saved_model") as saved_model:
+    with open_detector(path) as model, SavedModel(folder / "saved_model") as saved_model:
         for image, has_places in images():
             theirs = parity.tensorflow_detections(saved_model, image, model.metadata)
             ours = detect_image(model, image)
@@ -153,11 +154,11 @@ def test_crops_are_tensorflows_in_both_ops(zero_outside):
     graph = gs.Graph(opset=onnx_utils.OPSET)
     inputs = [gs.Variable("features", np.float32, ["b", 5, 6, 9]), gs.Variable("boxes", np.float32, ["b", 40, 4])]
     graph.inputs = inputs
-    build = onnx_utils.Builder(graph, "test")
-    graph.outputs = [detection_graph.crop_features(build, *inputs, 40, 7, (6, 9, 5), zero_outside)]
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.outputs = [faster_rcnn.crop_features(ops, *inputs, 40, 7, (6, 9, 5), zero_outside)]
     model = gs.export_onnx(graph.cleanup().toposort())
     model.ir_version = 8
-    tf = tf_graph.import_tensorflow()
+    tf = import_tensorflow()
     image = np.repeat([0, 1], 40)
     wanted = tf.image.crop_and_resize(features.transpose(0, 2, 3, 1), boxes.reshape(-1, 4), image, [7, 7]).numpy()
     prepared = ort_graph.prepare(model)
@@ -172,14 +173,14 @@ def crop_and_convolve(size, window, pool_stride, kernel, strides):
     """A model of crops of 2 images, pooled and convolved by as many convolutions as there are `strides`."""
     graph = gs.Graph(opset=onnx_utils.OPSET)
     graph.inputs = [gs.Variable("features", np.float32, ["b", 5, 6, 9]), gs.Variable("boxes", np.float32, ["b", 10, 4])]
-    build = onnx_utils.Builder(graph, "test")
-    crops = detection_graph.crop_features(build, *graph.inputs, 10, size, (6, 9, 5), True)
-    pooled = build.add("MaxPool", crops, kernel_shape=[window] * 2, strides=[pool_stride] * 2)
+    ops = onnx_utils.OpBuilder(graph, "test")
+    crops = faster_rcnn.crop_features(ops, *graph.inputs, 10, size, (6, 9, 5), True)
+    pooled = ops.add("MaxPool", crops, kernel_shape=[window] * 2, strides=[pool_stride] * 2)
     rng = np.random.default_rng(1)
     for stride in strides:
         weights = rng.normal(size=(3, 5, kernel, kernel)).astype(np.float32)
         settings = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [kernel // 2] * 4}
-        graph.outputs.append(build.add("Conv", pooled, weights, **settings))
+        graph.outputs.append(ops.add("Conv", pooled, weights, **settings))
     model = gs.export_onnx(graph.cleanup().toposort())
     model.ir_version = 8
     return model
@@ -231,7 +232,7 @@ def test_a_sample_beyond_the_border_by_its_last_bit(zero_outside):
     features = np.ones((1, 1, 6, 9), np.float32)
     starts = np.random.default_rng(0).uniform(0, 0.9, 400).astype(np.float32)
     boxes = np.stack([starts, np.zeros(400), np.ones(400), np.full(400, 0.5)], axis=1).astype(np.float32)
-    tf = tf_graph.import_tensorflow()
+    tf = import_tensorflow()
     theirs = tf.image.crop_and_resize(features.transpose(0, 2, 3, 1), boxes, np.zeros(400, int), [7, 7]).numpy()[
         :, -1, 0, 0
     ]
@@ -241,8 +242,8 @@ def test_a_sample_beyond_the_border_by_its_last_bit(zero_outside):
         gs.Variable("features", np.float32, ["b", 1, 6, 9]),
         gs.Variable("boxes", np.float32, ["b", 400, 4]),
     ]
-    build = onnx_utils.Builder(graph, "test")
-    graph.outputs = [detection_graph.crop_features(build, *graph.inputs, 400, 7, (6, 9, 1), zero_outside)]
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.outputs = [faster_rcnn.crop_features(ops, *graph.inputs, 400, 7, (6, 9, 1), zero_outside)]
     model = gs.export_onnx(graph.cleanup().toposort())
     model.ir_version = 8
     for form in (model, ort_graph.prepare(model)):

@@ -213,6 +213,11 @@ def _refuse_post_processing(post, refuse):
         refuse("calibration_config in post_processing")
 
 
+def wrong_config(folder, what):
+    """The UserError of a config that does not describe the SavedModel in `folder`; what: in which point."""
+    return UserError(f"the pipeline.config is not that of {folder}: {what}; use the model's own --pipeline_config")
+
+
 def describe_resizer(resizer):
     """Returns {kind, height, width[, min_dimension, max_dimension, pad_value]}: the network's input and how to fill it.
 

@@ -1,0 +1,183 @@
+"""A TFOD SavedModel and its config -> the ONNX model: the network through tf2onnx, what surrounds it written anew."""
+
+import collections
+import dataclasses
+import sys
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+import onnx_utils
+from commandline import UserError, whole_file
+from tfod import faster_rcnn, ssd
+from tfod.config import describe_resizer, wrong_config
+from tfod.graph import detach_weights, tensor_name
+from tfod.preprocessing import add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
+from tfod.tensorflow_import import silenced
+
+# Field of the config's `model` message -> module, which has
+#   recognise(frozen) -> bool: whether a FrozenGraph is of this kind;
+#   find(frozen, images, config, resizer) -> Parts: `inputs` {name: (tensor, shape)} and `outputs` {name: tensor} of the
+#       network, and what else add_detections needs of the graph;
+#   describe(parts, config, options) -> dict: what the metadata says of this kind of model alone;
+#   add_detections(network, parts, config, metadata, window, folder) -> {output name: tensor}: the post-processing.
+META_ARCHITECTURES = {"ssd": ssd, "faster_rcnn": faster_rcnn}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user chooses; create_onnx.py's options of these names."""
+
+    batch_size: int | None = 1  # None: any number
+    input_type: str = "float32"  # or uint8
+    input_format: str = "NHWC"  # or NCHW
+    first_nms_threshold: float | None = None  # None: the config's
+    second_nms_threshold: float | None = None
+    debug: tuple = ()  # names of tensors or nodes to be outputs too
+    tf2onnx: str | None = None  # file for the network alone
+
+
+@dataclasses.dataclass
+class Network:
+    """The network as a graphsurgeon graph; tensors by the names that a Parts gives them."""
+
+    graph: gs.Graph
+    inputs: dict  # {name: tensor}, the images NCHW
+    outputs: dict  # {name: tensor}
+    shapes: dict  # {name of output: shape for one image}
+
+
+def convert(saved_model, model_config, options):
+    """Converts an open SavedModel with its `model` config message; returns the ONNX model.
+
+    Raises UserError where the SavedModel and the config do not belong together.
+    """
+    kind = next(name for name in META_ARCHITECTURES if model_config.HasField(name))
+    architecture, config = META_ARCHITECTURES[kind], getattr(model_config, kind)
+    resizer = describe_resizer(config.image_resizer)
+    frozen = saved_model.freeze()
+    if not architecture.recognise(frozen):
+        found = [name for name, other in META_ARCHITECTURES.items() if other.recognise(frozen)]
+        raise wrong_config(
+            saved_model.folder, f"it says {kind}, the model is {found[0] if found else 'something else'}"
+        )
+    images = find_preprocessed_images(frozen)
+    colours = probe_preprocessing(frozen, images, resizer)
+    check_colours(config, colours.scale, saved_model.folder)
+    if colours.pad_value is not None:
+        resizer["pad_value"] = colours.pad_value
+
+    parts = architecture.find(frozen, images, config, resizer)
+    network = convert_network(frozen, parts.inputs, parts.outputs)
+    if options.tf2onnx:
+        with whole_file(options.tf2onnx) as path:
+            onnx_utils.save(gs.export_onnx(network.graph), path)
+    metadata = describe(kind, saved_model.folder, config, resizer, options)
+    metadata |= architecture.describe(parts, config, options)
+    make_batch_free(network.graph, {shape[0] for _, shape in parts.inputs.values()})
+    window = add_inputs(network.graph, network.inputs["images"], colours, resizer, options)
+    detections = architecture.add_detections(network, parts, config, metadata, window, saved_model.folder)
+    name_outputs(network.graph, detections, options.batch_size or "batch", metadata)
+    network.graph.cleanup().toposort()
+    if options.debug:
+        add_debug_outputs(network.graph, options.debug)
+    model = gs.export_onnx(network.graph)
+    model.producer_name = "create_onnx.py"
+    onnx_utils.write_metadata(model, metadata)
+    return model
+
+
+def describe(kind, folder, config, resizer, options):
+    """Returns what the metadata says of every model, for those who run the file."""
+    return {
+        "architecture": config.feature_extractor.type,
+        "meta_architecture": kind,
+        "source": folder.resolve().parent.name if folder.name == "saved_model" else folder.name,
+        "num_classes": config.num_classes,
+        # detection_classes + class_offset = the id in the label map (TFOD counts from 1, EfficientNMS from 0).
+        "class_offset": 1,
+        "batch_size": options.batch_size,
+        "input_format": options.input_format,
+        "input_type": options.input_type,
+        "resizer": resizer,
+    }
+
+
+def convert_network(frozen, inputs, outputs):
+    """Converts a part of a FrozenGraph; returns a Network. inputs: {name: (tensor, shape)}; outputs: {name: tensor}.
+
+    With fixed shapes all shape arithmetic folds away. Large weights take no part in the conversion, whose every pass would
+    copy them (SSD ResNet50: 44 s and 10 GB with, 6 s without): they are inputs to tf2onnx, and put back behind it.
+    """
+    import tf2onnx
+
+    subgraph = frozen.extract(outputs.values(), dict(inputs.values()))
+    weights = detach_weights(subgraph)
+    names = {name: tensor_name(tensor) for name, (tensor, _) in inputs.items()}
+    with silenced():
+        model, _ = tf2onnx.convert.from_graph_def(
+            subgraph,
+            input_names=[*names.values(), *map(tensor_name, weights)],
+            output_names=[tensor_name(tensor) for tensor in outputs.values()],
+            opset=onnx_utils.OPSET,
+            inputs_as_nchw=list(names.values()),
+        )
+    graph = gs.import_onnx(model)
+    by_name = {tensor.name: tensor for tensor in graph.inputs}
+    for name, values in weights.items():
+        if tensor := by_name.get(tensor_name(name)):
+            onnx_utils.replace_tensor(graph, tensor, gs.Constant(f"{name}/weights", values))
+    graph.inputs = [by_name[name] for name in names.values()]
+    graph.fold_constants(size_threshold=sys.maxsize).cleanup()
+    onnx_utils.fold_batch_norms(graph)
+    onnx_utils.name_by_place(graph.cleanup())
+    shapes = {name: tensor.shape for name, tensor in zip(outputs, graph.outputs, strict=True)}
+    return Network(
+        graph, dict(zip(names, graph.inputs, strict=True)), dict(zip(outputs, graph.outputs, strict=True)), shapes
+    )
+
+
+def make_batch_free(graph, counts):
+    """Lets a graph that was converted for one image take any batch.
+
+    Every Reshape to a shape that begins with one of the inputs' first dimensions (`counts`: 1 image, 300 crops) has the
+    batch there, as has its input: 0 copies that dimension.
+    """
+    for node in graph.nodes:
+        if node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant):
+            shape = node.inputs[1].values
+            if shape[0] in counts:
+                free = np.concatenate([[0], shape[1:]]).astype(np.int64)
+                node.inputs[1] = gs.Constant(f"{node.name}/any_batch", free)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable):
+            tensor.shape = None  # they hold the 1; TensorRT and ONNX Runtime infer shapes themselves
+
+
+def name_outputs(graph, detections, batch, metadata):
+    """Makes `detections` {name: tensor} the graph's outputs, with their names and shapes."""
+    kept = metadata["max_detections"]
+    shapes = collections.defaultdict(
+        lambda: [batch, kept],
+        num_detections=[batch, 1],
+        detection_boxes=[batch, kept, 4],
+        detection_masks=[batch, kept, *(metadata["mask_size"] or ())],
+    )
+    graph.outputs = list(detections.values())
+    for name, tensor in detections.items():
+        tensor.name, tensor.shape = name, shapes[name]
+
+
+def add_debug_outputs(graph, names):
+    """Makes the tensors of these names (or the first outputs of the nodes of these names) outputs too."""
+    inferred = gs.import_onnx(onnx.shape_inference.infer_shapes(gs.export_onnx(graph))).tensors()
+    tensors, nodes = graph.tensors(), {node.name: node for node in graph.nodes}
+    for name in names:
+        tensor = nodes[name].outputs[0] if name in nodes else tensors.get(name)
+        if not isinstance(tensor, gs.Variable) or inferred[tensor.name].shape is None:
+            raise UserError(
+                f"--debug {name}: no such tensor of known shape in the ONNX graph; --tf2onnx FILE shows the names"
+            )
+        tensor.dtype, tensor.shape = inferred[tensor.name].dtype, inferred[tensor.name].shape
+        graph.outputs.append(tensor)

@@ -1,0 +1,131 @@
+"""A TFOD SavedModel: found, loaded, run untouched for its own results, and frozen to a flat graph.
+
+TFOD need not be installed. The SavedModel is loaded through TF1's loader: `tf.saved_model.load` rebuilds every function as
+a Python object and alone takes as long as loading, freezing and inlining do here (BENCHMARKS.md).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from commandline import UserError
+from tfod.graph import FrozenGraph
+from tfod.tensorflow_import import first_line, import_tensorflow, silenced
+
+
+def find_saved_model(path):
+    """Returns the folder that holds saved_model.pb: `path` itself or its saved_model/. Raises UserError if neither."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"--saved_model {path}: no such folder")
+    for folder in (path, path / "saved_model"):
+        if (folder / "saved_model.pb").is_file():
+            return folder
+    raise UserError(
+        f"--saved_model {path}: no saved_model.pb there; give the unpacked export or its saved_model folder"
+    )
+
+
+def find_pipeline_config(saved_model):
+    """Returns the pipeline.config beside the folder `saved_model` (as TFOD exports it) or in it; raises UserError if none."""
+    for folder in (saved_model.resolve().parent, saved_model):
+        if (folder / "pipeline.config").is_file():
+            return folder / "pipeline.config"
+    raise UserError(f"no pipeline.config beside {saved_model}: name the model's own with --pipeline_config")
+
+
+class SavedModel:
+    """A loaded TFOD SavedModel: `detect` runs it untouched, `graph_def` is its frozen, inlined graph. A context manager."""
+
+    OUTPUTS = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
+    RAW = ("raw_detection_boxes", "raw_detection_scores")
+
+    def __init__(self, folder):
+        """folder: what find_saved_model returned. Raises UserError for a SavedModel that is no TFOD detector."""
+        tf = import_tensorflow()
+        self.folder = Path(folder)
+        self._graph = tf.Graph()
+        self._session = tf.compat.v1.Session(graph=self._graph)
+        try:
+            with self._graph.as_default():
+                meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(folder))
+        except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
+            self.close()
+            raise UserError(
+                f"{folder} cannot be loaded as a SavedModel ({first_line(error)}); export it again"
+            ) from error
+        try:
+            self._find_signature(meta)
+        except UserError:
+            self.close()
+            raise
+
+    def _find_signature(self, meta):
+        signature = meta.signature_def.get("serving_default")
+        wrong = f"{self.folder} is not a TFOD detection model: "
+        if signature is None:
+            raise UserError(f"{wrong}it has no signature serving_default; export it with TFOD's exporter_main_v2.py")
+        missing = [name for name in self.OUTPUTS + self.RAW if name not in signature.outputs]
+        if missing:
+            raise UserError(f"{wrong}its signature lacks {', '.join(missing)}; export it with exporter_main_v2.py")
+        if len(signature.inputs) != 1:
+            raise UserError(f"{wrong}it has {len(signature.inputs)} inputs, not one image tensor; re-export it")
+        info = next(iter(signature.inputs.values()))
+        self.input = info.name
+        self.input_dtype = np.dtype(import_tensorflow().dtypes.as_dtype(info.dtype).as_numpy_dtype)
+        if self.input_dtype not in (np.uint8, np.float32) or len(info.tensor_shape.dim) != 4:
+            raise UserError(
+                f"{wrong}its input is not an image_tensor or float_image_tensor; re-export with --input_type image_tensor"
+            )
+        self.outputs = {key: value.name for key, value in signature.outputs.items()}
+
+    def detect(self, image):
+        """Runs the untouched model on one RGB image [H, W, 3], 0..255 (uint8, or float32 for a float export).
+
+        Returns {output name: array without the batch dimension} for all outputs of the signature: detection_boxes [M, 4]
+        yxyx normalised to the image, detection_scores [M], detection_classes [M] (1-based, float), ...
+        """
+        feed = {self.input: np.asarray(image)[None].astype(self.input_dtype)}
+        results = self._session.run(self.outputs, feed)
+        return {key: value[0] for key, value in results.items()}
+
+    def freeze(self):
+        """Returns the model as a FrozenGraph: variables are constants, functions are inlined, outputs keep their keys."""
+        tf = import_tensorflow()
+        with self._graph.as_default(), silenced():
+            keys = [*self.RAW, "detection_boxes", *(["detection_masks"] if "detection_masks" in self.outputs else [])]
+            names = {key: f"tfod_output/{key}" for key in keys}
+            for key, name in names.items():
+                tf.identity(self._graph.get_tensor_by_name(self.outputs[key]), name=name)
+            frozen = tf.compat.v1.graph_util.convert_variables_to_constants(
+                self._session, self._graph.as_graph_def(), list(names.values())
+            )
+        return FrozenGraph(_inline_functions(frozen, list(names.values())), self.input, names)
+
+    def close(self):
+        self._session.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _inline_functions(graph_def, outputs):
+    """Returns `graph_def` with every function call replaced by the function's body (TensorFlow's own graph optimizer)."""
+    tf = import_tensorflow()
+    from tensorflow.python.grappler import tf_optimizer
+
+    config = tf.compat.v1.ConfigProto()
+    rewrite = config.graph_options.rewrite_options
+    rewrite.min_graph_nodes = -1
+    rewrite.meta_optimizer_iterations = rewrite.ONE
+    rewrite.optimizers.append("function")
+    # Without AGGRESSIVE, a call of a stateful function is specialised but stays a call.
+    rewrite.function_optimization = rewrite.AGGRESSIVE
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(graph_def, name="")
+        meta = tf.compat.v1.train.export_meta_graph(graph_def=graph_def, graph=graph)
+    meta.collection_def["train_op"].node_list.value.extend(outputs)
+    return tf_optimizer.OptimizeGraph(config, meta)

@@ -1,0 +1,112 @@
+"""SSD and RetinaNet (TFOD's meta-architecture `ssd`): found in the TensorFlow graph, post-processing written in ONNX.
+
+Shapes: B images, N anchors, K candidates, C classes, M detections. Boxes are [ymin, xmin, ymax, xmax], normalised to the
+network's input; windows: see boxes.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from onnx_utils import OpBuilder
+from tfod.boxes import centre_and_size, decode_boxes, find_box_decoder, to_window
+from tfod.config import wrong_config
+from tfod.heads import ScoreHead, check_converter, find_score_head
+from tfod.nms import add_nms, find_nms_nodes, nms_settings
+
+# Of an SSD's anchors, only the best by their best class go into NMS: the 1,500 best (box, class) pairs are certainly
+# among theirs, and the 100 detections of an image come from far fewer (README, "How many candidates").
+CANDIDATES = 1500
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is found of an SSD in the TensorFlow graph."""
+
+    inputs: dict  # {"images": (tensor, shape)}
+    outputs: dict  # {"logits": tensor [B, N, columns], "encodings": tensor [B, N, (1,) 4]}
+    score_head: ScoreHead
+    anchors: np.ndarray  # [N, 4] yxyx
+
+
+def recognise(frozen):
+    """Whether the graph has one stage: nothing is suppressed before the final boxes are computed."""
+    return not find_nms_nodes(frozen, frozen.outputs["raw_detection_boxes"])
+
+
+def find(frozen, images, config, resizer):
+    """Returns the Parts. images: the tensor where the network begins. Raises UserError where a part is not found."""
+    head = find_score_head(frozen, frozen.outputs["raw_detection_scores"])
+    decoder = find_box_decoder(frozen, frozen.outputs["raw_detection_boxes"])
+    shape = [1, resizer["height"], resizer["width"], 3]
+    subgraph = frozen.extract([decoder.references], {images: shape})
+    anchors = frozen.run([decoder.references], subgraph, {})[0].reshape(-1, 4)
+    return Parts({"images": (images, shape)}, {"logits": head.logits, "encodings": decoder.encodings}, head, anchors)
+
+
+def describe(parts, config, options):
+    """What the file's metadata says of an SSD alone."""
+    nms = config.post_processing.batch_non_max_suppression
+    override = options.first_nms_threshold
+    return {
+        "score_threshold": nms.score_threshold if override is None else override,
+        "config_score_threshold": nms.score_threshold,
+        "iou_threshold": nms.iou_threshold,
+        "max_detections": nms.max_total_detections,
+        "mask_size": None,
+    }
+
+
+def add_detections(network, parts, config, metadata, window, folder):
+    """Adds TFOD's post-processing (ssd_meta_arch.postprocess) behind a convert.Network of the Parts.
+
+    Returns {output name: tensor}. Raises UserError where the config does not fit the network.
+    """
+    boxes, columns = network.shapes["logits"][1:]
+    background = bool(config.add_background_class)
+    if columns != config.num_classes + background:
+        raise wrong_config(folder, f"it says {config.num_classes} classes, the model predicts {columns - background}")
+    if boxes != len(parts.anchors):
+        what = f"the model predicts {boxes} boxes for {len(parts.anchors)} anchors at the config's input size"
+        raise wrong_config(folder, what)
+    check_converter(parts.score_head, config.post_processing, folder)
+    settings = nms_settings(config.post_processing, metadata["score_threshold"])
+    ops = OpBuilder(network.graph, "postprocessing")
+    # The plain predictors hold boxes as [B, N, 1, 4].
+    logits = ops.reshape(network.outputs["logits"], [0, -1, columns])
+    encodings = ops.reshape(network.outputs["encodings"], [0, -1, 4])
+    scores, rows = _best_anchors(ops, logits, columns if background else None, parts)
+    coder = config.box_coder.faster_rcnn_box_coder
+    scales = (coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale)
+    reference = ops.add("Gather", centre_and_size(parts.anchors), rows, axis=0)  # [B, K, 4]
+    boxes = decode_boxes(ops, ops.gather_rows(encodings, rows), reference, scales)
+    boxes.shape = [None, min(CANDIDATES, len(parts.anchors)), 4]
+    found = add_nms(ops, boxes, scores, settings, window, mostly_zero=True)
+    return {
+        "num_detections": found.number,
+        "detection_boxes": to_window(ops, found.boxes, window),
+        "detection_scores": found.scores,
+        "detection_classes": found.classes,
+    }
+
+
+def _best_anchors(ops, logits, columns, parts):
+    """The K best anchors by their best class: (scores [B, K, C], rows [B, K]).
+
+    logits: [B, N, columns]. columns: their number where the first is the background, else None.
+    """
+    head = parts.score_head
+    # A sigmoid rises with its logit: the best logits are the best scores, and only theirs need to be computed.
+    scores = logits if head.converter == "SIGMOID" else head.convert(ops, logits)
+    if columns:
+        scores = ops.slice(scores, 2, 1, columns)
+    candidates = min(CANDIDATES, len(parts.anchors))
+    best, rows = ops.top_k(ops.add("ReduceMax", scores, axes=[2], keepdims=0), candidates)  # [B, K]
+    scores = ops.gather_rows(scores, rows)
+    # What scores less than the last of these anchors does in its best class is not among the K best pairs: no need to
+    # sort it.
+    last = ops.add("Unsqueeze", ops.slice(best, 1, candidates - 1, candidates), np.int64([2]))
+    among_best = ops.add("GreaterOrEqual", scores, last, dtype=bool)
+    if head.converter == "SIGMOID":
+        scores = head.convert(ops, scores)
+    return ops.add("Where", among_best, scores, np.float32(0), dtype=np.float32), rows
