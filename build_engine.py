@@ -144,13 +144,13 @@ def find_calibration(args, model):
         warn(f"--calib_cache {args.calib_cache}: {reason}; calibrating anew")
     if args.calib_num_images < 1 or args.calib_batch_size < 1:
         raise UserError("--calib_num_images and --calib_batch_size: give numbers from 1 on")
-    find_images(args.calib_input)
+    find_images(args.calib_input, "--calib_input")
     return None
 
 
 def calibrate(args, model, metadata):
     """Calibrates on --calib_input, finds the layers to leave in FP16, writes --calib_cache; returns (ranges, names)."""
-    files = find_images(args.calib_input)[: args.calib_num_images]
+    files = find_images(args.calib_input, "--calib_input")[: args.calib_num_images]
     spec = input_spec(metadata)
     size = spec.batch or args.calib_batch_size
     with Workers(0) as workers:
@@ -233,8 +233,11 @@ def tactic_sources(trt):
 
 
 def engine_name(metadata):
-    """The metadata as JSON: a network's name comes back as its engine's."""
+    """The metadata as JSON: a network's name comes back as its engine's. Without class names where they are too long."""
     name = json.dumps({onnx_utils.METADATA_KEY: metadata}, sort_keys=True, separators=(",", ":"))
+    if len(name.encode()) > LONGEST_NAME and metadata.get("labels"):
+        warn("the class names are too long for an engine: give them to infer.py and compare_tf.py with --labels")
+        return engine_name({**metadata, "labels": None})
     if len(name.encode()) > LONGEST_NAME:
         raise UserError(
             f"the model's metadata is too long for an engine ({len(name)} bytes of {LONGEST_NAME}); "

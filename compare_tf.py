@@ -24,8 +24,9 @@ from commandline import UserError, make_folder, progress, run, warn, whole_file
 from image_batcher import ImageError, find_images, load_image, result_names
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
+from tfod.labels import LABELS_HELP, labels_of
 from tfod.saved_model import SavedModel, find_saved_model
-from visualize import draw_detections, paste_mask, read_labels, side_by_side
+from visualize import draw_detections, paste_mask, side_by_side
 
 # How far scores may be apart, and what share of the detections may be unmatched, by the engine's precision. FP32: two
 # orders of summation in a two-stage network differ by 0.013 (README); FP16 and INT8 round.
@@ -41,7 +42,7 @@ def parse_args(argv=None):
     add("-i", "--input", required=True, help="an image or a folder of images")
     add("-a", "--annotations", help="COCO annotations of the images: adds the ground truth and the AP of both sides")
     add("-o", "--output", required=True, help="folder for the report; created if need be")
-    add("-l", "--labels", help="text file, one class name a line; default: COCO's names for a model of 90 classes")
+    add("-l", "--labels", help=LABELS_HELP)
     add("-n", "--num_images", type=int, metavar="N", help="compare the first N images only")
     add(
         "-t",
@@ -127,7 +128,8 @@ def mask_iou(theirs, i, ours, j, size, threshold):
 
 
 def summarise(comparisons, threshold, tolerance):
-    """The numbers of all images as a dict, with `passed`: both sides agree within the tolerance."""
+    """The numbers of all images as a dict; its `verdict` is PASSED where both sides agree within the tolerance, and
+    NOT COMPARED where neither side has a detection of `threshold` and more."""
     scores = np.concatenate([np.zeros((0, 2)), *(comparison.scores for comparison in comparisons)])
     apart = np.abs(scores[:, 0] - scores[:, 1])
     ious = np.array([iou for comparison in comparisons for _, _, iou in comparison.pairs])
@@ -169,7 +171,8 @@ def summarise(comparisons, threshold, tolerance):
     }
     if masks:
         numbers |= {"smallest_mask_iou": min(masks), "median_mask_iou": float(np.median(masks))}
-    numbers["passed"] = bool((apart.max() if len(apart) else 0) <= tolerance and share <= tolerance)
+    agree = total and (apart.max() if len(apart) else 0) <= tolerance and share <= tolerance
+    numbers["verdict"] = "PASSED" if agree else "FAILED" if total else "NOT COMPARED"
     return numbers
 
 
@@ -192,7 +195,9 @@ def main(argv=None):
         masks = args.detection_type == "segmentation"
         if masks and not metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
-        names = read_labels(args.labels, metadata["num_classes"])
+        names = labels_of(args.labels, metadata, args.engine)
+        # What scores less the engine was told to leave out.
+        args.least = max(args.nms_threshold, metadata["score_threshold"])
         output = make_folder(args.output)
         args.runtime = detector.runtime
         with SavedModel(folder) as saved_model:
@@ -200,11 +205,11 @@ def main(argv=None):
     if not comparisons:
         raise UserError(f"--input {args.input}: none of the {len(files)} images could be read")
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCES[metadata.get("precision", "fp32")]
-    numbers = summarise(comparisons, args.nms_threshold, tolerance)
+    numbers = summarise(comparisons, args.least, tolerance)
     numbers["milliseconds"] = {name: float(np.median(values)) for name, values in times.items()}
     if truth:
         numbers["average_precision"] = both_average_precisions(truth, comparisons, metadata, args)
-    text = verdict(numbers)
+    text = verdict(numbers, args)
     draw_all(comparisons, truth, names, metadata, args, output)
     with whole_file(output / "comparison.json") as path:
         path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
@@ -212,7 +217,7 @@ def main(argv=None):
     print_numbers(numbers)
     print(text)
     print(f"Wrote comparison.json, {len(comparisons)} pictures and report.html. Next: open {output / 'report.html'}")
-    return 0 if numbers["passed"] else 1
+    return 0 if numbers["verdict"] == "PASSED" else 1
 
 
 def run_both(saved_model, detector, files, args):
@@ -238,7 +243,7 @@ def run_both(saved_model, detector, files, args):
             warn(f"{path}: skipped, {error}")
             continue
         size = image.shape[:2]
-        comparisons.append(compare_detections(path, *found.values(), size, args.nms_threshold, mask_threshold))
+        comparisons.append(compare_detections(path, *found.values(), size, args.least, mask_threshold))
     return comparisons, times
 
 
@@ -262,12 +267,21 @@ def both_average_precisions(truth, comparisons, metadata, args):
     return result
 
 
-def verdict(numbers):
+def verdict(numbers, args):
+    """The verdict as a sentence."""
+    if numbers["verdict"] == "NOT COMPARED":
+        advice = "name images with objects in them, or a lower --nms_threshold"
+        if args.least > args.nms_threshold:
+            advice = f"{args.engine} was made to leave out what scores less: name images with objects in them"
+        return f"NOT COMPARED: no detection of {args.least:g} and more in {numbers['images']} images; {advice}"
+    raised = ""
+    if args.least > args.nms_threshold:
+        raised = f"; from {args.least:g} on, which {args.engine} was made for, not {args.nms_threshold:g}"
     return (
-        f"{'PASSED' if numbers['passed'] else 'FAILED'}: {numbers['matched']} detections in {numbers['images']} images"
-        f" matched, {numbers['unmatched_in_tensorflow']} of TensorFlow's and {numbers['unmatched_in_engine']} of the engine's"
-        f" unmatched ({100 * numbers['share_unmatched']:.1f} %), largest score difference {_text(numbers['largest_score_difference'])}"
-        f" (tolerance {numbers['tolerance']:g})"
+        f"{numbers['verdict']}: {numbers['matched']} detections in {numbers['images']} images matched,"
+        f" {numbers['unmatched_in_tensorflow']} of TensorFlow's and {numbers['unmatched_in_engine']} of the engine's"
+        f" unmatched ({100 * numbers['share_unmatched']:.1f} %), largest score difference"
+        f" {_text(numbers['largest_score_difference'])} (tolerance {numbers['tolerance']:g}){raised}"
     )
 
 
@@ -314,7 +328,7 @@ def draw_all(comparisons, truth, names, metadata, args, output):
         for side, found, unmatched in zip(
             ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.unmatched, strict=True
         ):
-            count = int((found.scores >= args.nms_threshold).sum())
+            count = int((found.scores >= args.least).sum())
             title = f"{side}: {count} detection{'s' if count != 1 else ''}" + (
                 f", {len(unmatched)} unmatched" if unmatched else ""
             )
@@ -327,7 +341,7 @@ def draw_all(comparisons, truth, names, metadata, args, output):
 
 
 def draw_side(image, found, unmatched, names, args):
-    shown, pixels = found.above(args.nms_threshold), np.float32(image.shape[:2] * 2)
+    shown, pixels = found.above(args.least), np.float32(image.shape[:2] * 2)
     masks = shown.masks if args.detection_type == "segmentation" else None
     return draw_detections(
         image,
@@ -375,7 +389,7 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
         " All of them are in the folder pictures.",
     )
     parts = [
-        report.verdict(numbers["passed"], text),
+        report.verdict(numbers["verdict"] == "PASSED", text),
         report.section("Numbers", report.table(("", ""), rows(numbers), "numbers")),
         report.section("By score", report.table(columns, bands, "bands")),
         report.section("Score and overlap", report.plots(scatter(comparisons, args.runtime), histogram(comparisons))),

@@ -9,23 +9,20 @@ converter, non-maximum suppression) is written anew from pipeline.config, then c
 
 import argparse
 import dataclasses
-import os
 import time
 from pathlib import Path
 
 import onnx
+import onnx_graphsurgeon as gs
 
 import onnx_utils
-from checks import parity
+from checks.conversion import BUILT_IN, check_conversion, check_override
 from commandline import UserError, check_writable, run, warn, whole_file
-from runtimes import open_detector
+from image_batcher import ImageError, find_images, load_image
 from tfod.config import read_pipeline_config
-from tfod.convert import Options, convert
+from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
+from tfod.labels import find_labels, read_labels
 from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model
-
-# The check's bound on normalised coordinates and scores. Float32 rounding alone reaches 1.2e-3 in a two-stage network
-# (TensorFlow's two sets of CPU kernels differ by as much); a wrong conversion is off by orders of magnitude more.
-TOLERANCE = 2e-3
 
 
 def parse_args(argv=None):
@@ -75,7 +72,17 @@ def parse_args(argv=None):
         help="make this tensor of the ONNX graph (or the first output of this node) an output too; may be repeated",
     )
     add("--tf2onnx", metavar="FILE", help="also write the network without post-processing, as tf2onnx converted it")
-    add("--check_image", metavar="FILE", help="the image for the check; default: a built-in one")
+    add(
+        "-l",
+        "--labels",
+        help="class names to put into the file: a label_map.pbtxt, or a text file with one name a line; default: the label"
+        " map or labels.txt beside the SavedModel, if there is one",
+    )
+    add(
+        "--check_image",
+        metavar="PATH",
+        help="image or folder of images for the check; default: three built-in pictures",
+    )
     add("--no_check", action="store_true", help="do not compare the file with TensorFlow after writing it")
     return parser.parse_args(argv)
 
@@ -106,38 +113,78 @@ def main(argv=None):
     config = read_pipeline_config(config_path)
     for path in filter(None, (args.onnx, args.tf2onnx)):
         check_writable(path)
-    if args.check_image and not os.path.isfile(args.check_image):
-        raise UserError(f"--check_image {args.check_image}: no such file")
+    pictures = read_pictures(args.check_image) if args.check_image else None
     if args.second_nms_threshold is not None and config.HasField("ssd"):
         warn("--second_nms_threshold has no effect: an SSD model has one NMS, set with --first_nms_threshold")
-    with SavedModel(folder) as saved_model:
-        options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Options)}
-        model = convert(saved_model, config, Options(**options))
-        onnx.checker.check_model(model)
-        with whole_file(args.onnx) as path:
-            onnx_utils.save(model, path)
-        print(f"Converted in {time.perf_counter() - started:.1f} s: {len(model.graph.node)} nodes")
-        passed = args.no_check or check(saved_model, args)
-    size = Path(args.onnx).stat().st_size / 1e6
-    print(
-        f"Wrote {args.onnx} ({size:.1f} MB). Next: python infer.py --engine {args.onnx} --input IMAGES --output results"
+    labels = find_class_names(args.labels, folder, config)
+    options = Options(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name != "labels"},
+        labels=labels,
     )
+    with SavedModel(folder) as saved_model:
+        model = read_model(saved_model, config)
+        if args.tf2onnx:
+            with whole_file(args.tf2onnx) as path:
+                onnx_utils.save(gs.export_onnx(model.network.graph), path)
+        written = write_model(model, options)
+        onnx.checker.check_model(written)
+        with whole_file(args.onnx) as path:
+            onnx_utils.save(written, path)
+        print(f"Converted in {time.perf_counter() - started:.1f} s: {len(written.graph.node)} nodes")
+        passed = args.no_check or check(saved_model, model, written, options, args, pictures)
+    size = Path(args.onnx).stat().st_size / 1e6
+    following = f"python infer.py --engine {args.onnx} --input IMAGES --output results"
+    if not passed:
+        following = f"python compare_tf.py --engine {args.onnx} --saved_model {args.saved_model} --input IMAGES --output comparison"
+    print(f"Wrote {args.onnx} ({size:.1f} MB). Next: {following}")
     return 0 if passed else 1
 
 
-def check(saved_model, args):
-    """Compares args.onnx on ONNX Runtime with TensorFlow on one image, prints the verdict, returns whether it passed."""
-    with open_detector(args.onnx) as detector:
-        report = parity.compare(saved_model, detector, args.check_image, TOLERANCE)
-    largest = max(report.box_difference, report.score_difference, report.mask_difference)
-    passed = largest <= TOLERANCE and report.unmatched <= parity.allowed_unmatched(detector.metadata)
-    masks = f", mask difference {report.mask_difference:.1e}" if detector.metadata["mask_size"] else ""
-    print(
-        f"{'PASSED' if passed else 'FAILED'}: {report.compared} detections of TensorFlow and ONNX Runtime on"
-        f" {args.check_image or 'the built-in image'}: largest box difference {report.box_difference:.1e},"
-        f" score difference {report.score_difference:.1e}{masks} (tolerance {TOLERANCE:.0e}), {report.unmatched} unmatched"
-    )
-    return passed
+def find_class_names(path, folder, config):
+    """The names of --labels, or of a file beside the SavedModel; None where there are none."""
+    count = max(config.ssd.num_classes, config.faster_rcnn.num_classes)
+    if path:
+        return read_labels(path, count)
+    path, names = find_labels([folder.resolve().parent, folder, folder / "assets"], count)
+    if path:
+        print(f"Class names: {count}, of {path}")
+    return names
+
+
+def read_pictures(path):
+    """The images of --check_image, as RGB arrays."""
+    pictures = []
+    for file in find_images(path, "--check_image"):
+        try:
+            pictures.append(load_image(file))
+        except ImageError as error:
+            raise UserError(f"--check_image {file}: {error}; name another image") from error
+    return pictures
+
+
+def check(saved_model, model, written, options, args, pictures):
+    """Compares what was written with TensorFlow, prints the verdicts, returns whether all passed."""
+    where = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {args.check_image}" if pictures else BUILT_IN
+    reference = written if options == options.by_config else write_model(model, options.by_config)
+    verdicts = [
+        check_conversion(
+            saved_model, args.onnx, reference, lambda: write_model(model, options.by_config, raw=True), pictures, where
+        )
+    ]
+    metadata = onnx_utils.read_metadata(written, args.onnx)
+    threshold = metadata["score_threshold"]
+    if threshold != metadata["config_score_threshold"]:
+        option = META_ARCHITECTURES[model.kind].THRESHOLD_OPTION
+        reference = write_model(model, dataclasses.replace(options, **{option: None}))
+        least = max(threshold, metadata["config_score_threshold"])
+        text = f"--{option} {threshold:g}"
+        verdicts.append(check_override(args.onnx, written, reference, text, least, pictures, where))
+    for verdict in verdicts:
+        print(verdict)
+    if model.kind == "faster_rcnn" and options.first_nms_threshold is not None:
+        first = options.first_nms_threshold
+        print(f"--first_nms_threshold {first:g} changes the proposals: that threshold itself is not checked")
+    return all(verdict.word == "PASSED" for verdict in verdicts)
 
 
 if __name__ == "__main__":

@@ -67,16 +67,16 @@ class Batch:
         return np.float32([placement.true_shape for placement in self.placements])
 
 
-def find_images(path):
+def find_images(path, option="--input"):
     """Returns the image files of a folder, sorted by name, or [path] for a file. Raises UserError if there are none."""
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"--input {path}: no such file or folder")
+        raise UserError(f"{option} {path}: no such file or folder")
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS and file.is_file())
     if not found:
-        raise UserError(f"--input {path}: no images there ({', '.join(EXTENSIONS)}); name another folder")
+        raise UserError(f"{option} {path}: no images there ({', '.join(EXTENSIONS)}); name another folder")
     return found
 
 

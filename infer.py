@@ -5,7 +5,7 @@
     python infer.py --engine engine.trt --input photos --benchmark --batch_size 8
 
 Each line of NAME.tsv is a detection: xmin, ymin, xmax, ymax (pixels of the original image), score, class (0-based: the
-line of the labels file). Exit status 1 if an image could not be read.
+line of a labels file). Exit status 1 if an image could not be read.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from image_batcher import ImageBatcher, decoded, find_images, result_names, simp
 from runtimes import open_detector
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
 from runtimes.workers import Workers
-from visualize import draw_detections, read_labels
+from tfod.labels import LABELS_HELP, labels_of
+from visualize import draw_detections
 
 # JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.
 JPEG_QUALITY = 92
@@ -34,7 +35,7 @@ def parse_args(argv=None):
     add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
     add("-i", "--input", required=True, help="an image or a folder of images (jpg, jpeg, png, bmp)")
     add("-o", "--output", help="folder for the results; created if need be")
-    add("-l", "--labels", help="text file, one class name a line; default: COCO's names for a model of 90 classes")
+    add("-l", "--labels", help=LABELS_HELP)
     add(
         "-t",
         "--nms_threshold",
@@ -98,7 +99,7 @@ def main(argv=None):
     with open_detector(args.engine) as detector:
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
-        labels = read_labels(args.labels, detector.metadata["num_classes"])
+        labels = labels_of(args.labels, detector.metadata, args.engine)
         size = choose_batch_size(detector, args.batch_size, 1)
         output = make_folder(args.output)
         return process(detector, files, size, output, labels, args)

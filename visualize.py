@@ -3,35 +3,9 @@
 import colorsys
 import functools
 import itertools
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from commandline import UserError
-
-COCO_LABELS = Path(__file__).resolve().parent / "labels_coco.txt"
-
-
-def read_labels(path, num_classes):
-    """Returns the class names, line i for class i (0-based).
-
-    path: a text file, one name a line; None: labels_coco.txt for a model of COCO's 90 classes, else "class 1" and so on
-    (the ids of the label map). Raises UserError if the file is missing or has too few lines.
-    """
-    if path is None:
-        if num_classes not in (90, 91):
-            return [f"class {i + 1}" for i in range(num_classes)]
-        path = COCO_LABELS
-    try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels {path}: cannot be read; give a text file with one class name a line") from error
-    if len(names) < num_classes:
-        raise UserError(
-            f"--labels {path}: {len(names)} lines for {num_classes} classes; one name a line, in class order"
-        )
-    return names
 
 
 @functools.cache
@@ -89,6 +63,7 @@ def _blend_masks(image, masks, boxes, classes, order, threshold):
 
 def draw_detections(image, boxes, scores, classes, names, masks=None, mask_threshold=0.5, with_scores=True, dashed=()):
     """Draws boxes [N, 4] yxyx in pixels on RGB [H, W, 3]; scores [N] and classes [N] (0-based) label them.
+    names: of the classes, None for one without a name.
 
     masks: [N, h, w], each over its box, or None. with_scores: write the scores too. dashed: boxes
     that get a frame to be noticed (mark_dashed). Returns a Pillow image. Line width and text follow the image's size;
@@ -110,7 +85,7 @@ def draw_detections(image, boxes, scores, classes, names, masks=None, mask_thres
     taken = []
     for i in order[::-1]:
         label = int(classes[i])
-        name = names[label] if label < len(names) else f"class {label + 1}"
+        name = (names[label] if label < len(names) else None) or f"class {label}"
         words = [f"{name} ", f"{scores[i]:.2f}"] if with_scores else [name]
         _draw_label(draw, picture.size, boxes[i], words, class_colour(label), font_size, line, taken)
     return picture

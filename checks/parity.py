@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from image_batcher import load_image, resize_image
+from image_batcher import resize_image
 from runtimes.detector import Detections, detect_image
 from tfod.boxes import box_iou
 
@@ -27,22 +27,29 @@ class Report:
 FAR = 0.01
 
 
-def compare(saved_model, detector, image=None, tie=1e-4):
+def compare(saved_model, detector, image, tie=1e-4):
     """Runs an open SavedModel and an open detector on the same network input; returns a Report.
 
-    image: a file, or None for a built-in picture. It is brought to a size first that TensorFlow's own resizer leaves as
-    it is, so that both sides see the same tensor. tie: see match_by_rank.
+    image: RGB [H, W, 3], brought to a size first that TensorFlow's own resizer leaves as it is, so that both sides see the
+    same tensor. tie: see match_by_rank.
     """
-    resizer = detector.metadata["resizer"]
-    height, width = resizer.get("min_dimension", resizer["height"]), resizer["width"]
-    if image is None:
-        pixels = built_in_image(height, width)
-    else:
-        pixels = np.rint(resize_image(load_image(image), height, width)).astype(np.uint8)
+    pixels = network_pixels(image, detector.metadata["resizer"])
     theirs = tensorflow_detections(saved_model, pixels, detector.metadata)
     # An overridden threshold leaves one side with more than the other has to compare.
     least = max(detector.metadata["score_threshold"], detector.metadata["config_score_threshold"])
     return match_by_rank(theirs.above(least), detect_image(detector, pixels).above(least), tie)
+
+
+def network_pixels(image, resizer):
+    """RGB [H, W, 3] resized, and rounded, to a size that the model's resizer leaves as it is."""
+    height, width = resizer.get("min_dimension", resizer["height"]), resizer["width"]
+    return np.rint(resize_image(image, height, width)).astype(np.uint8)
+
+
+def join(reports):
+    """One Report of several pictures' reports."""
+    largest = [max(getattr(report, f"{what}_difference") for report in reports) for what in ("box", "score", "mask")]
+    return Report(sum(report.compared for report in reports), sum(report.unmatched for report in reports), *largest)
 
 
 def allowed_unmatched(metadata):
@@ -100,6 +107,35 @@ def match_by_rank(theirs, ours, tie=1e-4):
     return Report(pairs, len(unmatched), box_difference, score_difference, mask_difference)
 
 
+def match_raw(theirs, ours, far):
+    """A Report on all (boxes [N, 4], scores [N, columns]) that detections are chosen from, before NMS.
+
+    Rows that differ by more than `far` in their place may have changed it: proposals of nearly equal score. Boxes reach far beyond
+    the image, so their difference counts in parts of their own size where that is over 1.
+    """
+    scale = np.maximum(1, np.abs(theirs[0]).max(axis=1))  # [N]
+
+    def apart(i, j):  # rows of theirs and ours -> difference of boxes, of scores
+        boxes = np.abs(theirs[0][i] - ours[0][j]).max(axis=-1) / scale[i]
+        return boxes, np.abs(theirs[1][i] - ours[1][j]).max(axis=-1)
+
+    partner = np.arange(len(scale))
+    moved = np.flatnonzero(np.maximum(*apart(partner, partner)) > far)
+    free = set(moved.tolist())
+    unmatched = []
+    for row in moved:
+        choice = np.array(sorted(free))
+        distance = np.maximum(*apart(np.full(len(choice), row), choice))
+        if distance.min() > far:
+            unmatched.append(row)
+        else:
+            partner[row] = choice[distance.argmin()]
+            free.discard(int(partner[row]))
+    rows = np.setdiff1d(np.arange(len(scale)), unmatched)
+    boxes, scores = apart(rows, partner[rows])
+    return Report(len(rows), len(unmatched), float(boxes.max(initial=0)), float(scores.max(initial=0)))
+
+
 def match_by_overlap(theirs, ours, min_iou, max_score_difference):
     """The indices of `theirs` that match none of `ours`: same class, IoU and score as close as asked.
 
@@ -113,19 +149,3 @@ def match_by_overlap(theirs, ours, min_iou, max_score_difference):
     if len(theirs.scores) == len(ours.scores) > 0:
         unmatched &= theirs.scores > ours.scores[-1] + max_score_difference
     return np.flatnonzero(unmatched)
-
-
-def built_in_image(height, width):
-    """A made-up RGB picture [height, width, 3] uint8 with edges, textures and colours at all scales."""
-    rng = np.random.default_rng(7)
-    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-    image = np.stack([200 * x, 200 * y, 200 * (1 - x)], axis=-1)
-    for _ in range(40):
-        cy, cx, ry, rx = *rng.random(2), *(0.02 + 0.25 * rng.random(2) ** 2)
-        inside = (
-            np.hypot((y - cy) / ry, (x - cx) / rx) < 1
-            if rng.random() < 0.5
-            else (abs(y - cy) < ry) & (abs(x - cx) < rx)
-        )
-        image[inside] = rng.integers(0, 256, 3) + 20 * np.sin(rng.uniform(20, 200) * (x + y))[inside, None]
-    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)

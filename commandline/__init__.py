@@ -1,5 +1,6 @@
 """What the scripts share at the command line: one-line errors, whole files or none, a progress bar on a terminal."""
 
+import codecs
 import contextlib
 import os
 import sys
@@ -31,6 +32,23 @@ def run(main):
 def warn(text):
     """Prints a one-line warning, past a progress bar if one is shown."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def decode_text(data):
+    """The text of a user's file: UTF-8 or UTF-16, with a byte order mark or without, else the cp1252 of Windows.
+
+    Lines end with \\n. Raises ValueError for what is no text.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16")
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("cp1252")
+    if "\0" in text:
+        raise ValueError("it is not text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def check_writable(path):

@@ -119,8 +119,8 @@ def exported_module(tf, export):
     def preprocess(image):
         image, size = tf.cast(image, tf.float32), tf.constant([side, side])
         if export.keep_aspect:
-            given = tf.cast(tf.shape(image)[:2], tf.float32)
-            size = tf.cast(tf.round(given * (side / tf.reduce_max(given))), tf.int32)
+            full = tf.cast(tf.shape(image)[:2], tf.float32)
+            size = tf.cast(tf.round(full * (side / tf.reduce_max(full))), tf.int32)
         image = tf.compat.v1.image.resize_bilinear(image[None], size)[0]
         image = tf.image.pad_to_bounding_box(image, 0, 0, side, side)
         return image * (2.0 / 255.0) - 1.0, size
@@ -162,6 +162,8 @@ def exported_module(tf, export):
             tiled = tf.reshape(tf.tile(proposals[:, None], [1, per_box, 1]), [-1, 4])
             boxes = tf.reshape(decode(tf, tf.reshape(codes, [-1, 4]), tiled), [count, per_box, 4])
             per_class = tf.tile(boxes, [1, CLASSES // per_box, 1])
+            best = tf.argmax(scores[:, 1:], axis=1)
+            raw = tf.clip_by_value(tf.gather(per_class, best, batch_dims=1), 0.0, tf.tile(window, [2]))
             limits = (export.per_class, export.total, 0.6, export.score_threshold, window)
             found = suppress(tf, per_class[:valid], scores[:, 1:][:valid], *limits)
             outputs = {
@@ -169,7 +171,7 @@ def exported_module(tf, export):
                 "detection_scores": found[1][None],
                 "detection_classes": found[2][None] + 1,
                 "num_detections": tf.cast(found[3], tf.float32)[None],
-                "raw_detection_boxes": tf.expand_dims(boxes[:, 0] / side, 0),
+                "raw_detection_boxes": (raw / tf.tile(window, [2]))[None],
                 "raw_detection_scores": tf.expand_dims(scores, 0),
             }
             if export.masks:

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from browser import open_page
 from conftest import DEMO, DEMO_MODEL, model_folder, need_shared
@@ -11,6 +13,7 @@ from test_coco import TRUTH, tiny_masks  # noqa: F401  (a fixture)
 
 import compare_tf
 from commandline import UserError
+from onnx_utils import OpBuilder
 from runtimes.detector import Detections
 
 
@@ -63,7 +66,7 @@ def test_the_summary_and_its_verdict():
     theirs = detections((*BOX, 0.95, 1), (*FAR, 0.45, 2))
     near = detections((*BOX, 0.94, 1), (*FAR, 0.46, 2))
     numbers = compare_tf.summarise([compared(theirs, near)] * 3, 0.3, 0.02)
-    assert numbers["passed"]
+    assert numbers["verdict"] == "PASSED"
     assert (numbers["matched"], numbers["unmatched_in_tensorflow"], numbers["images"]) == (6, 0, 3)
     assert numbers["largest_score_difference"] == pytest.approx(0.01, abs=1e-6)
     assert [(band["from"], band["to"], band["matched"]) for band in numbers["bands"]] == [
@@ -72,12 +75,13 @@ def test_the_summary_and_its_verdict():
         (0.7, 0.9, 0),
         (0.9, 1.0, 3),
     ]
-    assert not compare_tf.summarise([compared(theirs, near)], 0.3, 0.005)["passed"]
+    assert compare_tf.summarise([compared(theirs, near)], 0.3, 0.005)["verdict"] == "FAILED"
     missed = compare_tf.summarise([compared(theirs, near), compared(theirs, detections())], 0.3, 0.02)
-    assert not missed["passed"]
+    assert missed["verdict"] == "FAILED"
     assert missed["share_unmatched"] == pytest.approx(2 / 6)
     assert missed["bands"][0]["unmatched"] == 1
-    assert compare_tf.summarise([compared(detections(), detections())], 0.3, 0.02)["passed"]
+    nothing = compare_tf.summarise([compared(detections(), detections())], 0.3, 0.02)
+    assert nothing["verdict"] == "NOT COMPARED"
 
 
 def run(tmp_path, capsys, **changes):
@@ -119,11 +123,24 @@ def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
     assert (pictures, broken, collapsed, too_wide) == (5, 0, 0, False)
 
 
+def half_blind(model, path):
+    """The model with scores of all but two classes set to 0, as a wrong conversion might; its threshold is unchanged."""
+    graph = gs.import_onnx(onnx.load(model))
+    (nms,) = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
+    seen = np.float32([1, 1, 0, 0, 0])
+    nms.inputs[1] = OpBuilder(graph, "blind").add("Mul", nms.inputs[1], seen)
+    blind = gs.export_onnx(graph.toposort())
+    blind.metadata_props.extend(onnx.load(model).metadata_props)
+    onnx.save(blind, path)
+    return path
+
+
 def test_a_model_that_differs_fails(convert, tmp_path, capsys):
-    """An engine whose threshold hides what TensorFlow finds: FAILED, and the pictures mark what is unmatched."""
+    """An engine that misses what TensorFlow finds: FAILED, and the pictures mark what is unmatched."""
     agreeing = convert("demo", "--batch_size", "dynamic")[0]
     run(tmp_path / "same", capsys, engine=agreeing, num_images=4)
-    cut = convert("demo", "--first_nms_threshold", "0.8")[0]
+    (tmp_path / "cut").mkdir()
+    cut = half_blind(agreeing, tmp_path / "cut.onnx")
     status, printed, numbers = run(tmp_path / "cut", capsys, engine=cut, num_images=4)
     assert status == 1
     assert "\nFAILED: " in printed
@@ -135,6 +152,19 @@ def test_a_model_that_differs_fails(convert, tmp_path, capsys):
     text = open_page(tmp_path / "cut" / "report.html")[0]
     assert "FAILED" in text
     assert f"unmatched in TensorFlow {numbers['unmatched_in_tensorflow']}" in text
+
+
+def test_what_an_engine_was_made_to_leave_out_is_not_compared(convert, tmp_path, capsys):
+    """From the higher of the two thresholds on, and the verdict says so; a page without detections has not passed."""
+    cut = convert("demo", "--first_nms_threshold", "0.8")[0]
+    status, printed, numbers = run(tmp_path / "cut", capsys, engine=cut, num_images=4)
+    assert (status, numbers["verdict"], numbers["unmatched_in_tensorflow"]) == (0, "PASSED", 0)
+    assert numbers["matched"] > 0
+    assert f"from 0.8 on, which {cut} was made for, not 0.3" in printed
+    status, printed, numbers = run(tmp_path / "empty", capsys, engine=cut, num_images=4, nms_threshold=0.9999)
+    assert (status, numbers["verdict"], numbers["matched"]) == (1, "NOT COMPARED", 0)
+    assert "NOT COMPARED: no detection of 0.9999 and more in 4 images; name images" in printed
+    assert "PASSED" not in open_page(tmp_path / "empty" / "report.html")[0]
 
 
 def test_masks_of_the_tiny_model_agree(tiny_masks, tmp_path, capsys):  # noqa: F811

@@ -15,11 +15,14 @@ from conftest import DEMO, DEMO_MODEL, ROOT, model_folder
 import create_onnx
 import onnx_utils
 from checks import parity
+from checks.conversion import check_conversion
 from commandline import UserError
 from demo import train_demo_ssd as demo
 from image_batcher import load_image, preprocess
 from runtimes import open_detector
 from runtimes.detector import detect_image
+from tfod.config import read_pipeline_config
+from tfod.convert import Options, read_model, write_model
 from tfod.saved_model import SavedModel
 from tfod.tensorflow_import import import_tensorflow
 
@@ -311,6 +314,72 @@ def test_a_failed_check_exits_1(tmp_path, capsys):
     status = create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")])
     assert status == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("threshold", ["0.4", "0.9999"])
+def test_an_override_is_not_what_is_checked(threshold, convert):
+    """The check compares at the config's threshold, then what the override leaves, were it nothing."""
+    printed = convert("demo", "--first_nms_threshold", threshold)[1].splitlines()
+    compared = int(re.match(r"PASSED: (\d+) detections", printed[-3])[1])
+    assert compared >= 100
+    left = re.match(rf"PASSED: --first_nms_threshold {threshold} leaves (\d+) of these (\d+) detections", printed[-2])
+    assert int(left[2]) == compared
+    assert (int(left[1]) == 0) == (threshold == "0.9999")
+
+
+def save_sure_export(network, folder, **changes):
+    """A demo export whose own threshold leaves next to nothing; changes: {old: new} in its config."""
+    tf, net = network
+    demo.save_export(tf, folder, net, demo.make_anchors(), demo.Export(score_threshold=0.9999))
+    for old, new in changes.items():
+        text = (folder / "pipeline.config").read_text()
+        assert old in text
+        (folder / "pipeline.config").write_text(re.sub(rf"{old}: [\d.]+", f"{old}: {new}", text))
+
+
+def test_where_little_is_found_all_anchors_are_compared(network, tmp_path, capsys):
+    save_sure_export(network, tmp_path / "sure")
+    options = ["--saved_model", str(tmp_path / "sure"), "--onnx", str(tmp_path / "m.onnx")]
+    assert create_onnx.main(options) == 0
+    printed = capsys.readouterr().out
+    detections, rows = re.search(r"PASSED: (\d+) detections, and the ([\d,]+) boxes and scores", printed).groups()
+    assert int(detections) < 10
+    assert int(rows.replace(",", "")) == 3 * len(demo.make_anchors())
+    # A wrong box decoder, which no detection would show.
+    save_sure_export(network, tmp_path / "wrong", y_scale=9.0)
+    options[1] = str(tmp_path / "wrong")
+    assert create_onnx.main(options) == 1
+    assert "FAILED: " in capsys.readouterr().out
+
+
+def test_nothing_to_compare_is_no_verdict(network, tmp_path):
+    save_sure_export(network, tmp_path / "sure")
+    with SavedModel(tmp_path / "sure" / "saved_model") as saved_model:
+        model = read_model(saved_model, read_pipeline_config(tmp_path / "sure" / "pipeline.config"))
+        reference = write_model(model, Options())
+        for name in SavedModel.RAW:  # as exports of 2018 are
+            del saved_model.outputs[name]
+        verdict = check_conversion(saved_model, "m.onnx", reference, None)
+    assert verdict.word == "NOT CHECKED"
+    assert "--check_image" in str(verdict)
+
+
+def test_two_stages_compare_what_they_choose_from(exported, capsys):
+    """Of a two-stage model: the boxes and scores of all proposals, where few become detections."""
+    folder, path = exported("thresholds")
+    assert create_onnx.main(["--saved_model", str(folder), "--onnx", str(path), "--check_image", str(PICTURES[0])]) == 0
+    printed = capsys.readouterr().out
+    rows = re.search(r"boxes and scores they are chosen from, of TensorFlow and ONNX Runtime in 1 picture of", printed)
+    assert rows, printed
+
+
+def test_pictures_of_the_users_own(tmp_path, capsys):
+    options = ["--saved_model", str(DEMO_MODEL), "--onnx", str(tmp_path / "m.onnx"), "--check_image"]
+    assert create_onnx.main([*options, str(DEMO / "images")]) == 0
+    assert "PASSED: 800 detections of TensorFlow and ONNX Runtime in 8 pictures of" in capsys.readouterr().out
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"--check_image .*text\.jpg: "):
+        create_onnx.main([*options, str(tmp_path / "text.jpg")])
 
 
 def test_a_conversion_repeats(convert, exported, tmp_path):

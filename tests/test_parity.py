@@ -41,7 +41,7 @@ def test_same_tensor(key, convert, detector, saved_model):
     model, theirs = detector(key, "--batch_size", "dynamic"), saved_model(key)
     reports = []
     for path in test_images(12, key):
-        report = parity.compare(theirs, model, path, tie=tolerance)
+        report = parity.compare(theirs, model, load_image(path), tie=tolerance)
         assert report.unmatched <= parity.allowed_unmatched(model.metadata), path
         assert report.compared >= 94, path
         assert report.box_difference <= tolerance, path

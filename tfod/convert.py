@@ -3,17 +3,18 @@
 import collections
 import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 import onnx_utils
-from commandline import UserError, whole_file
+from commandline import UserError
 from tfod import faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
 from tfod.graph import detach_weights, tensor_name
-from tfod.preprocessing import add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
+from tfod.preprocessing import Colours, add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
 from tfod.tensorflow_import import silenced
 
 # Field of the config's `model` message -> module, which has
@@ -21,8 +22,12 @@ from tfod.tensorflow_import import silenced
 #   find(frozen, images, config, resizer) -> Parts: `inputs` {name: (tensor, shape)} and `outputs` {name: tensor} of the
 #       network, and what else add_detections needs of the graph;
 #   describe(parts, config, options) -> dict: what the metadata says of this kind of model alone;
-#   add_detections(network, parts, config, metadata, window, folder) -> {output name: tensor}: the post-processing.
+#   check_config(network, parts, config, folder): raises UserError where the config does not fit the network;
+#   add_detections(network, parts, config, metadata, window) -> {output name: tensor}: the post-processing;
+#   add_raw_detections(network, parts, config, metadata, window) -> (boxes, scores): what TensorFlow gives as
+#       raw_detection_boxes and raw_detection_scores, all that post-processing chooses from.
 META_ARCHITECTURES = {"ssd": ssd, "faster_rcnn": faster_rcnn}
+RAW_OUTPUTS = ("raw_detection_boxes", "raw_detection_scores")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,12 @@ class Options:
     first_nms_threshold: float | None = None  # None: the config's
     second_nms_threshold: float | None = None
     debug: tuple = ()  # names of tensors or nodes to be outputs too
-    tf2onnx: str | None = None  # file for the network alone
+    labels: list | None = None  # the classes' names, None where one has none
+
+    @property
+    def by_config(self):
+        """The same, with the config's own thresholds."""
+        return dataclasses.replace(self, first_nms_threshold=None, second_nms_threshold=None)
 
 
 @dataclasses.dataclass
@@ -47,60 +57,92 @@ class Network:
     outputs: dict  # {name: tensor}
     shapes: dict  # {name of output: shape for one image}
 
+    def copy(self):
+        """A Network whose graph may be changed."""
+        graph = self.graph.copy()
+        inputs, outputs = (
+            dict(zip(self.inputs, graph.inputs, strict=True)),
+            dict(zip(self.outputs, graph.outputs, strict=True)),
+        )
+        return Network(graph, inputs, outputs, self.shapes)
 
-def convert(saved_model, model_config, options):
-    """Converts an open SavedModel with its `model` config message; returns the ONNX model.
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A SavedModel that was read and converted: files with any Options may be written of it."""
+
+    kind: str  # of META_ARCHITECTURES
+    config: object  # the config message of that kind
+    folder: Path  # of the SavedModel
+    resizer: dict  # of config.describe_resizer
+    colours: Colours
+    parts: object  # Parts of the meta-architecture
+    network: Network
+
+
+def read_model(saved_model, model_config):
+    """Converts an open SavedModel with its `model` config message; returns a Model for write_model.
 
     Raises UserError where the SavedModel and the config do not belong together.
     """
     kind = next(name for name in META_ARCHITECTURES if model_config.HasField(name))
-    architecture, config = META_ARCHITECTURES[kind], getattr(model_config, kind)
+    architecture, config, folder = META_ARCHITECTURES[kind], getattr(model_config, kind), saved_model.folder
     resizer = describe_resizer(config.image_resizer)
     frozen = saved_model.freeze()
     if not architecture.recognise(frozen):
         found = [name for name, other in META_ARCHITECTURES.items() if other.recognise(frozen)]
-        raise wrong_config(
-            saved_model.folder, f"it says {kind}, the model is {found[0] if found else 'something else'}"
-        )
+        raise wrong_config(folder, f"it says {kind}, the model is {found[0] if found else 'something else'}")
     images = find_preprocessed_images(frozen)
     colours = probe_preprocessing(frozen, images, resizer)
-    check_colours(config, colours.scale, saved_model.folder)
+    check_colours(config, colours.scale, folder)
     if colours.pad_value is not None:
         resizer["pad_value"] = colours.pad_value
-
     parts = architecture.find(frozen, images, config, resizer)
     network = convert_network(frozen, parts.inputs, parts.outputs)
-    if options.tf2onnx:
-        with whole_file(options.tf2onnx) as path:
-            onnx_utils.save(gs.export_onnx(network.graph), path)
-    metadata = describe(kind, saved_model.folder, config, resizer, options)
-    metadata |= architecture.describe(parts, config, options)
-    make_batch_free(network.graph, {shape[0] for _, shape in parts.inputs.values()})
-    window = add_inputs(network.graph, network.inputs["images"], colours, resizer, options)
-    detections = architecture.add_detections(network, parts, config, metadata, window, saved_model.folder)
-    name_outputs(network.graph, detections, options.batch_size or "batch", metadata)
+    architecture.check_config(network, parts, config, folder)
+    return Model(kind, config, folder, resizer, colours, parts, network)
+
+
+def write_model(model, options, raw=False):
+    """Returns the ONNX model of a Model.
+
+    raw: its outputs are raw_detection_boxes and raw_detection_scores, for a comparison with TensorFlow's.
+    """
+    architecture, network = META_ARCHITECTURES[model.kind], model.network.copy()
+    metadata = describe(model, options) | architecture.describe(model.parts, model.config, options)
+    make_batch_free(network.graph, {shape[0] for _, shape in model.parts.inputs.values()})
+    window = add_inputs(network.graph, network.inputs["images"], model.colours, model.resizer, options)
+    if raw:
+        boxes, scores = architecture.add_raw_detections(network, model.parts, model.config, metadata, window)
+        network.graph.outputs = [boxes, scores]
+        boxes.name, scores.name = RAW_OUTPUTS
+    else:
+        detections = architecture.add_detections(network, model.parts, model.config, metadata, window)
+        name_outputs(network.graph, detections, options.batch_size or "batch", metadata)
     network.graph.cleanup().toposort()
     if options.debug:
         add_debug_outputs(network.graph, options.debug)
-    model = gs.export_onnx(network.graph)
-    model.producer_name = "create_onnx.py"
-    onnx_utils.write_metadata(model, metadata)
-    return model
+    written = gs.export_onnx(network.graph)
+    written.producer_name = "create_onnx.py"
+    onnx_utils.write_metadata(written, metadata)
+    return written
 
 
-def describe(kind, folder, config, resizer, options):
+def describe(model, options):
     """Returns what the metadata says of every model, for those who run the file."""
+    folder = model.folder
     return {
-        "architecture": config.feature_extractor.type,
-        "meta_architecture": kind,
+        "architecture": model.config.feature_extractor.type,
+        "meta_architecture": model.kind,
         "source": folder.resolve().parent.name if folder.name == "saved_model" else folder.name,
-        "num_classes": config.num_classes,
+        "num_classes": model.config.num_classes,
+        "labels": options.labels,
         # detection_classes + class_offset = the id in the label map (TFOD counts from 1, EfficientNMS from 0).
         "class_offset": 1,
         "batch_size": options.batch_size,
         "input_format": options.input_format,
         "input_type": options.input_type,
-        "resizer": resizer,
+        "resizer": model.resizer,
     }
 
 

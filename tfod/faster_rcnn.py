@@ -11,11 +11,14 @@ import numpy as np
 
 from commandline import UserError
 from onnx_utils import PLUGIN_MAX_PAIRS, OpBuilder, replace_tensor
-from tfod.boxes import centre_and_size, decode_boxes, find_box_decoder, to_window
+from tfod.boxes import centre_and_size, clip_boxes, decode_boxes, find_box_decoder, to_window
 from tfod.config import wrong_config
 from tfod.graph import before_reshaping, node_name
 from tfod.heads import ScoreHead, check_converter, find_score_head
 from tfod.nms import NmsSettings, add_nms, among_largest, find_nms_nodes, nms_settings
+
+# The option that overrides the detections' score threshold.
+THRESHOLD_OPTION = "second_nms_threshold"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _find_mask_logits(frozen):
 def describe(parts, config, options):
     """What the file's metadata says of a two-stage model alone."""
     nms = config.second_stage_post_processing.batch_non_max_suppression
-    first, second = options.first_nms_threshold, options.second_nms_threshold
+    first, second = options.first_nms_threshold, getattr(options, THRESHOLD_OPTION)
     return {
         "score_threshold": nms.score_threshold if second is None else second,
         "config_score_threshold": nms.score_threshold,
@@ -138,38 +141,42 @@ def describe(parts, config, options):
     }
 
 
-def add_detections(network, parts, config, metadata, window, folder):
-    """Joins the stages of a convert.Network of the Parts: proposals, crops, second stage, detections, masks.
-
-    Returns {output name: tensor}. Raises UserError where the config does not fit the network.
-    """
+def check_config(network, parts, config, folder):
+    """Raises UserError where the config does not fit a convert.Network of the Parts."""
     columns = network.shapes["logits"][-1]
     if columns != config.num_classes + 1:
         raise wrong_config(folder, f"it says {config.num_classes} classes, the model predicts {columns - 1}")
     check_converter(parts.score_head, config.second_stage_post_processing, folder)
+
+
+def add_raw_detections(network, parts, config, metadata, window):
+    """Boxes [B, P, 4] of each proposal's best class, clipped, and scores [B, P, columns], background included.
+
+    (faster_rcnn_meta_arch._postprocess_box_classifier: raw_detection_boxes.)
+    """
     ops = OpBuilder(network.graph, "postprocessing")
-    features = ops.add("Transpose", network.outputs["features"], perm=[0, 3, 1, 2])
-    size, feature_shape = config.initial_crop_size, network.shapes["features"][1:]
-    count = config.first_stage_max_proposals
-    threshold, overlap = metadata["proposal_score_threshold"], config.first_stage_nms_iou_threshold
-
-    def crop(at, boxes, number):
-        crops = crop_features(ops, features, boxes, number, size, feature_shape, parts.zero_outside)
-        replace_tensor(network.graph, network.inputs[at], crops)
-
-    proposals, valid = add_proposals(
-        ops,
-        ops.reshape(network.outputs["objectness"], [0, -1, 2]),
-        ops.reshape(network.outputs["proposal_encodings"], [0, -1, 4]),
-        parts.anchors,
-        parts.proposal_scales,
-        NmsSettings(threshold, overlap, count, count),
-        window,
+    proposals, _, _ = _add_first_stage(ops, network, parts, config, metadata, window)
+    columns = network.shapes["logits"][-1]
+    scores = parts.score_head.convert(
+        ops, ops.reshape(network.outputs["logits"], [-1, config.first_stage_max_proposals, columns])
     )
-    crop("crops", proposals, count)
+    boxes = _refined_boxes(ops, network, proposals, parts.box_scales, config)
+    if len(boxes.shape) == 4:
+        best = ops.add("ArgMax", ops.slice(scores, 2, 1, columns), dtype=np.int64, axis=2, keepdims=1)  # [B, P, 1]
+        boxes = ops.add("GatherND", boxes, best, batch_dims=2)
+    return to_window(ops, clip_boxes(ops, boxes, window), window), scores
+
+
+def add_detections(network, parts, config, metadata, window):
+    """Joins the stages of a convert.Network of the Parts: proposals, crops, second stage, detections, masks.
+
+    Returns {output name: tensor}.
+    """
+    ops = OpBuilder(network.graph, "postprocessing")
+    proposals, valid, crop = _add_first_stage(ops, network, parts, config, metadata, window)
     settings = nms_settings(config.second_stage_post_processing, metadata["score_threshold"])
-    scores = _class_scores(ops, network.outputs["logits"], valid, parts.score_head, count, columns)
-    boxes = _refined_boxes(ops, network, proposals, parts.box_scales, count, config.num_classes)
+    scores = _class_scores(ops, network, valid, parts.score_head, config)
+    boxes = _refined_boxes(ops, network, proposals, parts.box_scales, config)
     found = add_nms(ops, boxes, scores, settings, window)
     results = {
         "num_detections": found.number,
@@ -183,6 +190,33 @@ def add_detections(network, parts, config, metadata, window, folder):
         shape = (settings.max_total, network.shapes["masks"][-1], *parts.mask_size)
         results["detection_masks"] = add_masks(ops, logits, found.classes, shape)
     return results
+
+
+def _add_first_stage(ops, network, parts, config, metadata, window):
+    """Adds proposals and the second stage's crops at them.
+
+    Returns (proposals [B, P, 4], valid [B, P] bool, crop(name of an input of the network, boxes [B, n, 4], n)).
+    """
+    features = ops.add("Transpose", network.outputs["features"], perm=[0, 3, 1, 2])
+    size, feature_shape = config.initial_crop_size, network.shapes["features"][1:]
+    count = config.first_stage_max_proposals
+
+    def crop(at, boxes, number):
+        crops = crop_features(ops, features, boxes, number, size, feature_shape, parts.zero_outside)
+        replace_tensor(network.graph, network.inputs[at], crops)
+
+    threshold, overlap = metadata["proposal_score_threshold"], config.first_stage_nms_iou_threshold
+    proposals, valid = add_proposals(
+        ops,
+        ops.reshape(network.outputs["objectness"], [0, -1, 2]),
+        ops.reshape(network.outputs["proposal_encodings"], [0, -1, 4]),
+        parts.anchors,
+        parts.proposal_scales,
+        NmsSettings(threshold, overlap, count, count),
+        window,
+    )
+    crop("crops", proposals, count)
+    return proposals, valid, crop
 
 
 def add_proposals(ops, objectness, encodings, anchors, scales, settings, window):
@@ -238,28 +272,28 @@ def crop_features(ops, features, boxes, count, size, shape, zero_outside):
     return ops.reshape(crops, [-1, channels, size, size])
 
 
-def _class_scores(ops, logits, valid, head, count, columns):
-    """Logits [B * P, columns], valid [B, P] -> scores [B, P, C]: a padded proposal never becomes a detection."""
-    scores = head.convert(ops, ops.reshape(logits, [-1, count, columns]))
+def _class_scores(ops, network, valid, head, config):
+    """Scores [B, P, C] of the second stage's logits and valid [B, P]: a padded proposal never becomes a detection."""
+    count, columns = config.first_stage_max_proposals, network.shapes["logits"][-1]
+    scores = head.convert(ops, ops.reshape(network.outputs["logits"], [-1, count, columns]))
     scores = ops.slice(scores, 2, 1, columns)  # without the background
     valid = ops.add("Unsqueeze", valid, np.int64([2]))
     return ops.add("Where", valid, scores, np.float32(0), dtype=np.float32)
 
 
-def _refined_boxes(ops, network, proposals, scales, count, classes):
+def _refined_boxes(ops, network, proposals, scales, config):
     """Boxes [B, P, 4], shared by the classes, or [B, P, C, 4], of the second stage's encodings and its proposals [B, P, 4].
 
     (faster_rcnn_meta_arch._postprocess_box_classifier.)
     """
-    encodings = network.outputs["encodings"]
     low, high = ops.slice(proposals, 2, 0, 2), ops.slice(proposals, 2, 2, 4)
     size = ops.add("Sub", high, low)
     reference = ops.add("Concat", ops.add("Add", low, ops.add("Mul", size, np.float32(0.5))), size, axis=2)
-    shape = [count, 4]
+    shape = [config.first_stage_max_proposals, 4]
     if network.shapes["encodings"][-1] != 4:
-        shape = [count, classes, 4]
+        shape.insert(1, config.num_classes)
         reference = ops.add("Unsqueeze", reference, np.int64([2]))
-    boxes = decode_boxes(ops, ops.reshape(encodings, [-1, *shape]), reference, scales)
+    boxes = decode_boxes(ops, ops.reshape(network.outputs["encodings"], [-1, *shape]), reference, scales)
     boxes.shape = [None, *shape]
     return boxes
 

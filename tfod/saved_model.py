@@ -79,6 +79,11 @@ class SavedModel:
             )
         self.outputs = {key: value.name for key, value in signature.outputs.items()}
 
+    @property
+    def has_raw_outputs(self):
+        """Whether it gives raw_detection_boxes and raw_detection_scores."""
+        return self.outputs.keys() >= set(self.RAW)
+
     def detect(self, image):
         """Runs the untouched model on one RGB image [H, W, 3], 0..255 (uint8, or float32 for a float export).
 

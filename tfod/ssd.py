@@ -17,6 +17,8 @@ from tfod.nms import add_nms, find_nms_nodes, nms_settings
 # Of an SSD's anchors, only the best by their best class go into NMS: the 1,500 best (box, class) pairs are certainly
 # among theirs, and the 100 detections of an image come from far fewer (README, "How many candidates").
 CANDIDATES = 1500
+# The option that overrides the detections' score threshold.
+THRESHOLD_OPTION = "first_nms_threshold"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ def find(frozen, images, config, resizer):
 def describe(parts, config, options):
     """What the file's metadata says of an SSD alone."""
     nms = config.post_processing.batch_non_max_suppression
-    override = options.first_nms_threshold
+    override = getattr(options, THRESHOLD_OPTION)
     return {
         "score_threshold": nms.score_threshold if override is None else override,
         "config_score_threshold": nms.score_threshold,
@@ -57,11 +59,8 @@ def describe(parts, config, options):
     }
 
 
-def add_detections(network, parts, config, metadata, window, folder):
-    """Adds TFOD's post-processing (ssd_meta_arch.postprocess) behind a convert.Network of the Parts.
-
-    Returns {output name: tensor}. Raises UserError where the config does not fit the network.
-    """
+def check_config(network, parts, config, folder):
+    """Raises UserError where the config does not fit a convert.Network of the Parts."""
     boxes, columns = network.shapes["logits"][1:]
     background = bool(config.add_background_class)
     if columns != config.num_classes + background:
@@ -70,16 +69,41 @@ def add_detections(network, parts, config, metadata, window, folder):
         what = f"the model predicts {boxes} boxes for {len(parts.anchors)} anchors at the config's input size"
         raise wrong_config(folder, what)
     check_converter(parts.score_head, config.post_processing, folder)
+
+
+def _predictions(ops, network):
+    """The head's (logits [B, N, columns], encodings [B, N, 4]); the plain predictors hold boxes as [B, N, 1, 4]."""
+    columns = network.shapes["logits"][-1]
+    return ops.reshape(network.outputs["logits"], [0, -1, columns]), ops.reshape(
+        network.outputs["encodings"], [0, -1, 4]
+    )
+
+
+def _box_scales(config):
+    coder = config.box_coder.faster_rcnn_box_coder
+    return coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale
+
+
+def add_raw_detections(network, parts, config, metadata, window):
+    """Boxes [B, N, 4] and scores [B, N, columns] of all anchors."""
+    ops = OpBuilder(network.graph, "postprocessing")
+    logits, encodings = _predictions(ops, network)
+    boxes = decode_boxes(ops, encodings, centre_and_size(parts.anchors)[None], _box_scales(config))
+    return boxes, parts.score_head.convert(ops, logits)
+
+
+def add_detections(network, parts, config, metadata, window):
+    """Adds TFOD's post-processing (ssd_meta_arch.postprocess) behind a convert.Network of the Parts.
+
+    Returns {output name: tensor}.
+    """
     settings = nms_settings(config.post_processing, metadata["score_threshold"])
     ops = OpBuilder(network.graph, "postprocessing")
-    # The plain predictors hold boxes as [B, N, 1, 4].
-    logits = ops.reshape(network.outputs["logits"], [0, -1, columns])
-    encodings = ops.reshape(network.outputs["encodings"], [0, -1, 4])
-    scores, rows = _best_anchors(ops, logits, columns if background else None, parts)
-    coder = config.box_coder.faster_rcnn_box_coder
-    scales = (coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale)
+    logits, encodings = _predictions(ops, network)
+    columns = network.shapes["logits"][-1] if config.add_background_class else None
+    scores, rows = _best_anchors(ops, logits, columns, parts)
     reference = ops.add("Gather", centre_and_size(parts.anchors), rows, axis=0)  # [B, K, 4]
-    boxes = decode_boxes(ops, ops.gather_rows(encodings, rows), reference, scales)
+    boxes = decode_boxes(ops, ops.gather_rows(encodings, rows), reference, _box_scales(config))
     boxes.shape = [None, min(CANDIDATES, len(parts.anchors)), 4]
     found = add_nms(ops, boxes, scores, settings, window, mostly_zero=True)
     return {

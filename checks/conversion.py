@@ -1,0 +1,124 @@
+"""The converter's check: the file that it wrote against TensorFlow, on pictures."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from checks import parity
+from image_batcher import load_image, preprocess
+from runtimes import ort_graph
+from runtimes.detector import detect_image, network_inputs
+from runtimes.ort_detector import OrtDetector
+
+# The bound on normalised coordinates and scores. Float32 rounding alone reaches 1.2e-3 in a two-stage network
+# (TensorFlow's two sets of CPU kernels differ by as much); a wrong conversion is off by orders of magnitude more.
+TOLERANCE = 2e-3
+# Fewer detections than this prove little: then all that they are chosen from is compared.
+ENOUGH = 10
+PHOTOS = Path(__file__).resolve().parent / "photos"
+BUILT_IN = "3 built-in pictures"
+
+
+def built_in_pictures():
+    """A made-up picture and two photographs, RGB [H, W, 3] uint8."""
+    return [made_up_picture(480, 640), *(load_image(path) for path in sorted(PHOTOS.glob("*.jpg")))]
+
+
+def made_up_picture(height, width):
+    """A made-up RGB picture [height, width, 3] uint8 with edges, textures and colours at all scales."""
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    image = np.stack([200 * x, 200 * y, 200 * (1 - x)], axis=-1)
+    for _ in range(40):
+        cy, cx, ry, rx = *rng.random(2), *(0.02 + 0.25 * rng.random(2) ** 2)
+        inside = (
+            np.hypot((y - cy) / ry, (x - cx) / rx) < 1
+            if rng.random() < 0.5
+            else (abs(y - cy) < ry) & (abs(x - cx) < rx)
+        )
+        image[inside] = rng.integers(0, 256, 3) + 20 * np.sin(rng.uniform(20, 200) * (x + y))[inside, None]
+    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came of a check."""
+
+    word: str  # PASSED, FAILED or NOT CHECKED
+    text: str  # a sentence on what was compared, or on what to do
+
+    def __str__(self):
+        return f"{self.word}: {self.text}"
+
+
+def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUILT_IN):
+    """Compares a converted model with its open SavedModel; returns a Verdict.
+
+    reference: the ONNX model with the config's own thresholds; path: its file, for messages. raw: a function that returns
+    the ONNX model whose outputs are raw (convert.write_model), called where too few detections were found. pictures: RGB
+    arrays, default the built-in ones; where: what to call them.
+    """
+    pictures = pictures or built_in_pictures()
+    with OrtDetector(path, reference) as detector:
+        metadata, spec = detector.metadata, detector.input
+        found = parity.join([parity.compare(saved_model, detector, x, TOLERANCE) for x in pictures])
+    allowed = parity.allowed_unmatched(metadata) * len(pictures)
+    reports, compared = [found], f"{found.compared} detections"
+    if found.compared + found.unmatched < ENOUGH:
+        if not saved_model.has_raw_outputs:
+            return Verdict(
+                "NOT CHECKED",
+                f"{found.compared} detections in {where} are too few to compare, and the SavedModel has no"
+                " raw_detection_boxes; name pictures of what it detects with --check_image",
+            )
+        reports.append(compare_raw(saved_model, raw(), pictures, metadata, spec))
+        allowed += reports[1].compared // 25 if allowed else 0
+        compared += f", and the {reports[1].compared:,} boxes and scores they are chosen from,"
+    report = parity.join(reports)
+    largest = max(report.box_difference, report.score_difference, report.mask_difference)
+    passed = largest <= TOLERANCE and report.unmatched <= allowed
+    masks = f", mask difference {report.mask_difference:.1e}" if metadata["mask_size"] else ""
+    return Verdict(
+        "PASSED" if passed else "FAILED",
+        f"{compared} of TensorFlow and ONNX Runtime in {where}: largest box difference {report.box_difference:.1e},"
+        f" score difference {report.score_difference:.1e}{masks} (tolerance {TOLERANCE:.0e}), {report.unmatched} unmatched",
+    )
+
+
+def compare_raw(saved_model, model, pictures, metadata, spec):
+    """A parity.Report on raw_detection_boxes and raw_detection_scores. model: the ONNX model that gives them."""
+    data = ort_graph.prepare(model).SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    reports = []
+    for picture in pictures:
+        pixels = parity.network_pixels(picture, metadata["resizer"])
+        wanted = saved_model.detect(pixels)
+        tensor, placement = preprocess(pixels, metadata["resizer"])
+        boxes, scores = session.run(None, network_inputs(tensor[None], [placement.true_shape], spec))
+        theirs = wanted["raw_detection_boxes"], wanted["raw_detection_scores"]
+        reports.append(parity.match_raw(theirs, (boxes[0], scores[0]), TOLERANCE))
+    return parity.join(reports)
+
+
+def check_override(path, written, reference, option, threshold, pictures=None, where=BUILT_IN):
+    """Whether `written`, whose threshold an option overrides, gives exactly what `reference` scores from there on.
+
+    Returns a Verdict. threshold: the higher of the option's and the config's.
+    """
+    pictures = pictures or built_in_pictures()
+    reports, before = [], 0
+    with OrtDetector(path, reference) as theirs, OrtDetector(path, written) as ours:
+        for picture in pictures:
+            wanted = detect_image(theirs, picture)
+            before += len(wanted.scores)
+            found = detect_image(ours, picture).above(threshold)
+            reports.append(parity.match_by_rank(wanted.above(threshold), found, TOLERANCE))
+    report = parity.join(reports)
+    same = report.unmatched == 0 and max(report.box_difference, report.score_difference) < 1e-6
+    return Verdict(
+        "PASSED" if same else "FAILED",
+        f"{option} leaves {report.compared} of these {before} detections in {where}: "
+        + (f"those that score {threshold:g} and more" if same else f"not those that score {threshold:g} and more"),
+    )

@@ -1,0 +1,152 @@
+"""Class names: label maps and text files, found, read, put into the files, and refused in one line where they do not fit."""
+
+import json
+import shutil
+
+import onnx
+import pytest
+from conftest import DEMO, DEMO_MODEL, model_folder, need_shared
+
+import build_engine
+import create_onnx
+import infer
+import onnx_utils
+from commandline import UserError
+from runtimes import open_detector
+from tfod.labels import find_labels, labels_of, read_labels
+
+SHAPES = ["circle", "square", "triangle", "star", "ring"]
+HANDS = ["fist", "palm", "peace", "ok", "like", "stop", "rock"]
+
+
+def item(number, name, **more):
+    fields = "".join(f"  {key}: {value!r}\n" for key, value in more.items())
+    return f'item {{\n  id: {number}\n  name: "{name}"\n{fields}}}\n'
+
+
+def read(tmp_path, text, classes, name="label_map.pbtxt"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_labels(path, classes)
+
+
+def test_the_label_maps_of_the_cases():
+    assert read_labels(need_shared("cases", "labels", "label_map.pbtxt"), 7) == HANDS
+    assert read_labels(need_shared("cases", "labels", "bom.txt"), 7) == HANDS
+
+
+@pytest.mark.parametrize("name", ["label_map.pbtxt", "labels.txt", "names"])
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (item(2, "b") + item(1, "a"), ["a", "b"]),  # any order
+        (item(1, "a") + item(3, "c"), ["a", None, "c"]),  # a gap
+        (item(1, "/m/01g317", display_name="person"), ["person"]),  # the zoo's own
+        ("# mine\n\nitem: { id: 1, name: 'Bus' }\nitem <id: 2; name: 'Car'>", ["Bus", "Car"]),
+        ("item { id: 0 name: 'background' }\n" + item(1, "a"), ["a"]),
+        ("\ufeff" + item(1, "\u0441\u043e\u0431\u0430\u043a\u0430"), ["\u0441\u043e\u0431\u0430\u043a\u0430"]),
+        (item(1, "a").replace("\n", "\r\n"), ["a"]),
+        (item(1, "caf\u00e9").encode("cp1252"), ["caf\u00e9"]),
+        (item(1, "a").encode("utf-16"), ["a"]),
+        (
+            item(1, "a", instance_count=7, frequency="'f'").replace("\"'f'\"", "FREQUENT"),
+            ["a"],
+        ),  # fields that are not read
+    ],
+)
+def test_label_maps(tmp_path, name, text, names):
+    """Whatever the file is called: a pbtxt read line by line draws `item { id: 3 }` on a beagle."""
+    assert read(tmp_path, text, len(names), name) == names
+
+
+def test_text_files(tmp_path):
+    assert read(tmp_path, "cat\ndog\n\n", 2, "a.txt") == ["cat", "dog"]
+    assert read(tmp_path, "\ufeffcat\r\n dog \r\n", 2, "a.txt") == ["cat", "dog"]
+    assert read(tmp_path, "cat\n\ndog", 3, "a.txt") == ["cat", None, "dog"]
+    assert read_labels(DEMO_MODEL / "labels.txt", 5) == SHAPES
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        (item(1, "a") + item(1, "b"), "m.pbtxt", "two items have the id 1 ('a', 'b')"),
+        (item(1, "a") + item(4, "d"), "m.pbtxt", "'d' has the id 4, the model's ids are 1 to 3"),
+        (item(0, "a") + item(3, "d"), "m.pbtxt", "'a' has the id 0"),
+        (item(1, "a") + item(2, "b"), "m.pbtxt", "its ids end at 2, the model has 3 classes"),
+        ("item { id: 1 name: cat }", "m.pbtxt", "line 1"),
+        ("item { id: 1\n name: 'cat' \n", "m.pbtxt", "line"),
+        ("cat\ndog", "m.pbtxt", "line 2"),
+        ("", "m.pbtxt", "its ids end at 0"),
+        ("cat\ndog", "m.txt", "2 lines for 3 classes"),
+        ("background\na\nb\nc\n", "m.txt", "4 lines for 3 classes"),
+        (b"\x00\x01\x02", "m.txt", "it is not text"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, text, name, said):
+    with pytest.raises(UserError) as raised:
+        read(tmp_path, text, 3, name)
+    assert said in str(raised.value)
+    assert str(raised.value).startswith(f"--labels {tmp_path / name}: ")
+    with pytest.raises(UserError, match="No such file"):
+        read_labels(tmp_path / "absent", 3)
+
+
+def test_what_lies_beside_the_model_is_found(tmp_path, capsys):
+    assert find_labels([tmp_path], 2) == (None, None)
+    (tmp_path / "graph.pbtxt").write_text('node { name: "x" op: "Placeholder" }')
+    (tmp_path / "mine.pbtxt").write_text(item(1, "a") + item(2, "b"))
+    assert find_labels([tmp_path / "absent", tmp_path], 2) == (tmp_path / "mine.pbtxt", ["a", "b"])
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    assert find_labels([tmp_path], 2)[1] == ["a", "b"]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "labels.txt").write_text("a\nc\n")
+    assert find_labels([tmp_path], 2) == (None, None)
+    assert "differ" in capsys.readouterr().err
+    assert find_labels([tmp_path], 3) == (None, None)
+    assert len(capsys.readouterr().err.splitlines()) == 2  # one of each file that does not fit
+
+
+def test_names_go_into_the_file_and_come_out_of_it(convert, tmp_path):
+    """Found beside the SavedModel, or named; a number where there is no name, and it is the table's."""
+    metadata = open_detector(convert("demo")[0]).metadata
+    assert metadata["labels"] == SHAPES
+    assert labels_of(None, metadata, tmp_path / "m.onnx") == SHAPES
+    assert json.loads(build_engine.engine_name(metadata))[onnx_utils.METADATA_KEY]["labels"] == SHAPES
+
+    (tmp_path / "map.pbtxt").write_text(item(5, "Ring") + item(1, "Kreis"))
+    options = ["--saved_model", str(DEMO_MODEL), "--onnx", str(tmp_path / "m.onnx"), "--no_check"]
+    create_onnx.main([*options, "--labels", str(tmp_path / "map.pbtxt")])
+    with open_detector(tmp_path / "m.onnx") as model:
+        assert model.metadata["labels"] == ["Kreis", None, None, None, "Ring"]
+    (tmp_path / "four.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(UserError, match="4 lines for 5 classes"):
+        create_onnx.main([*options, "--labels", str(tmp_path / "four.txt")])
+
+
+def test_names_of_a_file_without_any(tmp_path):
+    assert labels_of(None, {"num_classes": 3}, tmp_path / "m.onnx") == [None] * 3
+    coco = labels_of(None, {"num_classes": 90, "labels": None}, tmp_path / "m.onnx")
+    assert (len(coco), coco[0], coco[17], coco[89]) == (90, "person", "dog", "toothbrush")
+    (tmp_path / "label_map.pbtxt").write_text("".join(item(i + 1, name) for i, name in enumerate("abc")))
+    assert labels_of(None, {"num_classes": 3}, tmp_path / "m.onnx") == ["a", "b", "c"]
+
+
+def test_names_too_long_for_an_engine_are_left_out(convert, capsys):
+    metadata = open_detector(convert("demo")[0]).metadata
+    name = build_engine.engine_name({**metadata, "labels": ["x" * 2000] * 5})
+    assert json.loads(name)[onnx_utils.METADATA_KEY] == {**metadata, "labels": None}
+    assert "--labels" in capsys.readouterr().err
+
+
+def test_a_hands_model_needs_no_flag(tmp_path, capsys):
+    """The label map beside the export: its names on the pictures, by nothing but the commands of the README."""
+    label_map = need_shared("cases", "labels", "label_map.pbtxt")
+    folder = tmp_path / "hands"
+    shutil.copytree(model_folder("hands"), folder)
+    shutil.copy(label_map, folder)
+    options = ["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx"), "--no_check"]
+    assert create_onnx.main(options) == 0
+    assert f"Class names: 7, of {folder / 'label_map.pbtxt'}" in capsys.readouterr().out
+    assert onnx_utils.read_metadata(onnx.load(tmp_path / "m.onnx"), "m")["labels"] == HANDS
+    result = ["--engine", str(tmp_path / "m.onnx"), "--input", str(DEMO / "images"), "--output", str(tmp_path / "out")]
+    assert infer.main(result) == 0

@@ -1,0 +1,125 @@
+"""Class names: TFOD's label maps (.pbtxt) and text files with one name a line.
+
+Names are lists by class, counted from 0; None where a class has no name.
+"""
+
+import re
+from pathlib import Path
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+from commandline import UserError, decode_text, warn
+
+COCO_LABELS = Path(__file__).resolve().parent.parent / "labels_coco.txt"
+COCO_CLASSES = 90  # a model of so many that has no names of its own is taken for COCO's
+LABELS_HELP = (
+    "class names: a label_map.pbtxt, or a text file with one name a line; default: those in the model, else COCO's for a"
+    " model of 90 classes"
+)
+# How a label map begins, comments apart.
+LABEL_MAP = re.compile(r"\A(?:\s|#.*\n)*item\s*:?\s*[{<]")
+# Of files beside a model, so much is read to see whether they are label maps.
+GLANCE = 4096
+
+
+def read_labels(path, num_classes):
+    """Reads the names of a model's classes. Raises UserError, in one line, where the file does not fit the model.
+
+    path: a label map (`item { id: 1 name: "..." display_name: "..." }` in any order, ids from 1, gaps allowed), or a text
+    file with one name a line.
+    """
+    try:
+        text = decode_text(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"--labels {path}: {error.strerror}; give a label_map.pbtxt or a text file with one class name a line"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"--labels {path}: it is not text; give a label_map.pbtxt or a text file") from error
+    if Path(path).suffix == ".pbtxt" or LABEL_MAP.match(text):
+        return _label_map_names(path, text, num_classes)
+    names = [line.strip() or None for line in text.splitlines()]
+    while names and names[-1] is None:
+        names.pop()
+    if len(names) != num_classes:
+        raise UserError(
+            f"--labels {path}: {len(names)} lines for {num_classes} classes; one name a line, in class order,"
+            " without a background"
+        )
+    return names
+
+
+def _label_map_names(path, text, num_classes):
+    label_map = _message_class()()
+    try:
+        text_format.Parse(text, label_map, allow_unknown_field=True)
+    except text_format.ParseError as error:
+        raise UserError(f'--labels {path}: line {error}; an item is `item {{ id: 1 name: "cat" }}`') from error
+    names = {}
+    for item in label_map.item:
+        name = item.display_name or item.name or None
+        if item.id == 0 and name == "background":
+            continue
+        if item.id in names:
+            raise UserError(f"--labels {path}: two items have the id {item.id} ({names[item.id]!r}, {name!r})")
+        if not 1 <= item.id <= num_classes:
+            raise UserError(f"--labels {path}: {name!r} has the id {item.id}, the model's ids are 1 to {num_classes}")
+        names[item.id] = name
+    if num_classes not in names:
+        raise UserError(
+            f"--labels {path}: its ids end at {max(names, default=0)}, the model has {num_classes} classes; give its own"
+        )
+    return [names.get(number) for number in range(1, num_classes + 1)]
+
+
+def _message_class():
+    """The class of a label map (object_detection/protos/string_int_label_map.proto; only what is read)."""
+    Field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="label_map.proto", package="label_map", syntax="proto2")
+    item = file.message_type.add(name="Item")
+    for number, (name, kind) in enumerate({"name": "STRING", "id": "INT32", "display_name": "STRING"}.items(), 1):
+        item.field.add(name=name, number=number, type=getattr(Field, f"TYPE_{kind}"), label=Field.LABEL_OPTIONAL)
+    items = file.message_type.add(name="LabelMap")
+    items.field.add(
+        name="item", number=1, type=Field.TYPE_MESSAGE, type_name=".label_map.Item", label=Field.LABEL_REPEATED
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("label_map.LabelMap"))
+
+
+def find_labels(folders, num_classes):
+    """(path, names) of the label map or labels.txt that lies in one of the folders and fits; (None, None) if none does.
+
+    One that does not fit, or two that differ, are warned about.
+    """
+    found = {}
+    for folder in map(Path, folders):
+        for path in [*sorted(folder.glob("*.pbtxt")), folder / "labels.txt"]:
+            if path.is_file() and (path.suffix == ".txt" or _is_label_map(path)):
+                try:
+                    found[path] = read_labels(path, num_classes)
+                except UserError as error:
+                    warn(f"class names beside the model are left out: {str(error).removeprefix('--labels ')}")
+    path = next(iter(found), None)
+    if any(names != found[path] for names in found.values()):
+        warn(f"{' and '.join(map(str, found))} differ: no class names; choose with --labels")
+        return None, None
+    return path, found.get(path)
+
+
+def _is_label_map(path):
+    with open(path, "rb") as file:
+        return bool(LABEL_MAP.match(file.read(GLANCE).decode("utf-8-sig", errors="replace")))
+
+
+def labels_of(path, metadata, engine):
+    """The names to show a model's classes by: of --labels (`path`), else of its metadata, else of a file beside `engine`,
+    else COCO's for a model of 90 classes, else none."""
+    count = metadata["num_classes"]
+    if path:
+        return read_labels(path, count)
+    names = metadata.get("labels") or find_labels([Path(engine).parent], count)[1]
+    if not names and count == COCO_CLASSES:
+        names = read_labels(COCO_LABELS, count)
+    return names or [None] * count
