@@ -9,7 +9,6 @@ and chooses; box decoder, score filter and NMS stay in FP32. The engine holds th
 file. TensorRT 8.6, 10 and 11.
 """
 
-import argparse
 import dataclasses
 import json
 import time
@@ -18,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import onnx_utils
-from commandline import UserError, check_writable, progress, run, warn, whole_file
+from commandline import UserError, check_writable, command, progress, run, warn, whole_file
+from commandline.options import count, make_parser, size
 from image_batcher import ImageBatcher, find_images
 from runtimes import precision, quantization, trt_graph
 from runtimes.detector import input_spec, network_inputs
@@ -31,18 +31,18 @@ LONGEST_NAME = 4095
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("-o", "--onnx", required=True, help="the model.onnx that create_onnx.py wrote")
     add("-e", "--engine", required=True, help="the engine file to write")
     add("-p", "--precision", choices=["fp32", "fp16", "int8"], default="fp16", help="default: fp16")
-    add("-b", "--batch", type=int, nargs=3, metavar=("MIN", "OPT", "MAX"), help="of a dynamic model; default: 1 8 8")
-    add("-w", "--workspace", type=float, default=4, metavar="GB", help="memory for the layers' scratch; default: 4")
+    add("-b", "--batch", type=count, nargs=3, metavar=("MIN", "OPT", "MAX"), help="of a dynamic model; default: 1 8 8")
+    add("-w", "--workspace", type=size, default=4, metavar="GB", help="memory for the layers' scratch; default: 4")
     add("-v", "--verbose", action="store_true", help="print what TensorRT says")
     add("--calib_input", help="int8: an image or a folder of images like those to be detected in, about 100")
     add("--calib_cache", help="int8: the calibration, read if it is of this model, else written; default: ENGINE.calib")
-    add("--calib_num_images", type=int, default=100, metavar="N", help="int8: at most that many images; default: 100")
-    add("--calib_batch_size", type=int, default=8, metavar="N", help="int8: images at a time; default: 8")
+    add("--calib_num_images", type=count, default=100, metavar="N", help="int8: at most that many images; default: 100")
+    add("--calib_batch_size", type=count, default=8, metavar="N", help="int8: images at a time; default: 8")
     add(
         "--timing_cache",
         help="TensorRT's measurements, kept for the next build; default: timing.cache beside the engine",
@@ -79,7 +79,8 @@ def main(argv=None):
         )
     seconds = time.perf_counter() - started
     report(args, batch, seconds)
-    print(f"Wrote {args.engine}. Next: python infer.py --engine {args.engine} --input IMAGES --output results")
+    following = command("infer.py", "--engine", args.engine, "--input", "IMAGES", "--output", "results")
+    print(f"Wrote {args.engine}. Next: {following}")
     return 0
 
 
@@ -142,8 +143,6 @@ def find_calibration(args, model):
         raise UserError(f"--calib_cache {args.calib_cache}: {reason}; give calibration images with --calib_input")
     if Path(args.calib_cache).exists():
         warn(f"--calib_cache {args.calib_cache}: {reason}; calibrating anew")
-    if args.calib_num_images < 1 or args.calib_batch_size < 1:
-        raise UserError("--calib_num_images and --calib_batch_size: give numbers from 1 on")
     find_images(args.calib_input, "--calib_input")
     return None
 

@@ -10,7 +10,6 @@ of each image (TensorFlow, the engine and, with --annotations, the ground truth)
 agree within --tolerance, 1 if not.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -21,6 +20,7 @@ import numpy as np
 
 from checks import coco, parity, report
 from commandline import UserError, make_folder, progress, run, warn, whole_file
+from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
 from image_batcher import ImageError, find_images, load_image, result_names
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
@@ -35,7 +35,7 @@ BANDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the converted model: model.onnx or engine.trt")
     add("-m", "--saved_model", required=True, help="the SavedModel it was made of: its folder, or the export above it")
@@ -43,24 +43,24 @@ def parse_args(argv=None):
     add("-a", "--annotations", help="COCO annotations of the images: adds the ground truth and the AP of both sides")
     add("-o", "--output", required=True, help="folder for the report; created if need be")
     add("-l", "--labels", help=LABELS_HELP)
-    add("-n", "--num_images", type=int, metavar="N", help="compare the first N images only")
+    add("-n", "--num_images", type=count, metavar="N", help="compare the first N images only")
     add(
         "-t",
         "--nms_threshold",
-        type=float,
+        type=score,
         default=0.3,
         metavar="SCORE",
         help="what is compared and drawn; default: 0.3",
     )
     add(
         "--tolerance",
-        type=float,
+        type=score,
         help="largest difference in score, largest share unmatched; default: 0.02 (fp32), 0.05 (fp16), 0.25 (int8)",
     )
-    add("--detection_type", choices=["bbox", "segmentation"], default="bbox", help="compare boxes, or masks too")
-    add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
-    add("--pictures", type=int, default=24, metavar="N", help="pictures shown in the report; default: 24")
-    add("-p", "--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
+    add("-d", "--detection_type", choices=["bbox", "segmentation"], default="bbox", help="compare boxes, or masks too")
+    add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
+    add("--pictures", type=count_from_0, default=24, metavar="N", help="pictures shown in the report; default: 24")
+    add_preprocessor(parser)
     return parser.parse_args(argv)
 
 
@@ -185,13 +185,12 @@ def _spread(differences):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.num_images is not None and args.num_images < 1:
-        raise UserError(f"--num_images {args.num_images}: give a number from 1 on")
     files = find_images(args.input)[: args.num_images]
     truth = coco.load_annotations(args.annotations) if args.annotations else None
     folder = find_saved_model(args.saved_model)
     with open_detector(args.engine) as detector:
         metadata = detector.metadata
+        check_preprocessor(args.preprocessor, metadata)
         masks = args.detection_type == "segmentation"
         if masks and not metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")

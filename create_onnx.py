@@ -17,7 +17,8 @@ import onnx_graphsurgeon as gs
 
 import onnx_utils
 from checks.conversion import BUILT_IN, check_conversion, check_override
-from commandline import UserError, check_writable, run, warn, whole_file
+from commandline import UserError, check_writable, command, run, warn, whole_file
+from commandline.options import count, make_parser, score
 from image_batcher import ImageError, find_images, load_image
 from tfod.config import read_pipeline_config
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
@@ -26,7 +27,7 @@ from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("-m", "--saved_model", required=True, help="folder of the SavedModel, or the unpacked export above it")
     add("-o", "--onnx", required=True, help="the ONNX file to write")
@@ -53,18 +54,21 @@ def parse_args(argv=None):
         help="layout of the input tensor; NHWC is what image decoders give; default: NHWC",
     )
     add(
+        "-t1",
         "--first_nms_threshold",
         type=score,
         metavar="SCORE",
         help="score threshold of the first NMS: an SSD's detections, a two-stage model's proposals; default: the config's",
     )
     add(
+        "-t2",
         "--second_nms_threshold",
         type=score,
         metavar="SCORE",
         help="score threshold of a two-stage model's detections; SSD models have none; default: the config's",
     )
     add(
+        "-d",
         "--debug",
         action="append",
         default=[],
@@ -88,21 +92,13 @@ def parse_args(argv=None):
 
 
 def batch_size(text):
+    """The value of --batch_size; None: dynamic."""
     if text == "dynamic":
         return None
-    if text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'dynamic'")
-
-
-def score(text):
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a score between 0 and 1")
-    return value
+        return count(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 1 on nor 'dynamic'") from error
 
 
 def main(argv=None):
@@ -133,9 +129,10 @@ def main(argv=None):
         print(f"Converted in {time.perf_counter() - started:.1f} s: {len(written.graph.node)} nodes")
         passed = args.no_check or check(saved_model, model, written, options, args, pictures)
     size = Path(args.onnx).stat().st_size / 1e6
-    following = f"python infer.py --engine {args.onnx} --input IMAGES --output results"
+    following = command("infer.py", "--engine", args.onnx, "--input", "IMAGES", "--output", "results")
     if not passed:
-        following = f"python compare_tf.py --engine {args.onnx} --saved_model {args.saved_model} --input IMAGES --output comparison"
+        model = "--engine", args.onnx, "--saved_model", args.saved_model
+        following = command("compare_tf.py", *model, "--input", "IMAGES", "--output", "comparison")
     print(f"Wrote {args.onnx} ({size:.1f} MB). Next: {following}")
     return 0 if passed else 1
 

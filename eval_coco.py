@@ -7,7 +7,6 @@
 With --output, writes detections.json (COCO results), metrics.json, per_class.csv and report.html, a page to look at.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -20,6 +19,7 @@ from PIL import Image
 
 from checks import coco, report
 from commandline import UserError, make_folder, progress, run, warn, whole_file
+from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
 from image_batcher import find_images, load_image
 from runtimes import open_detector
 from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers
@@ -32,13 +32,14 @@ CLASSES_PLOTTED = 6
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx or engine.trt")
     add("-i", "--input", required=True, help="a folder of images (or one image)")
     add("-a", "--annotations", required=True, help="COCO annotations of the images, instances_*.json")
     add("-o", "--output", help="folder for the results and the report; created if need be; default: print only")
     add(
+        "-d",
         "--detection_type",
         choices=["bbox", "segmentation"],
         default="bbox",
@@ -47,23 +48,27 @@ def parse_args(argv=None):
     add(
         "-t",
         "--nms_threshold",
-        type=float,
+        type=score,
         default=0.0,
         metavar="SCORE",
         help="leave out weaker detections; default: 0",
     )
-    add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
+    add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add(
         "-b",
         "--batch_size",
-        type=int,
+        type=count,
         metavar="N",
         help="images at a time, of a dynamic model; default: 8, of a two-stage model 1",
     )
     add(
-        "--pictures", type=int, default=12, metavar="N", help="misses and false alarms shown in the report; default: 12"
+        "--pictures",
+        type=count_from_0,
+        default=12,
+        metavar="N",
+        help="misses and false alarms shown in the report; default: 12",
     )
-    add("-p", "--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
+    add_preprocessor(parser)
     return parser.parse_args(argv)
 
 
@@ -114,6 +119,7 @@ def show(value):
 
 def check_model(metadata, truth, args):
     """Warns where the numbers will mean little; raises UserError where masks are asked of a model that has none."""
+    check_preprocessor(args.preprocessor, metadata)
     if args.detection_type == "segmentation":
         if not metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")

@@ -8,7 +8,6 @@ Each line of NAME.tsv is a detection: xmin, ymin, xmax, ymax (pixels of the orig
 line of a labels file). Exit status 1 if an image could not be read.
 """
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from commandline import UserError, make_folder, progress, run, whole_file
+from commandline import UserError, command, make_folder, progress, run, whole_file
+from commandline.options import add_preprocessor, check_preprocessor, count, make_parser, score
 from image_batcher import ImageBatcher, decoded, find_images, result_names, simplejpeg
 from runtimes import open_detector
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
@@ -30,7 +30,7 @@ JPEG_QUALITY = 92
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
     add("-i", "--input", required=True, help="an image or a folder of images (jpg, jpeg, png, bmp)")
@@ -39,14 +39,14 @@ def parse_args(argv=None):
     add(
         "-t",
         "--nms_threshold",
-        type=float,
+        type=score,
         default=0.3,
         metavar="SCORE",
         help="leave out detections that score less; 0 keeps all that the model gives; default: 0.3",
     )
-    add("--detection_type", choices=["bbox", "segmentation"], default="bbox", help="draw boxes, or masks too")
-    add("--iou_threshold", type=float, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
-    add("-b", "--batch_size", type=int, metavar="N", help="images at a time, of a dynamic model; default: 1")
+    add("-d", "--detection_type", choices=["bbox", "segmentation"], default="bbox", help="draw boxes, or masks too")
+    add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
+    add("-b", "--batch_size", type=count, metavar="N", help="images at a time, of a dynamic model; default: 1")
     add(
         "--format",
         choices=["jpg", "png"],
@@ -56,12 +56,12 @@ def parse_args(argv=None):
     add("--benchmark", action="store_true", help="write nothing; measure each stage and how they overlap")
     add(
         "--benchmark_images",
-        type=int,
+        type=count,
         default=500,
         metavar="N",
         help="images of a benchmark, the input repeated; default: 500",
     )
-    add("--preprocessor", help="not needed: the model file knows its own; accepted for old command lines")
+    add_preprocessor(parser)
     return parser.parse_args(argv)
 
 
@@ -97,6 +97,7 @@ def main(argv=None):
             f"--output {args.output} is where the input lies: choose another folder, so that none is overwritten"
         )
     with open_detector(args.engine) as detector:
+        check_preprocessor(args.preprocessor, detector.metadata)
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         labels = labels_of(args.labels, detector.metadata, args.engine)
@@ -203,7 +204,8 @@ def benchmark(detector, files, args):
     print(f"end to end            {whole:8.1f} images/s")
     print(f"network alone         {network:8.1f} images/s")
     print(f"decode and resize     {decoder:8.1f} images/s")
-    print(f"{100 * whole / lower:.0f} % of the lower limit. Nothing was written. Next: infer.py with --output")
+    following = command("infer.py", "--engine", args.engine, "--input", args.input, "--output", "results")
+    print(f"{100 * whole / lower:.0f} % of the lower limit. Nothing was written. Next: {following}")
     return 0
 
 

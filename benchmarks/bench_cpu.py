@@ -7,7 +7,6 @@ From the decoded image to detections, both sides' resizing included; the two tak
 else the machine does slows both. Prints the medians and their ratio (BENCHMARKS.md).
 """
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commandline import progress, run
+from commandline.options import count, make_parser
 from image_batcher import find_images, load_image
 from runtimes import open_detector
 from runtimes.detector import detect_image
@@ -24,13 +24,13 @@ from tfod.saved_model import SavedModel, find_saved_model
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--saved_model", required=True, help="folder of the SavedModel, or the unpacked export above it"
     )
     parser.add_argument("--engine", required=True, help="the model.onnx made of it")
     parser.add_argument("--input", required=True, help="an image or a folder of images")
-    parser.add_argument("--rounds", type=int, default=30, help="images to time on either side; default: 30")
+    parser.add_argument("--rounds", type=count, default=30, help="images to time on either side; default: 30")
     return parser.parse_args(argv)
 
 

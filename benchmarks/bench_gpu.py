@@ -8,7 +8,6 @@ Needs an NVIDIA GPU. `dynamic.onnx` is a model of `create_onnx.py --batch_size d
 calibration in OUTPUT/dynamic.calib.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -22,6 +21,7 @@ import build_engine
 import onnx_utils
 from checks import coco, parity
 from commandline import UserError, make_folder, run, whole_file
+from commandline.options import count, make_parser
 from image_batcher import ImageBatcher, find_images, load_image, preprocess
 from runtimes import open_detector, precision, trt_graph
 from runtimes.detector import detect_image, input_spec, network_inputs
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--onnx", required=True, help="the model.onnx, made with --batch_size dynamic")
     add("--output", required=True, help="folder for the engines, the timing cache and results.jsonl")
@@ -59,8 +59,8 @@ def parse_args(argv=None):
     )
     add("--batch", type=int, nargs=3, default=[1, 8, 8], metavar=("MIN", "OPT", "MAX"), help="default: 1 8 8")
     add("--builder_optimization_level", type=int, choices=range(6), metavar="0..5", help="default: TensorRT's, 3")
-    add("--images", type=int, default=12, help="images to compare with ONNX Runtime; default: 12")
-    add("--profile", type=int, default=8, metavar="N", help="print the N slowest layers; default: 8")
+    add("--images", type=count, default=12, help="images to compare with ONNX Runtime; default: 12")
+    add("--profile", type=count, default=8, metavar="N", help="print the N slowest layers; default: 8")
     return parser.parse_args(argv)
 
 

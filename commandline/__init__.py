@@ -3,6 +3,8 @@
 import codecs
 import contextlib
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +29,17 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def command(script, *arguments):
+    """A command to paste: the interpreter in use, the script `script` beside the running one, paths quoted."""
+    path = Path(sys.argv[0]).resolve().with_name(script)
+    interpreter = Path(sys.executable)
+    if (found := shutil.which("python")) and os.path.samefile(found, interpreter) and sys.prefix in found:
+        interpreter = "python"
+    here = Path.cwd()
+    words = [x.relative_to(here) if isinstance(x, Path) and x.is_relative_to(here) else x for x in (interpreter, path)]
+    return shlex.join(map(str, [*words, *arguments]))
 
 
 def warn(text):

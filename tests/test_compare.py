@@ -189,7 +189,6 @@ def test_mistakes_are_named(convert, tmp_path, capsys):
     model = convert("demo")[0]
     for match, changes in (
         ("gives no masks", {"detection_type": "segmentation"}),
-        ("--num_images 0", {"num_images": 0}),
         ("no_model: no such folder", {"saved_model": tmp_path / "no_model"}),
         ("missing.json: no such file", {"annotations": tmp_path / "missing.json"}),
     ):

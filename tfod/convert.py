@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 import onnx_utils
 from commandline import UserError
+from commandline.version import VERSION
 from tfod import faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
 from tfod.graph import detach_weights, tensor_name
@@ -134,6 +135,7 @@ def describe(model, options):
     return {
         "architecture": model.config.feature_extractor.type,
         "meta_architecture": model.kind,
+        "version": VERSION,
         "source": folder.resolve().parent.name if folder.name == "saved_model" else folder.name,
         "num_classes": model.config.num_classes,
         "labels": options.labels,

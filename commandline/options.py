@@ -1,0 +1,81 @@
+"""Options that several commands have: their values, and the parser itself."""
+
+import argparse
+import math
+
+from commandline import UserError
+from commandline.version import VERSION
+
+# What the older tool called its resizers, and what a model's metadata calls them.
+PREPROCESSORS = {"fixed_shape_resizer": "fixed_shape", "keep_aspect_ratio_resizer": "keep_aspect_ratio"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that tells a mistake in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help shows all options\n")
+
+
+def make_parser(description):
+    """A parser with that help text, shown as it is, and --version."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
+
+
+def score(text):
+    """An option's value: a score or an overlap, 0 to 1."""
+    value = _number(text, float)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def count(text):
+    """An option's value: a whole number from 1 on."""
+    value = _number(text, int)
+    if not value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def count_from_0(text):
+    """An option's value: a whole number from 0 on."""
+    value = _number(text, int)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return value
+
+
+def size(text):
+    """An option's value: a finite number over 0."""
+    value = _number(text, float)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number over 0")
+    return value
+
+
+def _number(text, kind):
+    """The number that the text stands for; not a number where it stands for none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return math.nan
+
+
+def add_preprocessor(parser):
+    """--preprocessor, which the older tool needed: the model knows its own, and one that is not it is a mistake."""
+    parser.add_argument(
+        "-p",
+        "--preprocessor",
+        choices=sorted(PREPROCESSORS),
+        help="not needed: the model knows its own; accepted for old command lines",
+    )
+
+
+def check_preprocessor(chosen, metadata):
+    """Raises UserError if --preprocessor was given and is not the resizer of the model with this metadata."""
+    kind = metadata["resizer"]["kind"]
+    if chosen and PREPROCESSORS[chosen] != kind:
+        raise UserError(f"--preprocessor {chosen}: the model's is {kind}_resizer; leave the option out")
