@@ -6,7 +6,7 @@
 
 FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6, which is given ranges
 and chooses; box decoder, score filter and NMS stay in FP32. The engine holds the model's metadata and needs no companion
-file. TensorRT 8.6, 10 and 11.
+file. TensorRT 8.5, 8.6, 10 and 11.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ import json
 import time
 from pathlib import Path
 
+from commandline import UserError, check_writable, command, progress, run, warn, whole_file
+from commandline.options import count, make_parser, size
+
 import numpy as np
 
 import onnx_utils
-from commandline import UserError, check_writable, command, progress, run, warn, whole_file
-from commandline.options import count, make_parser, size
 from image_batcher import ImageBatcher, find_images
 from runtimes import precision, quantization, trt_graph
 from runtimes.detector import input_spec, network_inputs
@@ -202,6 +203,8 @@ def build(trt, args, model, metadata, batch, told=None, configure=None):
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_tactic_sources(tactic_sources(trt))
     if args.builder_optimization_level is not None:
+        if not hasattr(config, "builder_optimization_level"):
+            raise UserError(f"--builder_optimization_level: TensorRT {trt.__version__} has none; leave it out")
         config.builder_optimization_level = args.builder_optimization_level
     if told:
         allow_precisions(trt, config, network, told)

@@ -16,11 +16,12 @@ import json
 import time
 from pathlib import Path
 
+from commandline import UserError, make_folder, progress, run, warn, whole_file
+from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
+
 import numpy as np
 
 from checks import coco, parity, report
-from commandline import UserError, make_folder, progress, run, warn, whole_file
-from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
 from image_batcher import ImageError, find_images, load_image, result_names
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image

@@ -12,13 +12,14 @@ import dataclasses
 import time
 from pathlib import Path
 
+from commandline import UserError, check_writable, command, run, warn, whole_file
+from commandline.options import count, make_parser, score
+
 import onnx
 import onnx_graphsurgeon as gs
 
 import onnx_utils
 from checks.conversion import BUILT_IN, check_conversion, check_override
-from commandline import UserError, check_writable, command, run, warn, whole_file
-from commandline.options import count, make_parser, score
 from image_batcher import ImageError, find_images, load_image
 from tfod.config import read_pipeline_config
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model

@@ -15,11 +15,12 @@ import os
 import time
 from pathlib import Path
 
+from commandline import UserError, make_folder, progress, run, warn, whole_file
+from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
+
 from PIL import Image
 
 from checks import coco, report
-from commandline import UserError, make_folder, progress, run, warn, whole_file
-from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
 from image_batcher import find_images, load_image
 from runtimes import open_detector
 from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers

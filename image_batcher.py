@@ -14,10 +14,10 @@ import time
 import warnings
 from pathlib import Path
 
+from commandline import UserError, warn
+
 import numpy as np
 from PIL import Image
-
-from commandline import UserError, warn
 
 try:
     import simplejpeg

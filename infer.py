@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from commandline import UserError, command, make_folder, progress, run, whole_file
 from commandline.options import add_preprocessor, check_preprocessor, count, make_parser, score
+
+import numpy as np
+
 from image_batcher import ImageBatcher, decoded, find_images, result_names, simplejpeg
 from runtimes import open_detector
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers

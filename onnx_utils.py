@@ -6,12 +6,12 @@ Shapes: B batch, N boxes, C classes, M detections kept. Boxes are [ymin, xmin, y
 import json
 import re
 
+from commandline import UserError
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
-
-from commandline import UserError
 
 G_LOGGER.severity = G_LOGGER.ERROR
 OPSET = 17

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commandline import progress, run
 from commandline.options import count, make_parser
+
 from image_batcher import find_images, load_image
 from runtimes import open_detector
 from runtimes.detector import detect_image

@@ -17,11 +17,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from commandline import UserError, make_folder, run, whole_file
+from commandline.options import count, make_parser
+
 import build_engine
 import onnx_utils
 from checks import coco, parity
-from commandline import UserError, make_folder, run, whole_file
-from commandline.options import count, make_parser
 from image_batcher import ImageBatcher, find_images, load_image, preprocess
 from runtimes import open_detector, precision, trt_graph
 from runtimes.detector import detect_image, input_spec, network_inputs

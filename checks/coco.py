@@ -9,12 +9,13 @@ import gc
 import io
 from pathlib import Path
 
+from commandline import UserError
+
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval as PycocotoolsEvaluation
 
-from commandline import UserError
 from image_batcher import load_image
 from visualize import paste_mask
 

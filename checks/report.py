@@ -1,13 +1,14 @@
 """A report as one self-contained HTML page: numbers, plots (SVG, by matplotlib) and pictures inside the file."""
 
 import base64
+import functools
 import html
 import io
 from pathlib import Path
 
-from PIL import Image
+from commandline import warn, whole_file
 
-from commandline import whole_file
+from PIL import Image
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --good: #1a7f37; --bad: #c62828; }
@@ -62,11 +63,10 @@ def plots(*figures):
 
 
 def plot(draw, width=5.2, height=3.8):
-    """SVG of a matplotlib plot: `draw(axes)` draws it."""
+    """SVG of a matplotlib plot: `draw(axes)` draws it. A sentence in its place where matplotlib is not installed."""
+    if not (pyplot := _pyplot()):
+        return '<p class="note">No plot: matplotlib is not installed.</p>'
     import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
         figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
@@ -77,6 +77,20 @@ def plot(draw, width=5.2, height=3.8):
         pyplot.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+@functools.cache
+def _pyplot():
+    """matplotlib.pyplot; None, with a warning, where it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("svg")
+        from matplotlib import pyplot
+    except ImportError:
+        warn("the report has no plots: matplotlib is not installed; pip install matplotlib")
+        return None
+    return pyplot
 
 
 def pictures(figures, columns):

@@ -8,11 +8,44 @@ import shutil
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
+# tqdm is imported where it is used: a missing package must not keep this module from saying so.
+
+ROOT = Path(__file__).resolve().parent.parent
+# Packages that are not in requirements-runtime.txt.
+REQUIREMENTS = {"tensorflow": "requirements.txt", "tf2onnx": "requirements.txt"}
+REQUIREMENTS |= {"tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
 
 
 class UserError(Exception):
     """A mistake the user can mend: its text is one line that names the file or option and what to do."""
+
+
+def missing_package(name):
+    """A line on a package that cannot be imported and what to do about it."""
+    requirements = ROOT / REQUIREMENTS.get(name, "requirements-runtime.txt")
+    venv = ROOT / ".venv"
+    if venv.is_dir() and Path(sys.prefix) != venv:
+        activate = venv / ("Scripts/activate" if sys.platform == "win32" else "bin/activate")
+        return (
+            f"the package {name} is missing here; activate the environment that has it: . {shlex.quote(str(activate))}"
+        )
+    pip = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(requirements)])
+    return f"the package {name} is missing; install it: {pip}"
+
+
+def _tell_missing_package(kind, error, trace):
+    """An excepthook: a package that a script of this project misses is a line and status 2, not a traceback."""
+    name = (getattr(error, "name", None) or "").split(".")[0]
+    ours = (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
+    if not issubclass(kind, ModuleNotFoundError) or not name or ours:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"{Path(sys.argv[0]).name}: {missing_package(name)}", file=sys.stderr, flush=True)
+    os._exit(2)  # an excepthook cannot choose the status otherwise
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent in (ROOT, ROOT / "benchmarks"):
+    sys.excepthook = _tell_missing_package
 
 
 def run(main):
@@ -44,6 +77,8 @@ def command(script, *arguments):
 
 def warn(text):
     """Prints a one-line warning, past a progress bar if one is shown."""
+    from tqdm import tqdm
+
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
@@ -105,4 +140,6 @@ def whole_file(path):
 
 def progress(items, **options):
     """tqdm over `items`, shown on a terminal only."""
+    from tqdm import tqdm
+
     return tqdm(items, disable=not sys.stderr.isatty(), leave=False, **options)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from commandline import progress, run
+
 from image_batcher import resize_image
 
 CLASSES = ("circle", "square", "triangle", "star", "ring")

@@ -4,11 +4,12 @@ import ctypes
 
 from commandline import UserError
 
+from runtimes.cuda_driver import cuda_driver
+
 
 class CudaGraph:
     """Work captured from a stream, replayed at once. (CUDA driver API, "Graph Management")."""
 
-    _driver = None
     THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
 
     def __init__(self, stream, definition, executable):
@@ -17,9 +18,7 @@ class CudaGraph:
     @classmethod
     def capture(cls, stream, enqueue):
         """Captures what `enqueue()` puts on the pycuda stream; None where that cannot be captured."""
-        if cls._driver is None:
-            cls._driver = ctypes.CDLL("libcuda.so.1")
-        driver, handle = cls._driver, ctypes.c_void_p(stream.handle)
+        driver, handle = cuda_driver(), ctypes.c_void_p(stream.handle)
         definition, executable = ctypes.c_void_p(), ctypes.c_void_p()
         if driver.cuStreamBeginCapture_v2(handle, cls.THREAD_LOCAL):
             return None
@@ -37,10 +36,10 @@ class CudaGraph:
         return cls(handle, definition, executable)
 
     def launch(self):
-        error = self._driver.cuGraphLaunch(self._executable, self._stream)
+        error = cuda_driver().cuGraphLaunch(self._executable, self._stream)
         if error:
             raise RuntimeError(f"CUDA graph launch failed with error {error}")
 
     def free(self):
-        self._driver.cuGraphExecDestroy(self._executable)
-        self._driver.cuGraphDestroy(self._definition)
+        cuda_driver().cuGraphExecDestroy(self._executable)
+        cuda_driver().cuGraphDestroy(self._definition)

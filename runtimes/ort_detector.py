@@ -5,8 +5,9 @@ import contextlib
 import os
 import time
 
-import onnx_utils
 from commandline import UserError
+
+import onnx_utils
 from runtimes import ort_graph
 from runtimes.detector import STAGES, input_spec, network_inputs, split_detections
 

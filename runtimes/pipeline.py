@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from commandline import UserError
+
 from image_batcher import ImageBatcher
 from runtimes.workers import Workers
 

@@ -8,11 +8,12 @@ import json
 import tempfile
 from pathlib import Path
 
+from commandline import UserError, progress, whole_file
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from commandline import UserError, progress, whole_file
 from onnx_utils import ordered_nodes
 from runtimes import ort_graph
 from runtimes.precision import WEIGHTED, float32_nodes

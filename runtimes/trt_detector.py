@@ -1,6 +1,6 @@
 """An engine.trt on TensorRT, through pycuda: see detector.Detector.
 
-Tensor-name API only, which TensorRT 8.6, 10 and 11 share (TensorRT developer guide, "Performing Inference").
+Tensor-name API only, which TensorRT 8.5, 8.6, 10 and 11 share (TensorRT developer guide, "Performing Inference").
 """
 
 import collections
@@ -10,10 +10,12 @@ import math
 import time
 from pathlib import Path
 
+from commandline import UserError, warn
+
 import numpy as np
 
 import onnx_utils
-from commandline import UserError, warn
+from runtimes.cuda_driver import cuda_driver
 from runtimes.cuda_graph import CudaGraph
 from runtimes.detector import STAGES, input_spec, network_inputs, split_detections
 
@@ -31,6 +33,8 @@ def import_tensorrt(option):
         import tensorrt
     except (ImportError, OSError) as error:
         raise UserError(f"{option}: TensorRT cannot be imported ({error}); {INSTALL}") from error
+    if not hasattr(tensorrt.IExecutionContext, "execute_async_v3"):
+        raise UserError(f"{option}: TensorRT {tensorrt.__version__} is too old; 8.5 or later is needed")
     try:
         import pycuda.driver as cuda
 
@@ -176,7 +180,7 @@ class TrtDetector:
 
     def page_lock(self, array):
         # By the driver: pycuda 2026.1's register_host_memory ended in a segmentation fault, with numpy 2.4.
-        driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(array.ctypes.data)
+        driver, address = cuda_driver(), ctypes.c_void_p(array.ctypes.data)
         error = driver.cuMemHostRegister_v2(address, ctypes.c_size_t(array.nbytes), 0)
         if error:  # the right to lock memory may be limited
             warn(

@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 
+from commandline import UserError
+
 import numpy as np
 import pytest
 from browser import open_page
@@ -13,7 +15,6 @@ from PIL import Image
 import create_onnx
 import eval_coco
 from checks import coco, parity
-from commandline import UserError
 from demo import tiny_mask_rcnn as tiny
 from image_batcher import load_image
 from runtimes import open_detector

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import DEMO, ROOT
-
 import commandline
 from commandline.version import VERSION
+
+import pytest
+from conftest import DEMO, ROOT
 
 SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare_tf")
 NEEDED = {

@@ -2,6 +2,8 @@
 
 import json
 
+from commandline import UserError
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -12,7 +14,6 @@ from PIL import Image
 from test_coco import TRUTH, tiny_masks  # noqa: F401  (a fixture)
 
 import compare_tf
-from commandline import UserError
 from onnx_utils import OpBuilder
 from runtimes.detector import Detections
 

@@ -1,9 +1,10 @@
 """pipeline.config: what is read, what is repaired, and what is refused by name."""
 
+from commandline import UserError
+
 import pytest
 from conftest import DEMO_MODEL, model_folder
 
-from commandline import UserError
 from tfod.config import ENUMS, describe_resizer, read_pipeline_config
 
 DEMO_TEXT = (DEMO_MODEL / "pipeline.config").read_text()

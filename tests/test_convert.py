@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+from commandline import UserError
+
 import numpy as np
 import onnx
 import pytest
@@ -16,7 +18,6 @@ import create_onnx
 import onnx_utils
 from checks import parity
 from checks.conversion import check_conversion
-from commandline import UserError
 from demo import train_demo_ssd as demo
 from image_batcher import load_image, preprocess
 from runtimes import open_detector

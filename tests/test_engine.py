@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from commandline import UserError
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -17,7 +19,6 @@ from conftest import DEMO, MODELS, ROOT, need_shared
 import build_engine
 import onnx_utils
 from checks import coco
-from commandline import UserError
 from image_batcher import load_image
 from runtimes import open_detector, precision, quantization, trt_detector, trt_graph
 from runtimes.detector import Detections, detect_image

@@ -2,6 +2,8 @@
 
 import time
 
+from commandline import UserError
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
@@ -12,7 +14,6 @@ import build_engine
 import infer
 import onnx_utils
 from checks import parity
-from commandline import UserError
 from image_batcher import load_image, preprocess
 from runtimes import open_detector, ort_graph, quantization, trt_graph
 from runtimes.detector import detect_image

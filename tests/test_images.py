@@ -3,13 +3,14 @@
 import mmap
 import time
 
+from commandline import UserError
+
 import numpy as np
 import pytest
 from conftest import DEMO
 from PIL import Image
 
 import image_batcher
-from commandline import UserError
 from image_batcher import ImageBatcher, ImageError, find_images, keep_aspect_size, load_image, preprocess, resize_image
 from runtimes.detector import InputSpec, network_inputs
 from runtimes.workers import Workers

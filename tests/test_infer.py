@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+from commandline import UserError
+
 import numpy as np
 import onnx
 import pytest
@@ -14,7 +16,6 @@ from test_convert import command
 
 import infer
 import onnx_utils
-from commandline import UserError
 from image_batcher import load_image, result_names
 from runtimes import ort_graph
 from visualize import _place, class_colour, draw_detections

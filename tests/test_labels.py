@@ -3,6 +3,8 @@
 import json
 import shutil
 
+from commandline import UserError
+
 import onnx
 import pytest
 from conftest import DEMO, DEMO_MODEL, model_folder, need_shared
@@ -11,7 +13,6 @@ import build_engine
 import create_onnx
 import infer
 import onnx_utils
-from commandline import UserError
 from runtimes import open_detector
 from tfod.labels import find_labels, labels_of, read_labels
 

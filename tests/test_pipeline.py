@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 
+from commandline import UserError
+
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT
@@ -18,7 +20,6 @@ from conftest import DEMO, ROOT
 import image_batcher
 import infer
 from checks import parity
-from commandline import UserError
 from image_batcher import SharedImage, decoded, load_image
 from runtimes import open_detector
 from runtimes.detector import detect_image

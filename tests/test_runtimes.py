@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 
+from commandline import UserError
+
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT
 
-from commandline import UserError
 from image_batcher import load_image
 from runtimes import open_detector
 from runtimes.detector import Detector, detect_image

@@ -2,6 +2,8 @@
 
 import functools
 
+from commandline import UserError
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
@@ -13,7 +15,6 @@ import create_onnx
 import infer
 import onnx_utils
 from checks import parity
-from commandline import UserError
 from image_batcher import load_image, preprocess
 from runtimes import open_detector, ort_graph, trt_graph
 from runtimes.detector import detect_image

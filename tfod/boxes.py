@@ -7,9 +7,10 @@ fills it.
 
 import dataclasses
 
+from commandline import UserError
+
 import numpy as np
 
-from commandline import UserError
 from tfod.graph import before_reshaping, node_name
 
 # Ops that split boxes into their coordinates.

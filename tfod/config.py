@@ -8,9 +8,9 @@ import re
 import warnings
 from pathlib import Path
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
-
 from commandline import UserError
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 # message -> "field:type=default ..."; a type that is no scalar names another message or an enum.
 SCHEMA = {

@@ -5,13 +5,14 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from commandline import UserError
+from commandline.version import VERSION
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 import onnx_utils
-from commandline import UserError
-from commandline.version import VERSION
 from tfod import faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
 from tfod.graph import detach_weights, tensor_name

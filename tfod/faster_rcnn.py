@@ -7,9 +7,10 @@ network's input; windows: see boxes.
 
 import dataclasses
 
+from commandline import UserError
+
 import numpy as np
 
-from commandline import UserError
 from onnx_utils import PLUGIN_MAX_PAIRS, OpBuilder, replace_tensor
 from tfod.boxes import centre_and_size, clip_boxes, decode_boxes, find_box_decoder, to_window
 from tfod.config import wrong_config

@@ -6,9 +6,9 @@ Names are lists by class, counted from 0; None where a class has no name.
 import re
 from pathlib import Path
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
-
 from commandline import UserError, decode_text, warn
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 COCO_LABELS = Path(__file__).resolve().parent.parent / "labels_coco.txt"
 COCO_CLASSES = 90  # a model of so many that has no names of its own is taken for COCO's

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from commandline import UserError
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
 import onnx_utils
-from commandline import UserError
 from tfod.config import wrong_config
 from tfod.graph import node_name
 from tfod.tensorflow_import import import_tensorflow

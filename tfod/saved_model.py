@@ -6,9 +6,10 @@ a Python object and alone takes as long as loading, freezing and inlining do her
 
 from pathlib import Path
 
+from commandline import UserError
+
 import numpy as np
 
-from commandline import UserError
 from tfod.graph import FrozenGraph
 from tfod.tensorflow_import import first_line, import_tensorflow, silenced
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 
-from commandline import UserError
+from commandline import UserError, missing_package
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -31,9 +31,9 @@ def import_tensorflow():
         with silenced():
             import tensorflow as tf
     except ImportError as error:
-        raise UserError(
-            f"TensorFlow cannot be imported ({first_line(error)}): pip install -r requirements.txt"
-        ) from error
+        if isinstance(error, ModuleNotFoundError):
+            raise UserError(missing_package("tensorflow")) from error
+        raise UserError(f"TensorFlow cannot be imported ({first_line(error)}); install it again") from error
     tf.get_logger().setLevel("ERROR")
     return tf
 
