@@ -19,6 +19,7 @@ ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_f
 ALL += [pytest.param(key, marks=zoo) for key in ("faster_rcnn_1333", "mask_rcnn")]
 SLOW = {"faster_rcnn_640": 5, "faster_rcnn_1333": 3, "mask_rcnn": 2}  # pictures to look at, where one takes seconds
 
+TRAINED = {"demo", "fpnlite", "fpnlite_float", "hands"}
 # Boxes (normalised) and scores. The models with made-up weights are so noisy that TensorFlow with and without oneDNN
 # disagrees with itself by 3.1e-4 (mobilenet_v2), 4.6e-5 (mobilenet_v1_fpn) and 3.5e-4 (resnet50_fpn) on these images.
 TOLERANCE = {"mobilenet_v2": 1e-3, "mobilenet_v1_fpn": 3e-4, "resnet50_fpn": 1e-3}
@@ -61,6 +62,7 @@ def record_row(key, convert, reports, model, theirs, image):
     largest = [max(getattr(r, f"{part}_difference") for r in reports) for part in ("box", "score", "mask")]
     seconds = re.search(r"Converted in ([\d.]+) s", convert(key, "--batch_size", "dynamic")[1])[1]
     ROWS[model.metadata["source"]] = (
+        "trained" if key in TRAINED else "made up",
         f"`{model.metadata['architecture']}`",
         str(model.metadata["num_classes"]),
         f"{model.input.height}x{model.input.width}{', keep aspect' if model.input.true_shape else ''}",
