@@ -160,14 +160,72 @@ def _column_taps(width_in, width_out):
     return ((low[:, None] * 3 + colours).ravel(), (high[:, None] * 3 + colours).ravel(), np.repeat(weight, 3))
 
 
-def resize_image(image, height, width, out=None):
+# The other methods' taps: for each output pixel some input pixels, [taps, size_out], and what each counts. They follow the
+# kernels of tensorflow/core/kernels/image, align_corners=False, half_pixel_centers=False, in float32.
+
+
+@functools.lru_cache(maxsize=256)
+def _nearest_taps(size_in, size_out):
+    low, _, _ = _taps(size_in, size_out)
+    return np.minimum(low, size_in - 1)[None], np.ones((1, size_out), np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def _cubic_taps(size_in, size_out):
+    """Four taps of Keys' cubic convolution with a = -0.75, at distances that TensorFlow rounds to 1/1024 of a pixel."""
+    low, _, towards = _taps(size_in, size_out)
+    part = np.rint(towards * np.float32(1024)) / 1024
+    x, a = np.stack([1 + part, part, 1 - part, 2 - part]), -0.75
+    weight = np.where(x <= 1, ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a)
+    return np.clip(low + np.arange(-1, 3)[:, None], 0, size_in - 1), weight.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def _area_taps(size_in, size_out):
+    """All pixels that an output pixel covers, by how much of each."""
+    scale = np.float32(size_in) / np.float32(size_out)
+    edges = np.arange(size_out + 1, dtype=np.float32) * scale
+    begin, end = edges[:-1], edges[1:]
+    first, last = np.floor(begin).astype(np.intp), np.ceil(end).astype(np.intp)
+    index = first + np.arange((last - first).max())[:, None]
+    left, right = index.astype(np.float32), (index + 1).astype(np.float32)
+    # Within one input pixel TensorFlow takes the scale itself, which differs from end - begin by rounding.
+    within = (left < begin) & (right > end)
+    weight = np.where(within, scale, np.minimum(right, end) - np.maximum(left, begin)) / scale
+    return np.clip(index, 0, size_in - 1), np.where(index < last, weight, np.float32(0))
+
+
+TAPS = {"nearest_neighbor": _nearest_taps, "bicubic": _cubic_taps, "area": _area_taps}
+
+
+def _resample(image, rows, columns, out):
+    """Weighs input pixels by the taps of the output's rows and columns; `out` as of resize_image."""
+    (row_index, row_weight), (column_index, column_weight) = rows, columns
+    column_index = (column_index[..., None] * 3 + np.arange(3)).reshape(len(column_index), -1)
+    column_weight = np.repeat(column_weight, 3, axis=1)
+    flat = np.ascontiguousarray(image).reshape(len(image), -1)
+    for start in range(0, len(out), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        taps = zip(row_index[:, part], row_weight[:, part, None], strict=True)
+        block = sum(flat.take(index, axis=0) * weight for index, weight in taps)
+        block = sum(block.take(i, axis=1) * w for i, w in zip(column_index, column_weight, strict=True))
+        if out.dtype == np.uint8:
+            block = np.rint(block).clip(0, 255)  # bicubic overshoots at edges
+        out[part] = block.reshape(-1, *out.shape[1:])
+    return out
+
+
+def resize_image(image, height, width, out=None, method="bilinear"):
     """Resizes RGB [H, W, 3] to [height, width, 3] float32 exactly as TFOD does (see _taps): no antialiasing.
 
-    out: where to write, [height, width, 3], float32 or uint8 (rounded); default: a new float32 array. Steps over blocks of
-    rows, skipping the interpolation along an axis whose output pixels all fall on input pixels (640 -> 320, say).
+    out: where to write, [height, width, 3], float32 or uint8 (rounded); default: a new float32 array. method: "bilinear"
+    or one of TAPS. Bilinear steps over blocks of rows, skipping the interpolation along an axis whose output pixels all
+    fall on input pixels (640 -> 320, say).
     """
     rows_in, columns_in = image.shape[:2]
     out = np.empty((height, width, 3), np.float32) if out is None else out
+    if method != "bilinear":
+        return _resample(image, TAPS[method](rows_in, height), TAPS[method](columns_in, width), out)
     lower, upper, down = _taps(rows_in, height)
     left, right, across = _column_taps(columns_in, width)
     on_rows, on_columns = not down.any(), not across.any()
@@ -215,10 +273,10 @@ def preprocess(image, resizer, out=None):
     Placement). Raises ImageError for an image of which the resizer leaves nothing.
     """
     rows, columns = image.shape[:2]
-    height, width = resizer["height"], resizer["width"]
+    height, width, method = resizer["height"], resizer["width"], resizer.get("method", "bilinear")
     out = np.empty((height, width, 3), np.float32) if out is None else out
     if resizer["kind"] == "fixed_shape":
-        return resize_image(image, height, width, out), Placement(rows, columns, (height, width))
+        return resize_image(image, height, width, out, method), Placement(rows, columns, (height, width))
     new_height, new_width = keep_aspect_size(rows, columns, resizer["min_dimension"], resizer["max_dimension"])
     if not new_height or not new_width:  # TensorFlow's resizer fails on it too
         raise ImageError(f"{columns} x {rows} pixels are too long and thin for the model's resizer")
@@ -226,7 +284,7 @@ def preprocess(image, resizer, out=None):
     padding = np.rint(padding) if out.dtype == np.uint8 else padding
     out[new_height:] = padding
     out[:new_height, new_width:] = padding
-    resize_image(image, new_height, new_width, out[:new_height, :new_width])
+    resize_image(image, new_height, new_width, out[:new_height, :new_width], method)
     return out, Placement(rows, columns, (new_height, new_width))
 
 

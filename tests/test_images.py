@@ -43,6 +43,31 @@ def test_resize_is_tensorflows(tf, size, target):
     assert np.abs(resize_image(image, *target) - wanted).max() <= 1e-3
 
 
+@pytest.mark.parametrize("method", ["nearest_neighbor", "bicubic", "area"])
+@pytest.mark.parametrize("size", [(480, 640), (375, 500), (37, 1), (1, 91), (1080, 1920), (320, 320), (7, 5)])
+@pytest.mark.parametrize("target", [(320, 320), (640, 512), (1067, 800), (32, 48)])
+def test_other_resize_methods_are_tensorflows(tf, method, size, target):
+    image = noise(*size)
+    image[: size[0] // 2, : size[1] // 2] = 255  # an edge: bicubic overshoots there
+    wanted = tf.compat.v1.image.resize_images(
+        image.astype(np.float32), target, method.replace("nearest_neighbor", "nearest")
+    )
+    assert np.abs(resize_image(image, *target, method=method) - wanted.numpy()).max() <= 1e-3
+    rounded = resize_image(image, *target, np.empty((*target, 3), np.uint8), method)
+    assert np.abs(rounded - np.clip(wanted.numpy(), 0, 255)).max() <= 0.501
+
+
+def test_the_method_is_the_resizers(tf):
+    image = noise(90, 120)
+    for method in ("nearest_neighbor", "bicubic", "area"):
+        tensor, _ = preprocess(image, FIXED | {"method": method})
+        assert np.array_equal(tensor, resize_image(image, 32, 48, method=method))
+        tensor, placement = preprocess(image, PADDED | {"method": method})
+        rows, columns = placement.true_shape
+        assert np.array_equal(tensor[:rows, :columns], resize_image(image, rows, columns, method=method))
+        assert not np.array_equal(tensor, preprocess(image, PADDED)[0])
+
+
 @pytest.mark.parametrize("size", [(480, 640), (375, 500), (900, 700)])
 @pytest.mark.parametrize("side", [300, 320, 640])
 def test_resize_is_fast(size, side):
