@@ -1,33 +1,59 @@
 """pipeline.config of the TensorFlow Object Detection API (TFOD), read without TFOD.
 
-The file is protobuf text format. SCHEMA declares just the fields that decide what a model computes; the parser ignores
-all others. Defaults are those of TFOD's own .proto files (object_detection/protos).
+The file is protobuf text format, of which config_text finds and checks the model's part. Fields and defaults are those of
+TFOD's own .proto files (object_detection/protos, 2017 to 2022).
 """
 
 import re
-import warnings
 from pathlib import Path
 
-from commandline import UserError
+from commandline import UserError, warn
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-# message -> "field:type=default ..."; a type that is no scalar names another message or an enum.
+from tfod.config_text import ConfigText, Field, read_text
+
+# message -> "field:type=default ..."; a type that is no scalar names another message or an enum, * is a repeated field.
+# All of TFOD's fields are here, so that a misspelt one is seen: of those without a type nothing is read.
 SCHEMA = {
-    "Pipeline": "model:Model",
-    "Model": "ssd:Ssd faster_rcnn:FasterRcnn center_net:Unread experimental_model:Unread",
+    "Model": "ssd:Ssd faster_rcnn:FasterRcnn center_net:CenterNet experimental_model:Unread",
     "Unread": "",
     "Ssd": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor box_coder:BoxCoder"
-    " post_processing:PostProcessing add_background_class:bool=true mask_head_config:Unread",
+    " post_processing:PostProcessing add_background_class:bool=true mask_head_config:Unread"
+    " anchor_generator box_predictor encode_background_as_zeros explicit_background_class freeze_batchnorm"
+    " implicit_example_weight inplace_batchnorm_update loss matcher negative_class_weight normalize_loc_loss_by_codesize"
+    " normalize_loss_by_num_matches return_raw_detections_during_predict similarity_calculator weight_regression_loss_by_score"
+    " use_confidences_as_targets use_expected_classification_loss_under_sampling minimum_negative_sampling"
+    " desired_negative_sampling_ratio",
     "FasterRcnn": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor number_of_stages:int32=2"
-    " first_stage_nms_score_threshold:float=0.0 first_stage_nms_iou_threshold:float=0.7"
-    " first_stage_max_proposals:int32=300 initial_crop_size:int32 maxpool_kernel_size:int32 maxpool_stride:int32"
-    " second_stage_box_predictor:BoxPredictor second_stage_post_processing:PostProcessing"
-    " context_config:Unread",
-    "BoxPredictor": "mask_rcnn_box_predictor:MaskRcnnBoxPredictor rfcn_box_predictor:Unread",
+    " first_stage_only:bool=false first_stage_nms_score_threshold:float=0.0 first_stage_nms_iou_threshold:float=0.7"
+    " first_stage_max_proposals:int32=300 use_combined_nms_in_first_stage:bool=false initial_crop_size:int32"
+    " maxpool_kernel_size:int32 maxpool_stride:int32 second_stage_box_predictor:BoxPredictor"
+    " second_stage_post_processing:PostProcessing context_config:Unread"
+    " clip_anchors_to_image first_stage_anchor_generator first_stage_atrous_rate"
+    " first_stage_box_predictor_conv_hyperparams first_stage_box_predictor_depth first_stage_box_predictor_kernel_size"
+    " first_stage_box_predictor_trainable first_stage_localization_loss_weight first_stage_minibatch_size"
+    " first_stage_objectness_loss_weight first_stage_positive_balance_fraction hard_example_miner inplace_batchnorm_update"
+    " output_final_box_features output_final_box_rpn_features resize_masks return_raw_detections_during_predict"
+    " second_stage_balance_fraction second_stage_batch_size second_stage_classification_loss"
+    " second_stage_classification_loss_weight second_stage_localization_loss_weight"
+    " second_stage_mask_prediction_loss_weight use_matmul_crop_and_resize use_matmul_gather_in_matcher"
+    " use_partitioned_nms_in_first_stage use_static_balanced_label_sampler use_static_shapes use_static_shapes_for_eval",
+    "CenterNet": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor post_processing:PostProcessing"
+    " compute_heatmap_sparse deepmac_mask_estimation densepose_estimation_task keypoint_estimation_task"
+    " keypoint_label_map_path mask_estimation_task object_center_params object_detection_task output_prediction_dict"
+    " temporal_offset_task track_estimation_task use_depthwise",
+    # Of all three meta-architectures.
+    "FeatureExtractor": "type:string batch_norm_trainable bgr_ordering bifpn channel_means channel_stds conv_hyperparams"
+    " depth_multiplier first_stage_features_stride fpn min_depth num_layers override_base_feature_extractor_hyperparams"
+    " pad_to_multiple replace_preprocessor_with_placeholder spaghettinet_arch_name upsampling_interpolation use_depthwise"
+    " use_explicit_padding use_separable_conv",
+    "BoxPredictor": "mask_rcnn_box_predictor:MaskRcnnBoxPredictor rfcn_box_predictor:Unread"
+    " convolutional_box_predictor:Unread weight_shared_convolutional_box_predictor:Unread",
     "MaskRcnnBoxPredictor": "share_box_across_classes:bool=false predict_instance_masks:bool=false"
-    " predict_keypoints:bool=false mask_height:int32=15 mask_width:int32=15 masks_are_class_agnostic:bool=false",
-    "FeatureExtractor": "type:string",
+    " predict_keypoints:bool=false mask_height:int32=15 mask_width:int32=15 masks_are_class_agnostic:bool=false"
+    " box_code_size conv_hyperparams convolve_then_upsample_masks dropout_keep_probability fc_hyperparams"
+    " mask_prediction_conv_depth mask_prediction_num_conv_layers use_dropout",
     "Resizer": "fixed_shape_resizer:FixedShape keep_aspect_ratio_resizer:KeepAspect identity_resizer:Unread"
     " conditional_shape_resizer:Unread pad_to_multiple_resizer:Unread",
     "FixedShape": "height:int32=300 width:int32=300 resize_method:ResizeMethod=BILINEAR convert_to_grayscale:bool=false",
@@ -41,11 +67,35 @@ SCHEMA = {
     "Nms": "score_threshold:float=0.0 iou_threshold:float=0.6 max_detections_per_class:int32=100"
     " max_total_detections:int32=100 use_static_shapes:bool=false use_class_agnostic_nms:bool=false"
     " soft_nms_sigma:float=0.0 use_partitioned_nms:bool=false use_combined_nms:bool=false"
-    " max_classes_per_detection:int32=1 change_coordinate_frame:bool=false",
+    " max_classes_per_detection:int32=1 change_coordinate_frame:bool=true use_hard_nms use_cpu_nms",
 }
+# Only one field of these counts, the last (`oneof` in the .proto files).
+ONE_OF = {"Model", "Resizer", "BoxCoder", "BoxPredictor"}
+# Where forks of TFOD add fields that need not matter: the check against TensorFlow tells.
+LOOSE = {"Ssd", "FasterRcnn", "CenterNet", "FeatureExtractor", "BoxPredictor", "MaskRcnnBoxPredictor"}
 ENUMS = {
     "ScoreConverter": ("IDENTITY", "SIGMOID", "SOFTMAX"),
-    "ResizeMethod": ("UNKNOWN", "BILINEAR", "NEAREST_NEIGHBOR", "BICUBIC", "AREA"),
+    "ResizeMethod": ("BILINEAR", "NEAREST_NEIGHBOR", "BICUBIC", "AREA"),
+}
+# field -> (least, most): what a model can mean. The most is several times what is in use; numbers beyond it are slips of
+# the hand, and cost gigabytes before anything else notices.
+LIMITS = {
+    "num_classes": (1, 30_000),  # ImageNet-21k has 21,841
+    # 4K video fits; TFOD's largest is 1536. Networks shrink their input 32-fold or more: below 16 there is no model.
+    **dict.fromkeys(("height", "width", "min_dimension", "max_dimension"), (16, 4096)),
+    "per_channel_pad_value": (-1000, 1000),  # colours 0..255, normalised or not
+    **dict.fromkeys(("y_scale", "x_scale", "height_scale", "width_scale"), (1e-3, 1e4)),  # 1 / variance: 5 and 10
+    **dict.fromkeys(("score_threshold", "first_stage_nms_score_threshold"), (0, 1)),
+    **dict.fromkeys(("iou_threshold", "first_stage_nms_iou_threshold"), (0, 1)),
+    **dict.fromkeys(("max_detections_per_class", "max_total_detections"), (1, 10_000)),  # grains on a photo: 4,500
+    "first_stage_max_proposals": (1, 5000),  # 300; each is a crop of features
+    "max_classes_per_detection": (1, 30_000),
+    "soft_nms_sigma": (0, 100),
+    "logit_scale": (1e-3, 1e3),
+    "number_of_stages": (1, 3),
+    # 14 and 2; pixels of features.
+    **dict.fromkeys(("initial_crop_size", "maxpool_kernel_size", "maxpool_stride"), (1, 64)),
+    **dict.fromkeys(("mask_height", "mask_width"), (1, 512)),  # 15 to 33
 }
 FEATURE_EXTRACTORS = (
     "ssd_mobilenet_v1_keras",
@@ -61,36 +111,51 @@ FEATURE_EXTRACTORS = (
     "faster_rcnn_inception_resnet_v2_keras",
 )
 
-# A word alone on its line, or after a closing quote at the end of one: no field of the text format looks like that.
-STRAY_WORD = re.compile(r'(^|"[^"\n]*")[ \t]*\b[A-Za-z]\w*[ \t]*$', re.MULTILINE)
+
+def _fields():
+    """Returns SCHEMA as {message: {field name: Field}}."""
+    fields = {}
+    for message, text in SCHEMA.items():
+        parts = (re.fullmatch(r"(\w+)(?::(\w+))?(\*)?(?:=(.+))?", entry).groups() for entry in text.split())
+        fields[message] = {
+            name: Field(name, kind, default, bool(star), message in ONE_OF) for name, kind, star, default in parts
+        }
+    return fields
+
+
+FIELDS = _fields()
 
 
 def _message_classes():
-    """Returns {message name: class} built from SCHEMA; field numbers are of no account in the text format."""
-    Field = descriptor_pb2.FieldDescriptorProto
+    """Returns {message name: class} built from FIELDS; field numbers are of no account in the text format."""
+    Proto = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="tfod_subset.proto", package="tfod", syntax="proto2")
     for name, values in ENUMS.items():
         enum = file.enum_type.add(name=name)
         for number, value in enumerate(values):
             enum.value.add(name=value, number=number)
-    for name, fields in SCHEMA.items():
+    for name, fields in FIELDS.items():
         message = file.message_type.add(name=name)
-        for number, field in enumerate(fields.split(), 1):
-            field_name, kind, default = re.fullmatch(r"(\w+):(\w+\*?)(?:=(.+))?", field).groups()
-            repeated, kind = kind.endswith("*"), kind.rstrip("*")
-            entry = message.field.add(name=field_name, number=number)
-            entry.label = Field.LABEL_REPEATED if repeated else Field.LABEL_OPTIONAL
-            if kind in SCHEMA:
-                entry.type, entry.type_name = Field.TYPE_MESSAGE, f".tfod.{kind}"
-            elif kind in ENUMS:
-                entry.type, entry.type_name = Field.TYPE_ENUM, f".tfod.{kind}"
+        if name in ONE_OF:
+            message.oneof_decl.add(name="one_of")
+        for number, field in enumerate(fields.values(), 1):
+            if field.kind is None:
+                continue
+            entry = message.field.add(name=field.name, number=number)
+            entry.label = Proto.LABEL_REPEATED if field.repeated else Proto.LABEL_OPTIONAL
+            if field.kind in FIELDS:
+                entry.type, entry.type_name = Proto.TYPE_MESSAGE, f".tfod.{field.kind}"
+            elif field.kind in ENUMS:
+                entry.type, entry.type_name = Proto.TYPE_ENUM, f".tfod.{field.kind}"
             else:
-                entry.type = getattr(Field, f"TYPE_{kind.upper()}")
-            if default is not None:
-                entry.default_value = default
+                entry.type = getattr(Proto, f"TYPE_{field.kind.upper()}")
+            if field.default is not None:
+                entry.default_value = field.default
+            if field.one_of:
+                entry.oneof_index = 0
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tfod.{name}")) for name in SCHEMA}
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tfod.{name}")) for name in FIELDS}
 
 
 MESSAGES = _message_classes()
@@ -99,74 +164,115 @@ MESSAGES = _message_classes()
 def read_pipeline_config(path):
     """Reads a pipeline.config and returns its `model` message (fields as in SCHEMA).
 
-    A stray word, like the `s` after a string in the zoo's Mask R-CNN file, is dropped with a warning.
-    Raises UserError if the file is missing, is no pipeline.config, or describes a model that this tool does not convert.
+    Only the model is read, whatever else stands in the file. A field given twice and several models are merged, the last
+    value counts (TFOD: text_format.Merge in config_util). Raises UserError if the file is missing, is no
+    pipeline.config, has a value or a field in the model that cannot be, or describes a model that is not converted.
     """
     path = Path(path)
+    config = ConfigText(path, read_text(path), FIELDS)
+    if not config.models:
+        raise UserError(f"{path} is not a pipeline.config (no `model {{ ... }}` in it); use the file of the export")
+    model, contents = MESSAGES["Model"](), config.contents("Model", LOOSE)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise UserError(f"cannot read {path}: {reason}; --pipeline_config takes the model's pipeline.config") from error
-    try:
-        model = _parse(text)
+        text_format.Merge(contents, model)
     except text_format.ParseError as error:
-        repaired = STRAY_WORD.sub(r"\1", text)
-        try:
-            model = _parse(repaired)
-        except text_format.ParseError:
-            raise UserError(f"{path} is not a pipeline.config: line {error}; use the file of the export") from error
-        lines = [text.count("\n", 0, match.end()) + 1 for match in STRAY_WORD.finditer(text)]
-        warnings.warn(f"{path}: ignored the stray word in line {', '.join(map(str, lines))}", stacklevel=2)
-    _refuse_unsupported(model, path)
+        line, column = error.GetLine(), error.GetColumn()
+        value = contents.split("\n")[line - 1][max(0, column - 40) : column + 20].strip()
+        reason = re.sub(r"^[\d: ]*|tfod\.", "", str(error).rsplit("': ", 1)[-1])[:120]
+        raise config.error(line, f"{value}: {reason}") from error
+    if model.WhichOneof("one_of") is None:
+        nothing = f"{path} describes no model (no `model {{ ssd ... }}`): use the pipeline.config of the export"
+        raise config.problem or UserError(nothing)
+    part = _refuse_unsupported(model, path)
+    if config.problem:
+        raise config.problem
+    _refuse_values(part, path)
+    if part.feature_extractor.type not in FEATURE_EXTRACTORS:
+        kind = part.feature_extractor.type[:60]
+        config.warnings.append(f"the feature extractor {kind!r} is untested; trust the check's verdict")
+    for text in config.warnings:
+        warn(f"{path}: {text}")
     return model
 
 
-def _parse(text):
-    pipeline = MESSAGES["Pipeline"]()
-    text_format.Parse(text, pipeline, allow_unknown_field=True)
-    return pipeline.model
-
-
 def _refuse_unsupported(model, path):
-    """Raises UserError, naming the setting, for anything whose detections this tool would get wrong."""
+    """Raises UserError, naming the setting, for anything whose detections this tool would get wrong.
+
+    Returns the meta-architecture's message.
+    """
 
     def refuse(what):
         raise UserError(
             f"{path}: {what} is not supported; this tool converts SSD and Faster R-CNN with hard per-class NMS"
         )
 
-    for name, label in (
-        ("center_net", "the meta-architecture CenterNet"),
-        ("experimental_model", "experimental_model"),
-    ):
-        if model.HasField(name):
-            refuse(label)
-    if model.HasField("faster_rcnn"):
-        _refuse_two_stage(model.faster_rcnn, refuse)
-        part = model.faster_rcnn
+    meta = model.WhichOneof("one_of")
+    if meta == "center_net":
+        refuse("the meta-architecture CenterNet")
+    if meta == "experimental_model":
+        refuse("experimental_model")
+    part = getattr(model, meta)
+    _refuse_tf1(part, path)
+    if meta == "faster_rcnn":
+        _refuse_two_stage(part, refuse)
         post = part.second_stage_post_processing
-    elif model.HasField("ssd"):
-        _refuse_ssd(model.ssd, refuse)
-        part = model.ssd
-        post = part.post_processing
     else:
-        raise UserError(f"{path} describes no model (no `model {{ ssd ... }}`): use the pipeline.config of the export")
+        _refuse_ssd(part, refuse)
+        post = part.post_processing
     _refuse_resizer(part.image_resizer, refuse)
-    _refuse_post_processing(post, refuse)
-    if part.num_classes < 1:
-        raise UserError(f"{path}: num_classes is missing; use the pipeline.config of the export")
-    if part.feature_extractor.type not in FEATURE_EXTRACTORS:
-        warnings.warn(
-            f"{path}: the feature extractor {part.feature_extractor.type!r} is untested; trust the check's verdict",
-            stacklevel=2,
+    _refuse_post_processing(post, part.image_resizer, refuse)
+    return part
+
+
+def _refuse_tf1(part, path):
+    """TFOD's TF2 model builder knows no SSD and no Faster R-CNN without _keras in its feature extractor's type."""
+    kind = part.feature_extractor.type
+    if kind and "_keras" not in kind:
+        raise UserError(
+            f"{path}: the feature extractor {kind[:60]!r} is TF1's (TF2's end in _keras); TF1 models are not supported yet"
         )
+
+
+def _refuse_values(part, path):
+    """Raises UserError for what a model must have and lacks, and for numbers that it cannot have."""
+    given = {
+        "num_classes": part.HasField("num_classes"),
+        "image_resizer": part.image_resizer.WhichOneof("one_of"),
+        "feature_extractor's type": part.feature_extractor.type,
+        "initial_crop_size": part.DESCRIPTOR.name != "FasterRcnn" or part.HasField("initial_crop_size"),
+    }
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        raise UserError(f"{path}: the model lacks {', '.join(missing)}; use the pipeline.config of the export")
+    _refuse_out_of_range(part, path, "model")
+    keep = part.image_resizer.keep_aspect_ratio_resizer
+    least, most, padding = keep.min_dimension, keep.max_dimension, len(keep.per_channel_pad_value)
+    if least > most:
+        raise UserError(f"{path}: min_dimension {least} is above max_dimension {most}; correct them")
+    if padding not in (0, 3):
+        raise UserError(f"{path}: per_channel_pad_value needs three numbers, not {padding}; correct it")
+
+
+def _refuse_out_of_range(message, path, place):
+    """Raises UserError for a number that no model can mean (LIMITS), in this message or one within it."""
+    for field, value in message.ListFields():
+        if field.message_type:
+            _refuse_out_of_range(value, path, field.name)
+        elif field.name in LIMITS:
+            least, most = LIMITS[field.name]
+            for number in [value] if isinstance(value, int | float) else value:
+                if not least <= number <= most:  # true of nan
+                    raise UserError(
+                        f"{path}: {field.name} of {place} is {number:.8g}, not within {least:g} to {most:g}; correct it"
+                    )
 
 
 def _refuse_two_stage(faster_rcnn, refuse):
     predictor = faster_rcnn.second_stage_box_predictor
-    if faster_rcnn.number_of_stages == 1:
+    if faster_rcnn.number_of_stages == 1 or faster_rcnn.first_stage_only:
         refuse("a region proposal network alone (number_of_stages: 1)")
+    if faster_rcnn.use_combined_nms_in_first_stage:
+        refuse("use_combined_nms_in_first_stage")
     if faster_rcnn.HasField("context_config"):
         refuse("Context R-CNN (context_config)")
     if predictor.HasField("rfcn_box_predictor"):
@@ -188,22 +294,16 @@ def _refuse_resizer(resizer, refuse):
     for name in ("identity_resizer", "conditional_shape_resizer", "pad_to_multiple_resizer"):
         if resizer.HasField(name):
             refuse(f"{name} (an input without one fixed size)")
-    chosen = resizer.keep_aspect_ratio_resizer
-    if resizer.HasField("keep_aspect_ratio_resizer"):
-        if not chosen.pad_to_max_dimension:
-            refuse("keep_aspect_ratio_resizer without pad_to_max_dimension (an input without one fixed size)")
-    elif resizer.HasField("fixed_shape_resizer"):
-        chosen = resizer.fixed_shape_resizer
-    else:
-        refuse("a model without image_resizer")
-    if ENUMS["ResizeMethod"][chosen.resize_method] != "BILINEAR":
-        refuse(f"resize_method {ENUMS['ResizeMethod'][chosen.resize_method]}")
-    if chosen.convert_to_grayscale:
+    if resizer.fixed_shape_resizer.convert_to_grayscale or resizer.keep_aspect_ratio_resizer.convert_to_grayscale:
         refuse("convert_to_grayscale")
+    if resizer.HasField("keep_aspect_ratio_resizer") and not resizer.keep_aspect_ratio_resizer.pad_to_max_dimension:
+        refuse("keep_aspect_ratio_resizer without pad_to_max_dimension (an input without one fixed size)")
 
 
-def _refuse_post_processing(post, refuse):
+def _refuse_post_processing(post, resizer, refuse):
     nms = post.batch_non_max_suppression
+    if resizer.HasField("keep_aspect_ratio_resizer") and not nms.change_coordinate_frame:
+        refuse("change_coordinate_frame: false with padding (boxes relative to the padded image)")
     for name in ("use_class_agnostic_nms", "use_combined_nms", "use_static_shapes", "use_partitioned_nms"):
         if getattr(nms, name):
             refuse(f"{name} in batch_non_max_suppression")
@@ -219,21 +319,23 @@ def wrong_config(folder, what):
 
 
 def describe_resizer(resizer):
-    """Returns {kind, height, width[, min_dimension, max_dimension, pad_value]}: the network's input and how to fill it.
+    """Returns {kind, height, width[, method][, min_dimension, max_dimension, pad_value]}: the input and how to fill it.
 
     height and width are pixels of the network's input; keep_aspect pads to a square of max_dimension (TFOD's
-    resize_to_range with pad_to_max_dimension).
+    resize_to_range with pad_to_max_dimension). method: as of image_batcher.resize_image; without it bilinear.
     """
+    chosen = getattr(resizer, resizer.WhichOneof("one_of"))
+    method = ENUMS["ResizeMethod"][chosen.resize_method].lower()
+    method = {} if method == "bilinear" else {"method": method}
     if resizer.HasField("fixed_shape_resizer"):
-        fixed = resizer.fixed_shape_resizer
-        return {"kind": "fixed_shape", "height": fixed.height, "width": fixed.width}
-    keep = resizer.keep_aspect_ratio_resizer
-    side = keep.max_dimension
+        return {"kind": "fixed_shape", "height": chosen.height, "width": chosen.width, **method}
+    side = chosen.max_dimension
     return {
         "kind": "keep_aspect_ratio",
         "height": side,
         "width": side,
-        "min_dimension": keep.min_dimension,
+        **method,
+        "min_dimension": chosen.min_dimension,
         "max_dimension": side,
-        "pad_value": list(keep.per_channel_pad_value) or [0.0, 0.0, 0.0],
+        "pad_value": list(chosen.per_channel_pad_value) or [0.0, 0.0, 0.0],
     }
