@@ -15,16 +15,20 @@ from pathlib import Path
 from commandline import UserError, check_writable, command, run, warn, whole_file
 from commandline.options import count, make_parser, score
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 import onnx_utils
 from checks.conversion import BUILT_IN, check_conversion, check_override
 from image_batcher import ImageError, find_images, load_image
-from tfod.config import read_pipeline_config
+from tfod.config import describe_resizer, read_pipeline_config
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import find_labels, read_labels
 from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model
+
+# What a fixed batch may be. Its activations take some ten times the bytes of its input.
+MOST_IMAGES, MOST_INPUT_BYTES = 4096, 2e9
 
 
 def parse_args(argv=None):
@@ -97,9 +101,25 @@ def batch_size(text):
     if text == "dynamic":
         return None
     try:
-        return count(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 1 on nor 'dynamic'") from error
+        images = count(text)
+    except argparse.ArgumentTypeError:
+        images = 0
+    if not 1 <= images <= MOST_IMAGES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:20]!r} is neither a whole number from 1 to {MOST_IMAGES} nor 'dynamic'"
+        )
+    return images
+
+
+def check_batch_size(args, resizer):
+    """Raises UserError for a fixed batch that cannot be meant. resizer: the dict of config.describe_resizer."""
+    height, width, images = resizer["height"], resizer["width"], args.batch_size or 1
+    image_bytes = height * width * 3 * np.dtype(args.input_type).itemsize
+    if images * image_bytes > MOST_INPUT_BYTES:
+        raise UserError(
+            f"--batch_size {images}: {images * image_bytes / 1e9:.1f} GB of input; of {height} x {width} pixels"
+            f" {int(MOST_INPUT_BYTES // image_bytes)} images are the most, or give 'dynamic'"
+        )
 
 
 def main(argv=None):
@@ -108,6 +128,7 @@ def main(argv=None):
     folder = find_saved_model(args.saved_model)
     config_path = args.pipeline_config or find_pipeline_config(folder)
     config = read_pipeline_config(config_path)
+    check_batch_size(args, describe_resizer(getattr(config, config.WhichOneof("one_of")).image_resizer))
     for path in filter(None, (args.onnx, args.tf2onnx)):
         check_writable(path)
     pictures = read_pictures(args.check_image) if args.check_image else None

@@ -43,6 +43,7 @@ class Export:
     score_threshold: float = 1e-8
     per_class: int = MAX_DETECTIONS
     keep_aspect: bool = False  # resize to fit, pad, instead of stretching
+    method: str = "BILINEAR"  # or NEAREST_NEIGHBOR, BICUBIC, AREA
     dtype: str = "uint8"  # of the input: uint8 (image_tensor) or float32 (float_image_tensor)
 
 
@@ -218,7 +219,7 @@ def exported_module(tf, network, anchors, export):
         if export.keep_aspect:
             given = tf.cast(tf.shape(image)[:2], tf.float32)
             size = tf.cast(tf.round(given * (SIZE / tf.reduce_max(given))), tf.int32)
-        image = tf.compat.v1.image.resize_bilinear(image[None], size)[0]
+        image = tf.compat.v1.image.resize_images(image, size, getattr(tf.compat.v1.image.ResizeMethod, export.method))
         return tf.image.pad_to_bounding_box(image, 0, 0, SIZE, SIZE), size
 
     def detect(boxes, scores, true_size):
@@ -295,9 +296,10 @@ def postprocess(tf, boxes, scores, window, export):
 
 def pipeline_config(export):
     """The text of the pipeline.config that describes an Export."""
-    resizer = f"fixed_shape_resizer {{\n        height: {SIZE}\n        width: {SIZE}\n      }}"
+    method = "" if export.method == "BILINEAR" else f"\n        resize_method: {export.method}"
+    resizer = f"fixed_shape_resizer {{\n        height: {SIZE}\n        width: {SIZE}{method}\n      }}"
     if export.keep_aspect:
-        limits = f"min_dimension: {SIZE} max_dimension: {SIZE} pad_to_max_dimension: true"
+        limits = f"min_dimension: {SIZE} max_dimension: {SIZE} pad_to_max_dimension: true{method}"
         resizer = f"keep_aspect_ratio_resizer {{ {limits} }}"
     scales = zip(("y", "x", "height", "width"), export.scales, strict=True)
     scales = "\n        ".join(f"{name}_scale: {value}" for name, value in scales)

@@ -141,6 +141,9 @@ VARIANTS = {
     "identity": demo.Export(converter="IDENTITY", score_threshold=0.05),
     "keep_aspect": demo.Export(keep_aspect=True),
     "per_class": demo.Export(per_class=7, score_threshold=1e-4),
+    "nearest": demo.Export(method="NEAREST_NEIGHBOR"),
+    "bicubic": demo.Export(method="BICUBIC", keep_aspect=True),
+    "area": demo.Export(method="AREA"),
 }
 
 
@@ -221,6 +224,11 @@ def other_converter(folder):
     (folder / "pipeline.config").write_text(text.replace("SIGMOID", "SOFTMAX"))
 
 
+def other_method(folder):
+    text = (folder / "pipeline.config").read_text()
+    (folder / "pipeline.config").write_text(text.replace("width: 160", "width: 160 resize_method: BICUBIC"))
+
+
 def no_config(folder):
     (folder / "pipeline.config").unlink()
 
@@ -245,6 +253,7 @@ def truncated_variables(folder):
         (other_architecture, "ssd_resnet50_v1_fpn_keras"),
         (other_size, "config"),
         (other_converter, "SOFTMAX"),
+        (other_method, "does not resize images as the config says (bicubic)"),
         (no_config, "--pipeline_config"),
         (no_model, "no saved_model.pb"),
         (broken_model, "cannot be loaded"),
@@ -279,6 +288,7 @@ def test_a_saved_model_of_something_else(tmp_path):
         (["--saved_model", str(DEMO_MODEL), "--onnx", str(ROOT)], "is a folder"),
         (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--check_image", "/no/image.jpg"], "--check_image"),
         (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--batch_size", "0"], "--batch_size"),
+        (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--batch_size", "100000"], "--batch_size"),
         (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--first_nms_threshold", "2"], "--first_nms_threshold"),
     ],
 )

@@ -7,6 +7,7 @@ from commandline import UserError
 import numpy as np
 import onnx_graphsurgeon as gs
 
+import image_batcher
 import onnx_utils
 from tfod.config import wrong_config
 from tfod.graph import node_name
@@ -69,11 +70,25 @@ def probe_preprocessing(frozen, images, resizer):
             "the SavedModel's preprocessing is not the config's resizer and a scale per channel; "
             "is the pipeline.config the model's own?"
         )
+    _check_resizing(preprocess, resizer, scale, offset)
     pad_value = None
     if padded:  # a panorama leaves the bottom right corner empty
         pad_value = (preprocess(np.zeros((max(1, width // 4), width, 3)))[-1, -1] - offset) / scale
         pad_value = pad_value.round(3).tolist()
     return Colours(scale.astype(np.float32), offset.astype(np.float32), pad_value)
+
+
+def _check_resizing(preprocess, resizer, scale, offset):
+    """Raises UserError unless an image of another size is resized by the config's method. preprocess: the model's own."""
+    height, width = resizer["height"] * 3 // 4, resizer["width"] * 5 // 4
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    resized, placement = image_batcher.preprocess(image, resizer)
+    filled = tuple(slice(side) for side in placement.true_shape)
+    if np.abs(resized[filled] * scale + offset - preprocess(image)[filled]).max() > 1e-3:
+        raise UserError(
+            f"the SavedModel does not resize images as the config says ({resizer.get('method', 'bilinear')});"
+            " is the pipeline.config the model's own?"
+        )
 
 
 def check_colours(config, scale, folder):
