@@ -198,6 +198,13 @@ def _area_taps(size_in, size_out):
 TAPS = {"nearest_neighbor": _nearest_taps, "bicubic": _cubic_taps, "area": _area_taps}
 
 
+def _weigh(pixels, index, weight, axis):
+    """The sum of `pixels`, taken along the axis by each row of `index`, times the rows of `weight`."""
+    if len(index) == 1:  # the nearest alone, whole
+        return pixels.take(index[0], axis)
+    return sum(pixels.take(i, axis) * w for i, w in zip(index, weight, strict=True))
+
+
 def _resample(image, rows, columns, out):
     """Weighs input pixels by the taps of the output's rows and columns; `out` as of resize_image."""
     (row_index, row_weight), (column_index, column_weight) = rows, columns
@@ -206,9 +213,8 @@ def _resample(image, rows, columns, out):
     flat = np.ascontiguousarray(image).reshape(len(image), -1)
     for start in range(0, len(out), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
-        taps = zip(row_index[:, part], row_weight[:, part, None], strict=True)
-        block = sum(flat.take(index, axis=0) * weight for index, weight in taps)
-        block = sum(block.take(i, axis=1) * w for i, w in zip(column_index, column_weight, strict=True))
+        block = _weigh(flat, row_index[:, part], row_weight[:, part, None], axis=0)
+        block = _weigh(block, column_index, column_weight, axis=1)
         if out.dtype == np.uint8:
             block = np.rint(block).clip(0, 255)  # bicubic overshoots at edges
         out[part] = block.reshape(-1, *out.shape[1:])

@@ -253,7 +253,7 @@ def truncated_variables(folder):
         (other_architecture, "ssd_resnet50_v1_fpn_keras"),
         (other_size, "config"),
         (other_converter, "SOFTMAX"),
-        (other_method, "does not resize images as the config says (bicubic)"),
+        (other_method, "does not resize images as the config's image_resizer says (fixed_shape, bicubic)"),
         (no_config, "--pipeline_config"),
         (no_model, "no saved_model.pb"),
         (broken_model, "cannot be loaded"),

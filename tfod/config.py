@@ -93,8 +93,8 @@ LIMITS = {
     "soft_nms_sigma": (0, 100),
     "logit_scale": (1e-3, 1e3),
     "number_of_stages": (1, 3),
-    # 14 and 2; pixels of features.
-    **dict.fromkeys(("initial_crop_size", "maxpool_kernel_size", "maxpool_stride"), (1, 64)),
+    "initial_crop_size": (2, 64),  # 14 to 17 pixels of features
+    **dict.fromkeys(("maxpool_kernel_size", "maxpool_stride"), (1, 64)),  # 1 or 2
     **dict.fromkeys(("mask_height", "mask_width"), (1, 512)),  # 15 to 33
 }
 FEATURE_EXTRACTORS = (

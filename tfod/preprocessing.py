@@ -86,7 +86,8 @@ def _check_resizing(preprocess, resizer, scale, offset):
     filled = tuple(slice(side) for side in placement.true_shape)
     if np.abs(resized[filled] * scale + offset - preprocess(image)[filled]).max() > 1e-3:
         raise UserError(
-            f"the SavedModel does not resize images as the config says ({resizer.get('method', 'bilinear')});"
+            "the SavedModel does not resize images as the config's image_resizer says"
+            f" ({resizer['kind']}, {resizer.get('method', 'bilinear')});"
             " is the pipeline.config the model's own?"
         )
 
