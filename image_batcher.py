@@ -200,7 +200,7 @@ TAPS = {"nearest_neighbor": _nearest_taps, "bicubic": _cubic_taps, "area": _area
 
 def _weigh(pixels, index, weight, axis):
     """The sum of `pixels`, taken along the axis by each row of `index`, times the rows of `weight`."""
-    if len(index) == 1:  # the nearest alone, whole
+    if len(index) == 1 and np.all(weight == 1):  # pixels as they are
         return pixels.take(index[0], axis)
     return sum(pixels.take(i, axis) * w for i, w in zip(index, weight, strict=True))
 

@@ -82,18 +82,18 @@ def warn(text):
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def decode_text(data):
+def decode_text(data, errors="strict"):
     """The text of a user's file: UTF-8 or UTF-16, with a byte order mark or without, else the cp1252 of Windows.
 
-    Lines end with \\n. Raises ValueError for what is no text.
+    errors: "replace" where what cannot be decoded does not matter. Lines end with \\n. Raises ValueError for no text.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = data.decode("utf-16")
+        text = data.decode("utf-16", errors)
     else:
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            text = data.decode("cp1252")
+            text = data.decode("cp1252", errors)
     if "\0" in text:
         raise ValueError("it is not text")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -130,6 +130,20 @@ def test_all_of_the_text_format_is_read(tmp_path, old, new):
     assert read(tmp_path, changed(old, new)) == read(tmp_path, DEMO_TEXT)
 
 
+def test_comments_in_other_encodings_do_not_matter(tmp_path):
+    for encoding, comment in (
+        ("shift_jis", "\u30af\u30e9\u30b9\u6570"),
+        ("gbk", "\u7c7b\u522b"),
+        ("cp949", "\ub77c\ubca8"),
+    ):
+        text = changed("num_classes: 5", f"num_classes: 5  # {comment}\n") + f"# {comment}"
+        assert read(tmp_path, text, encoding) == read(tmp_path, DEMO_TEXT)
+    for data in (b"\xff\xfe\x00", b"\x81\x8d", DEMO_TEXT.encode("utf-16-le")):
+        (tmp_path / "pipeline.config").write_bytes(data)
+        with pytest.raises(UserError, match=r"pipeline\.config"):
+            read_pipeline_config(tmp_path / "pipeline.config")
+
+
 def test_schema_covers_the_zoo(capsys):
     """No field of the zoo's models is unknown, and the values are the parser's own, of the whole file."""
     for key in ZOO:

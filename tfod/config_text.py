@@ -4,12 +4,11 @@ Whatever else the file holds, however broken, is not read. Line numbers are the 
 """
 
 import bisect
-import codecs
 import collections
 import difflib
 import re
 
-from commandline import UserError
+from commandline import UserError, decode_text
 
 LARGEST = 200_000  # bytes; TFOD's own files have ten thousand at most
 MOST_UNKNOWN = 20  # fields of a fork
@@ -28,10 +27,7 @@ Field = collections.namedtuple("Field", ["name", "kind", "default", "repeated", 
 
 
 def read_text(path):
-    """Returns a text file's contents, lines ended by \\n. Reads UTF-8, UTF-16 with its mark, and else cp1252.
-
-    path: a Path. Raises UserError for what is no text file of a pipeline.config's size.
-    """
+    """Returns the text of the file at a Path. Raises UserError for what is no text file of a pipeline.config's size."""
     refusal = f"cannot read {path}: {{}}; --pipeline_config takes the model's pipeline.config"
     if path.exists() and not path.is_file():
         raise UserError(refusal.format("it is not a file"))
@@ -42,16 +38,10 @@ def read_text(path):
         raise UserError(refusal.format(error.strerror)) from error
     if len(data) > LARGEST:
         raise UserError(refusal.format("it is too large for one"))
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = data.decode("utf-16", errors="replace")
-    else:
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError:
-            text = data.decode("cp1252", errors="replace")
-    if "\0" in text:
-        raise UserError(refusal.format("it is not text"))
-    return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        return decode_text(data, errors="replace").replace("\ufeff", "")
+    except ValueError as error:
+        raise UserError(refusal.format(error)) from error
 
 
 class ConfigText:
