@@ -16,7 +16,7 @@ from test_convert import command
 
 import infer
 import onnx_utils
-from image_batcher import load_image, result_names
+from image_batcher import load_image
 from runtimes import ort_graph
 from visualize import _place, class_colour, draw_detections
 
@@ -88,11 +88,6 @@ def test_two_inputs_with_one_stem_and_bad_files(convert, tmp_path):
     assert "2 of 5 images were skipped" in process.stdout
     pictures = sorted(p.name for p in (tmp_path / "out").glob("*.jpg"))
     assert pictures == ["a.PNG.jpg", "a.jpg.jpg", "b.jpg"]
-
-
-def test_result_names_do_not_collide(tmp_path):
-    paths = [tmp_path / name for name in ("a.jpg", "A.png", "b.jpg")]
-    assert result_names(paths) == ["a.jpg", "A.png", "b"]
 
 
 def broken(path):
