@@ -1,7 +1,7 @@
 """Builds a TensorRT engine from a model.onnx of create_onnx.py, for the GPU and the TensorRT version of this machine.
 
     python build_engine.py --onnx model.onnx --engine engine.trt
-    python build_engine.py --onnx model.onnx --engine engine.trt --precision int8 --calib_input photos
+    python build_engine.py --onnx model.onnx --engine engine.trt --precision int8 --calib_input photos 'more/*.png'
     python build_engine.py --onnx dynamic.onnx --engine engine.trt --batch 1 8 32
 
 FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6, which is given ranges
@@ -10,17 +10,19 @@ file. TensorRT 8.5, 8.6, 10 and 11.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
 
 from commandline import UserError, check_writable, command, progress, run, warn, whole_file
-from commandline.options import count, make_parser, size
+from commandline.inputs import INPUTS, find_images, show_inputs
+from commandline.options import add_image_options, count, image_options, make_parser, size
 
 import numpy as np
 
 import onnx_utils
-from image_batcher import ImageBatcher, find_images
+from image_batcher import ImageBatcher, load_image
 from runtimes import precision, quantization, trt_graph
 from runtimes.detector import input_spec, network_inputs
 from runtimes.ort_detector import OrtDetector
@@ -40,7 +42,14 @@ def parse_args(argv=None):
     add("-b", "--batch", type=count, nargs=3, metavar=("MIN", "OPT", "MAX"), help="of a dynamic model; default: 1 8 8")
     add("-w", "--workspace", type=size, default=4, metavar="GB", help="memory for the layers' scratch; default: 4")
     add("-v", "--verbose", action="store_true", help="print what TensorRT says")
-    add("--calib_input", help="int8: an image or a folder of images like those to be detected in, about 100")
+    add(
+        "--calib_input",
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help=f"int8: about 100 images like those to be detected in: {INPUTS}",
+    )
+    add_image_options(parser)
     add("--calib_cache", help="int8: the calibration, read if it is of this model, else written; default: ENGINE.calib")
     add("--calib_num_images", type=count, default=100, metavar="N", help="int8: at most that many images; default: 100")
     add("--calib_batch_size", type=count, default=8, metavar="N", help="int8: images at a time; default: 8")
@@ -144,19 +153,21 @@ def find_calibration(args, model):
         raise UserError(f"--calib_cache {args.calib_cache}: {reason}; give calibration images with --calib_input")
     if Path(args.calib_cache).exists():
         warn(f"--calib_cache {args.calib_cache}: {reason}; calibrating anew")
-    find_images(args.calib_input, "--calib_input")
+    args.calib_files = find_images(args.calib_input, "--calib_input").files[: args.calib_num_images]
     return None
 
 
 def calibrate(args, model, metadata):
     """Calibrates on --calib_input, finds the layers to leave in FP16, writes --calib_cache; returns (ranges, names)."""
-    files = find_images(args.calib_input, "--calib_input")[: args.calib_num_images]
+    files = args.calib_files
     spec = input_spec(metadata)
     size = spec.batch or args.calib_batch_size
     with Workers(0) as workers:
-        batches = list(progress(ImageBatcher(files, metadata["resizer"], size, workers), unit="batch", desc="reading"))
+        load = functools.partial(load_image, **image_options(args))
+        batcher = ImageBatcher(files, metadata["resizer"], size, workers, load=load)
+        batches = list(progress(batcher, unit="batch", desc="reading"))
     if not batches:
-        raise UserError(f"--calib_input {args.calib_input}: none of the {len(files)} images could be read")
+        raise UserError(f"--calib_input {show_inputs(args.calib_input)}: none of the {len(files)} images could be read")
 
     def inputs():
         for batch in progress(batches, unit="batch", desc="calibrating"):

@@ -11,18 +11,29 @@ agree within --tolerance, 1 if not.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
 from pathlib import Path
 
 from commandline import UserError, make_folder, progress, run, warn, whole_file
-from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
+from commandline.inputs import INPUTS, find_images, show_inputs
+from commandline.options import (
+    add_image_options,
+    add_preprocessor,
+    check_preprocessor,
+    count,
+    count_from_0,
+    image_options,
+    make_parser,
+    score,
+)
 
 import numpy as np
 
 from checks import coco, parity, report
-from image_batcher import ImageError, find_images, load_image, result_names
+from image_batcher import ImageError, load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
 from tfod.labels import LABELS_HELP, labels_of
@@ -40,7 +51,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the converted model: model.onnx or engine.trt")
     add("-m", "--saved_model", required=True, help="the SavedModel it was made of: its folder, or the export above it")
-    add("-i", "--input", required=True, help="an image or a folder of images")
+    add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
     add("-a", "--annotations", help="COCO annotations of the images: adds the ground truth and the AP of both sides")
     add("-o", "--output", required=True, help="folder for the report; created if need be")
     add("-l", "--labels", help=LABELS_HELP)
@@ -61,6 +72,7 @@ def parse_args(argv=None):
     add("-d", "--detection_type", choices=["bbox", "segmentation"], default="bbox", help="compare boxes, or masks too")
     add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add("--pictures", type=count_from_0, default=24, metavar="N", help="pictures shown in the report; default: 24")
+    add_image_options(parser)
     add_preprocessor(parser)
     return parser.parse_args(argv)
 
@@ -186,7 +198,8 @@ def _spread(differences):
 
 def main(argv=None):
     args = parse_args(argv)
-    files = find_images(args.input)[: args.num_images]
+    images = find_images(args.input, output=args.output)
+    files = images.files[: args.num_images]
     truth = coco.load_annotations(args.annotations) if args.annotations else None
     folder = find_saved_model(args.saved_model)
     with open_detector(args.engine) as detector:
@@ -203,17 +216,18 @@ def main(argv=None):
         with SavedModel(folder) as saved_model:
             comparisons, times = run_both(saved_model, detector, files, args)
     if not comparisons:
-        raise UserError(f"--input {args.input}: none of the {len(files)} images could be read")
+        raise UserError(f"--input {show_inputs(args.input)}: none of the {len(files)} images could be read")
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCES[metadata.get("precision", "fp32")]
     numbers = summarise(comparisons, args.least, tolerance)
     numbers["milliseconds"] = {name: float(np.median(values)) for name, values in times.items()}
     if truth:
         numbers["average_precision"] = both_average_precisions(truth, comparisons, metadata, args)
     text = verdict(numbers, args)
-    draw_all(comparisons, truth, names, metadata, args, output)
+    pictures = {Path(file): f"{name}.jpg" for file, name in zip(images.files, images.names, strict=True)}
+    draw_all(comparisons, pictures, truth, names, metadata, args, output / "pictures")
     with whole_file(output / "comparison.json") as path:
         path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    write_report(output / "report.html", args, metadata, numbers, comparisons, output, text)
+    write_report(output / "report.html", args, metadata, numbers, comparisons, output / "pictures", pictures, text)
     print_numbers(numbers)
     print(text)
     print(f"Wrote comparison.json, {len(comparisons)} pictures and report.html. Next: open {output / 'report.html'}")
@@ -223,6 +237,7 @@ def main(argv=None):
 def run_both(saved_model, detector, files, args):
     """Runs both sides on each file; returns ([Comparison], {side: milliseconds of each image})."""
     comparisons, times = [], {"TensorFlow": [], "engine": []}
+    load = functools.partial(load_image, **image_options(args))
     mask_threshold = args.iou_threshold if args.detection_type == "segmentation" else None
     sides = {
         "TensorFlow": lambda image: parity.tensorflow_detections(saved_model, image, detector.metadata),
@@ -230,7 +245,7 @@ def run_both(saved_model, detector, files, args):
     }
     for path in progress(files, unit="image"):
         try:
-            image = load_image(path)
+            image = load(path)
             if not comparisons:
                 for detect in sides.values():
                     detect(image)  # the first run sets things up
@@ -317,13 +332,12 @@ def print_numbers(numbers):
         print(f"{text:28} {value}")
 
 
-def draw_all(comparisons, truth, names, metadata, args, output):
-    """Writes NAME.jpg of every image: the sides next to each other, unmatched detections in a dashed frame."""
-    folder = make_folder(output / "pictures")
+def draw_all(comparisons, pictures, truth, names, metadata, args, folder):
+    """Writes folder / pictures[path] of every image: the sides next to each other, unmatched detections in a dashed frame."""
+    load = functools.partial(load_image, **image_options(args))
     known = coco.match_images(truth, [comparison.path for comparison in comparisons])[0] if truth else {}
-    titles = result_names([comparison.path for comparison in comparisons])
-    for comparison, name in zip(progress(comparisons, unit="picture"), titles, strict=True):
-        image = load_image(comparison.path)
+    for comparison in progress(comparisons, unit="picture"):
+        image = load(comparison.path)
         panels = {}
         for side, found, unmatched in zip(
             ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.unmatched, strict=True
@@ -336,7 +350,9 @@ def draw_all(comparisons, truth, names, metadata, args, output):
         if comparison.path in known:
             panels["ground truth"] = draw_truth(image, truth, known[comparison.path], names, metadata["class_offset"])
         picture = side_by_side(panels)
-        with whole_file(folder / f"{name}.jpg") as path:
+        target = folder / pictures[comparison.path]
+        make_folder(target.parent)
+        with whole_file(target) as path:
             picture.save(path, quality=88)
 
 
@@ -363,7 +379,7 @@ def draw_truth(image, truth, image_id, names, class_offset):
     return draw_detections(image, corners, np.ones(len(notes)), classes, names, with_scores=False)
 
 
-def write_report(path, args, metadata, numbers, comparisons, output, text):
+def write_report(path, args, metadata, numbers, comparisons, folder, pictures, text):
     """report.html: the numbers, score against score, the overlaps, the pictures that differ most."""
     bands = [
         (
@@ -375,11 +391,10 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
         )
         for band in numbers["bands"]
     ]
-    titles = result_names([comparison.path for comparison in comparisons])
     order = sorted(range(len(comparisons)), key=lambda i: -comparisons[i].difference)[: args.pictures]
     figures = []
     for i in order:
-        picture = report.shrink(report.Image.open(output / "pictures" / f"{titles[i]}.jpg"), 1400)
+        picture = report.shrink(report.Image.open(folder / pictures[comparisons[i].path]), 1400)
         figures.append((picture, f"{comparisons[i].path.name}: difference {comparisons[i].difference:.3g}"))
     columns = ("TensorFlow's score", "matched", "unmatched", "largest score difference", "median")
     side_by_side_part = report.section(
@@ -395,7 +410,7 @@ def write_report(path, args, metadata, numbers, comparisons, output, text):
         report.section("Score and overlap", report.plots(scatter(comparisons, args.runtime), histogram(comparisons))),
         *([side_by_side_part] if figures else []),
     ]
-    subtitle = f"{metadata['source']}: {args.saved_model} against {args.engine} on {args.input}"
+    subtitle = f"{metadata['source']}: {args.saved_model} against {args.engine} on {show_inputs(args.input)}"
     report.write_page(path, "TensorFlow against the converted model", subtitle, parts)
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from commandline import UserError, check_writable, command, run, warn, whole_file
+from commandline.inputs import find_images
 from commandline.options import count, make_parser, score
 
 import numpy as np
@@ -21,7 +22,7 @@ import onnx_graphsurgeon as gs
 
 import onnx_utils
 from checks.conversion import BUILT_IN, check_conversion, check_override
-from image_batcher import ImageError, find_images, load_image
+from image_batcher import ImageError, load_image
 from tfod.config import describe_resizer, read_pipeline_config
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import find_labels, read_labels
@@ -173,7 +174,7 @@ def find_class_names(path, folder, config):
 def read_pictures(path):
     """The images of --check_image, as RGB arrays."""
     pictures = []
-    for file in find_images(path, "--check_image"):
+    for file in find_images(path, "--check_image").files:
         try:
             pictures.append(load_image(file))
         except ImageError as error:

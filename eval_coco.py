@@ -2,7 +2,7 @@
 
     python eval_coco.py --engine model.onnx --input val2017 --annotations instances_val2017.json
     python eval_coco.py --engine engine.trt --input val2017 --annotations instances_val2017.json --output evaluation
-    python eval_coco.py --engine mask.onnx --input images --annotations mine.json --detection_type segmentation
+    python eval_coco.py --engine mask.onnx --input train more/test --annotations mine.json --detection_type segmentation
 
 With --output, writes detections.json (COCO results), metrics.json, per_class.csv and report.html, a page to look at.
 """
@@ -16,12 +16,22 @@ import time
 from pathlib import Path
 
 from commandline import UserError, make_folder, progress, run, warn, whole_file
-from commandline.options import add_preprocessor, check_preprocessor, count, count_from_0, make_parser, score
+from commandline.inputs import INPUTS, find_images, show_inputs
+from commandline.options import (
+    add_image_options,
+    add_preprocessor,
+    check_preprocessor,
+    count,
+    count_from_0,
+    image_options,
+    make_parser,
+    score,
+)
 
 from PIL import Image
 
 from checks import coco, report
-from image_batcher import find_images, load_image
+from image_batcher import load_image
 from runtimes import open_detector
 from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers
 from runtimes.workers import process_pool
@@ -36,7 +46,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx or engine.trt")
-    add("-i", "--input", required=True, help="a folder of images (or one image)")
+    add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
     add("-a", "--annotations", required=True, help="COCO annotations of the images, instances_*.json")
     add("-o", "--output", help="folder for the results and the report; created if need be; default: print only")
     add(
@@ -69,6 +79,7 @@ def parse_args(argv=None):
         metavar="N",
         help="misses and false alarms shown in the report; default: 12",
     )
+    add_image_options(parser)
     add_preprocessor(parser)
     return parser.parse_args(argv)
 
@@ -76,15 +87,15 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     truth = coco.load_annotations(args.annotations)
-    files = find_images(args.input)
+    files = list(map(Path, find_images(args.input, output=args.output).files))
     known, unknown, absent = coco.match_images(truth, files)
     print(
         f"{len(known)} annotated images; left out: {len(unknown)} files that the annotations do not know,"
-        f" {len(absent)} annotated images that are not in {args.input}"
+        f" {len(absent)} annotated images that are not in {show_inputs(args.input)}"
     )
     if not known:
         raise UserError(
-            f"--annotations {args.annotations} knows none of the {len(files)} images in {args.input}; give theirs"
+            f"--annotations {args.annotations} knows none of the {len(files)} images in {show_inputs(args.input)}; give theirs"
         )
     output = make_folder(args.output) if args.output else None
     with open_detector(args.engine) as detector:
@@ -93,7 +104,9 @@ def main(argv=None):
         with open_workers(detector, len(known)) as workers:
             results, evaluated, seconds = detect(detector, known, workers, args)
             if not evaluated:
-                raise UserError(f"--input {args.input}: none of the {len(known)} annotated images could be read")
+                raise UserError(
+                    f"--input {show_inputs(args.input)}: none of the {len(known)} annotated images could be read"
+                )
             begun = time.perf_counter()
             evaluation = coco.evaluate(truth, results, evaluated.values(), args.detection_type, workers=workers)
             measuring = time.perf_counter() - begun
@@ -165,7 +178,8 @@ def detect(detector, known, workers, args):
             task = found.above(args.nms_threshold), known[path], (placement.height, placement.width)
             return Later(pool, to_results, *task) if masks else to_results(*task)
 
-        for path, found in detect_files(detector, list(known), size, work, workers):
+        load = functools.partial(load_image, **image_options(args))
+        for path, found in detect_files(detector, list(known), size, work, workers, load=load):
             evaluated[path] = known[path]
             results += found
             bar.update()
@@ -208,21 +222,20 @@ def write_report(path, args, metadata, evaluation, worst, truth, evaluated):
     ]
     if worst:
         missed, false_alarms = worst
+        load = functools.partial(load_image, **image_options(args))
         parts += [
             report.section(
                 "Worst misses",
-                mistakes(missed[: args.pictures], files, truth, "share of the image"),
+                mistakes(missed[: args.pictures], files, truth, "share of the image", load),
                 note=f"The largest objects that no detection of their class from {coco.SEEN} on overlaps by half.",
             ),
             report.section(
                 "Worst false alarms",
-                mistakes(false_alarms[: args.pictures], files, truth, "score"),
+                mistakes(false_alarms[: args.pictures], files, truth, "score", load),
                 note="The surest detections that overlap no object of their class by half.",
             ),
         ]
-    subtitle = (
-        f"{metadata['source']}, {args.engine}: {len(evaluated)} images of {args.input}, {Path(args.annotations).name}"
-    )
+    subtitle = f"{metadata['source']}, {args.engine}: {len(evaluated)} images of {show_inputs(args.input)}, {Path(args.annotations).name}"
     report.write_page(path, f"COCO evaluation, {kind}", subtitle, parts)
 
 
@@ -243,12 +256,12 @@ def curves(evaluation):
     return [report.plot(lambda axes, title=title: draw(axes, title)) for title in lines]
 
 
-def mistakes(found, files, truth, unit):
+def mistakes(found, files, truth, unit, load):
     """Pictures of the worst mistakes, each with its box marked."""
     figures = []
     for mistake in found:
         x, y, width, height = mistake.box
-        picture = mark_box(Image.fromarray(load_image(files[mistake.image_id])), (y, x, y + height, x + width))
+        picture = mark_box(Image.fromarray(load(files[mistake.image_id])), (y, x, y + height, x + width))
         name = truth.cats.get(mistake.category_id, {}).get("name", mistake.category_id)
         caption = f"{name}: {unit} {mistake.weight:.2f}, {files[mistake.image_id].name}"
         figures.append((report.shrink(picture, 480), caption))

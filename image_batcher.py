@@ -7,14 +7,17 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import io
 import itertools
 import math
 import os
+import stat
+import struct
 import time
 import warnings
-from pathlib import Path
+import zlib
 
-from commandline import UserError, warn
+from commandline import warn
 
 import numpy as np
 from PIL import Image
@@ -24,10 +27,32 @@ try:
 except ImportError:
     simplejpeg = None
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
+# No more of Pillow's: some of the others start programs or have no bounds.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+# What load_image takes without being told otherwise. The largest pictures of phones have as many pixels.
+MAX_PIXELS = 200_000_000
+# What is smaller decodes within a second, however few bytes it has. A blank PNG has a byte for 1,000 pixels, a blank JPEG for
+# 64 to 512, a blank GIF for 1,300.
+SMALL_PIXELS, PIXELS_PER_BYTE = 16_000_000, 1500
+MAX_SIDE = 1_000_000  # libpng's limit, and so TensorFlow's
+MAX_RLE_PIXELS = 4_000_000  # Pillow decodes run-length coded BMPs in Python
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 2_000_000_000
+STRIP_PIXELS, INFLATED_BYTES = 1 << 18, 1 << 20
+JPEG_SIGNATURE, JPEG_SCAN, JPEG_ARITHMETIC = b"\xff\xd8", b"\xff\xda", (b"\xff\xc9", b"\xff\xca")
+# A Huffman code has at least a bit, and each block of 8 x 8 samples at least one. Where no component has all the samples,
+# as with two of 4 x 1 and 1 x 4, a byte is eight blocks of 128 pixels.
+JPEG_PIXELS_PER_BYTE = 1024
+PNG_SIGNATURE, PNG_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf")
+# First column and row, steps across and down of each pass of an interlaced PNG (PNG specification, 8.2).
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 0x0112, 258, 262
+
+Image.MAX_IMAGE_PIXELS = None  # load_image has its own limit, which its user can set
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about texts and tags that are not read
+
 # Rows of output per step of the resize: the few hundred kB it touches stay in the processor's cache.
 BLOCK_ROWS = 64
-# Bytes of a decoded image that processes hand on, at most: 12 megapixels. Larger ones are decoded again to be drawn on.
+# Bytes of a decoded image that workers hand on, at most: 12 megapixels. Larger ones are decoded again to be drawn on.
 MAX_KEPT_BYTES = 36_000_000
 # The share of the machine's memory that all of them together may take.
 KEPT_SHARE = 1 / 4
@@ -55,7 +80,7 @@ class Placement:
 class Batch:
     """n images, in input order."""
 
-    paths: list  # of Path
+    paths: list  # of str or Path, as they were given
     images: list  # as decoded, for `decoded`; None where they are not kept
     placements: list  # of Placement
     tensor: np.ndarray  # [n, network height, network width, 3], 0..255
@@ -67,78 +92,239 @@ class Batch:
         return np.float32([placement.true_shape for placement in self.placements])
 
 
-def find_images(path, option="--input"):
-    """Returns the image files of a folder, sorted by name, or [path] for a file. Raises UserError if there are none."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{option} {path}: no such file or folder")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS and file.is_file())
-    if not found:
-        raise UserError(f"{option} {path}: no images there ({', '.join(EXTENSIONS)}); name another folder")
-    return found
-
-
-def result_names(paths):
-    """Returns a file name without extension for each input: its stem, or its full name where two inputs share a stem."""
-    count = collections.Counter(path.stem.lower() for path in paths)
-    return [path.stem if count[path.stem.lower()] == 1 else path.name for path in paths]
-
-
-def load_image(path):
+def load_image(path, exif_rotate=False, max_pixels=None):
     """Decodes an image file to RGB uint8 [height, width, 3] as TensorFlow's decode_image(channels=3) does.
 
     Grey is repeated, palettes are looked up, alpha is dropped (not blended), 16 bits become the high 8, CMYK becomes
-    (255 - c) * (255 - k) // 255 (tensorflow/core/lib/jpeg/jpeg_mem.cc); EXIF rotation is ignored. Raises ImageError.
+    (255 - c) * (255 - k) // 255 (tensorflow/core/lib/jpeg/jpeg_mem.cc), an animation gives its first frame. docs/decoding.md
+    says where TensorFlow differs, and what becomes of what it does not read.
+
+    exif_rotate: turn the image as its EXIF data say; else it is as it is stored. max_pixels: the most that are read; None:
+    MAX_PIXELS, and SMALL_PIXELS of a file that has less than a byte for PIXELS_PER_BYTE. Raises ImageError.
     """
     try:
-        if os.path.getsize(path) == 0:
-            raise ImageError("the file is empty")
-        if (image := _decode_jpeg(path)) is not None:
-            return image
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(image)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+            raise ImageError("it is a folder, a pipe or a device, not a file")
+        with open(path, "rb") as file:
+            return _decode(file, os.fstat(file.fileno()).st_size, exif_rotate, max_pixels)
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError("it is not an image that Pillow reads") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(str(error).strip() or type(error).__name__) from error
+        raise ImageError(f"it is not an image that Pillow reads ({', '.join(FORMATS)})") from error
+    except OSError as error:
+        raise ImageError(error.strerror or str(error).strip() or type(error).__name__) from error
+    except Exception as error:  # of broken files Pillow raises AssertionError, IndexError, struct.error, anything
+        raise ImageError(f"it is broken ({type(error).__name__}: {str(error).strip()})".replace(": )", ")")) from error
 
 
-def _decode_jpeg(path):
+def _decode(file, size, exif_rotate, max_pixels):
+    """load_image of an open file of `size` bytes."""
+    if not size:
+        raise ImageError("the file is empty")
+    start = file.read(len(PNG_SIGNATURE))
+    file.seek(0)
+    png = None
+    if start.startswith(JPEG_SIGNATURE):
+        data = file.read()
+        file = io.BytesIO(data)
+        if (pixels := _decode_jpeg(data, max_pixels)) is not None:
+            if exif_rotate:
+                with Image.open(file, formats=FORMATS) as image:
+                    pixels = _turn(pixels, _orientation(image))
+            return pixels
+    elif start == PNG_SIGNATURE:
+        png = _read_png(file, size)
+        file = io.BytesIO(png.data)
+    with Image.open(file, formats=FORMATS) as image:
+        _check_size(*image.size, size, max_pixels)
+        if start.startswith(JPEG_SIGNATURE):
+            _check_jpeg(*image.size, data)
+        if image.format == "BMP" and image.info.get("compression") and image.width * image.height > MAX_RLE_PIXELS:
+            raise ImageError(
+                f"run-length coded BMPs are read up to {MAX_RLE_PIXELS // 10**6} megapixels; save it as PNG"
+            )
+        turned = image.format == "TIFF"  # by Pillow, as it loads it
+        orientation = _orientation(image) if exif_rotate or turned else 1
+        left, top, right, bottom = image.tile[0][1] if image.format == "GIF" and image.tile else (0, 0, *image.size)
+        image.load()
+        pixels = _to_rgb(image)
+    for outside in (pixels[:top], pixels[bottom:], pixels[:, :left], pixels[:, right:]):
+        outside[:] = 0  # of a GIF's frame: nothing is there, as where it is transparent
+    if png:
+        _check_png_is_whole(png, pixels)
+    if exif_rotate == turned:
+        return pixels
+    return _turn(pixels, orientation if exif_rotate else {6: 8, 8: 6}.get(orientation, orientation))
+
+
+def _check_size(width, height, size, max_pixels):
+    """Raises ImageError for an image that is too large to be decoded, from a file of `size` bytes."""
+    pixels = width * height
+    what = f"{width} x {height} are {pixels / 1e6:.1f} megapixels"
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{width} x {height}: sides longer than {MAX_SIDE:,} pixels are not read; cut it into pieces")
+    if pixels > (max_pixels or MAX_PIXELS):
+        raise ImageError(f"{what}, more than --max_pixels {max_pixels or MAX_PIXELS}; give --max_pixels {pixels}")
+    if not max_pixels and pixels > max(SMALL_PIXELS, PIXELS_PER_BYTE * size):
+        raise ImageError(f"{what} in {size} bytes, which may be a trap; give --max_pixels {pixels} to read it")
+
+
+def _check_jpeg(width, height, data):
+    """Raises ImageError for a JPEG that promises more than its data can hold, or paints itself over hundreds of times, which
+    costs as long each time, and hardly a byte."""
+    if width * height > JPEG_PIXELS_PER_BYTE * len(data) and not any(frame in data for frame in JPEG_ARITHMETIC):
+        raise ImageError(f"{len(data)} bytes of JPEG cannot hold the {width} x {height} pixels that it promises")
+    scans = data.count(JPEG_SCAN)
+    if scans > MAX_SCANS and scans * width * height > MAX_SCANNED_PIXELS:
+        raise ImageError(f"a JPEG of {width} x {height} pixels with {scans} scans may be a trap; save it anew")
+
+
+def _decode_jpeg(data, max_pixels):
     """A JPEG of the usual kind by simplejpeg, half as long again as fast as Pillow and bit for bit the same (both are
-    libjpeg-turbo); None for any other file, and where simplejpeg is not installed."""
+    libjpeg-turbo); None for any other, and where simplejpeg is not installed."""
     if simplejpeg is None:
         return None
-    with open(path, "rb") as file:
-        data = file.read(2)
-        if data != b"\xff\xd8":
-            return None
-        data += file.read()
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
+        if colours not in ("YCbCr", "Gray"):
             return None
+        _check_size(width, height, len(data), max_pixels)
+        _check_jpeg(width, height, data)
         return simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
-        return None  # broken: Pillow says how
+    except (ValueError, KeyError):  # broken, or subsampled in a way it has no name for: Pillow says which
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Png:
+    """A PNG reduced to what its pixels depend on."""
+
+    header: tuple  # width, height, bits a sample, colour type, compression, filter, interlace
+    pieces: list  # of the compressed data
+    data: bytes  # the file
+
+
+def _read_png(file, size):
+    """The PNG without texts, colour profiles and transparency, which TensorFlow does not heed and which make Pillow fail
+    or fill memory. Raises ImageError where TensorFlow (libpng) refuses it for its chunks."""
+    parts, kinds = [file.read(len(PNG_SIGNATURE))], []
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in PNG_CHUNKS:
+            body = file.read(min(length + 4, size))
+            whole = len(body) == length + 4  # else Pillow says that it is cut off
+            if whole and zlib.crc32(body[:-4], zlib.crc32(kind)) != int.from_bytes(body[-4:], "big"):
+                raise ImageError(f"its {kind.decode()} is damaged (wrong checksum)")
+            kinds.append(kind)
+            parts += [head, body]
+            if kind == b"IEND":
+                break
+        elif kind[0] < ord("a"):  # a capital: without it the pixels mean nothing
+            raise ImageError(f"it is a PNG with the chunk {kind!r}, which only some programs know")
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    bodies = parts[2::2]
+    if kinds[:1] != [b"IHDR"] or len(bodies[0]) != 17:
+        raise ImageError("it is a PNG without a header")
+    header = struct.unpack(">IIBBBBB", bodies[0][:13])
+    if header[3] == 3 and b"PLTE" not in kinds:
+        raise ImageError("it is a PNG without the palette that it needs")
+    pieces = [body[:-4] for kind, body in zip(kinds, bodies, strict=True) if kind == b"IDAT"]
+    return _Png(header, pieces, b"".join(parts))
+
+
+def _check_png_is_whole(png, pixels):
+    """Raises ImageError for a PNG whose data end before its last row, which Pillow leaves black without a word."""
+    width, height, bits, colour_type, _, _, interlace = png.header
+    if not interlace and (pixels[-1] != pixels[-1, 0]).any():
+        return
+    rows = ((height, width),)
+    if interlace:
+        rows = [(-(-(height - y) // down), -(-(width - x) // across)) for x, y, across, down in ADAM7]
+    samples = {2: 3, 4: 2, 6: 4}.get(colour_type, 1)
+    left = sum(count * (1 + (long * samples * bits + 7) // 8) for count, long in rows if count > 0 and long > 0)
+    inflate = zlib.decompressobj()
+    for piece in png.pieces:
+        while piece and left > 0:
+            left -= len(inflate.decompress(piece, INFLATED_BYTES))
+            piece = inflate.unconsumed_tail
+    if left > 0:
+        raise ImageError("its data end before its last row")
 
 
 def _to_rgb(image):
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
-        grey = (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+    """A loaded Pillow image as RGB uint8 [height, width, 3]; strip by strip, as its own conversion takes as much again."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    to_rgb = _converter(image)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = to_rgb(strip)
+    return pixels
+
+
+def _converter(image):
+    """The function that makes a strip of this Pillow image RGB, [rows, width, 3] or, for grey, [rows, width, 1]."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow's own would clip
+        return functools.partial(_from_sixteen_bits, *_tiff_grey(image))
+    if image.mode == "I":
+        raise ImageError("whole numbers of 32 bits, or with a sign, have no agreed white; save it with 8 or 16 bits")
+    if image.mode == "F":
+        return functools.partial(_from_floats, 255 if image.getextrema()[1] <= 1 else 1)
     if image.mode == "CMYK":
-        inks = 255 - np.asarray(image).astype(np.uint16)
-        return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        # Pillow takes all JPEGs for Adobe's, which store what is left of white.
+        return functools.partial(_from_inks, image.format == "JPEG" and "adobe" not in image.info)
+    if image.format == "GIF" and "transparency" in image.info:  # black, and not the colour it has by chance
+        return lambda strip: np.asarray(strip.convert("RGBA").convert("RGBa"))[:, :, :3]
+    return lambda strip: np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+
+
+def _tiff_grey(image):
+    """(bits, whether 0 is white) of an image with 16 bits a pixel: Pillow leaves both to its user."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(TIFF_BITS, (16,))[0], tags.get(TIFF_PHOTOMETRIC) == 0
+
+
+def _from_sixteen_bits(bits, zero_is_white, strip):
+    grey = (np.asarray(strip).astype(np.int32) >> (bits - 8)).astype(np.uint8)[:, :, None]
+    return 255 - grey if zero_is_white else grey
+
+
+def _from_floats(scale, strip):
+    grey = np.asarray(strip)[:, :, None] * np.float32(scale)
+    if not (grey.min() >= 0 and grey.max() <= 255):  # nor NaN
+        raise ImageError(
+            "its floating-point values are neither 0 to 1 nor 0 to 255; scale them, or save it with 8 bits"
+        )
+    return np.rint(grey)
+
+
+def _from_inks(negative, strip):
+    inks = np.asarray(strip).astype(np.uint16)
+    left = inks if negative else 255 - inks
+    product = left[:, :, :3] * left[:, :, 3:]
+    return (product + 1 + (product >> 8)) >> 8  # product // 255, which takes five times as long
+
+
+def _orientation(image):
+    """How the Pillow image lies by its EXIF data, 1 to 8."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # as of broken files; they are shown as they lie everywhere
+        return 1
+
+
+def _turn(pixels, orientation):
+    """[height, width, 3] as an image of this EXIF orientation is to be seen (Exif 2.32, 4.6.4 A, tag 0x0112)."""
+    if orientation in (5, 6, 7, 8):  # its rows are columns
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 @functools.lru_cache(maxsize=256)
@@ -301,14 +487,17 @@ class ImageBatcher:
     them. Few images are in memory: two tasks for each worker, rounded up to batches, besides the batches in hand.
     """
 
-    def __init__(self, paths, resizer, batch_size, workers, spec=None, page_lock=None, keep_images=True):
+    def __init__(
+        self, paths, resizer, batch_size, workers, spec=None, page_lock=None, keep_images=True, load=load_image
+    ):
         """workers: a workers.Workers, which decode. spec: the detector.InputSpec of the tensors; None: float32,
         NHWC. page_lock: is given each array that tensors lie in, returns what is called to let it go. keep_images: whether
-        batches have their `images`."""
+        batches have their `images`. load: load_image with its options, functools.partial."""
         self.paths, self.resizer, self.batch_size = list(paths), resizer, batch_size
         self.skipped = 0
         self.decode_seconds = self.resize_seconds = 0.0  # spent in all workers together
         self._workers, self._spec, self._page_lock, self._keep_images = workers, spec, page_lock, keep_images
+        self._load = load
         self._free, self._blocks = [], []  # of _Block: to be used again; to be freed
 
     def reuse(self, batch):
@@ -354,8 +543,9 @@ class ImageBatcher:
         block = self._free.pop()
         for first in range(0, len(paths), workers.task_images):
             some = paths[first : first + workers.task_images]
-            task = _prepare, some, self.resizer, block.memory, first, block.layout, block.pixels, self._keep_images
-            block.jobs.append((workers.submit(*task), some))
+            place = block.memory, first, block.layout, block.pixels
+            job = workers.submit(_prepare, some, self.resizer, *place, self._keep_images, self._load)
+            block.jobs.append((job, some))
         return block
 
     def _batches(self, block):
@@ -429,10 +619,10 @@ class SharedImage:
         return self.pixels.array[self.row, : math.prod(self.shape)].reshape(self.shape)
 
 
-def decoded(image, path):
-    """The image [height, width, 3] of a Batch's path; one that was too large to be kept is read again."""
+def decoded(image, path, load=load_image):
+    """The image [height, width, 3] of a Batch's path; one that was too large to be kept is read again, as it was before."""
     if image is None:
-        return load_image(path)
+        return load(path)
     return image.array if isinstance(image, SharedImage) else image
 
 
@@ -441,23 +631,23 @@ def as_images(array, layout):
     return array.transpose(0, 2, 3, 1) if layout == "NCHW" else array
 
 
-def _prepare(paths, resizer, memory, first, layout, pixels, keep):
+def _prepare(paths, resizer, memory, first, layout, pixels, keep, load):
     """A worker's task: decodes and resizes images into memory.array from row `first` on.
 
-    keep: the decoded images too, in the rows of pixels.array where there is one. Returns for each (image or its shape in
-    pixels or None, Placement, seconds of decoding, of resizing), or why it cannot be read.
+    keep: the decoded images too, if they are not large, in the rows of pixels.array where there is one. Returns for each
+    (image or its shape in pixels or None, Placement, seconds of decoding, of resizing), or why it cannot be read.
     """
     images, results = as_images(memory.array, layout), []
     for row, path in enumerate(paths, first):
         try:
             begun = time.perf_counter()
-            image = load_image(path)
+            image = load(path)
             between = time.perf_counter()
             _, placement = preprocess(image, resizer, images[row])
         except ImageError as error:
             results.append(str(error))
             continue
-        kept = image if keep and not pixels else None
+        kept = image if keep and not pixels and image.size <= MAX_KEPT_BYTES else None
         if pixels and image.size <= pixels.array.shape[1]:
             pixels.array[row, : image.size] = image.ravel()
             kept = image.shape

@@ -2,24 +2,36 @@
 
     python infer.py --engine model.onnx --input photos --output results
     python infer.py --engine model.onnx --input photo.jpg --output results --labels labels.txt --nms_threshold 0.5
+    python infer.py --engine model.onnx --input cam1 cam2 'more/**/*.png' list.txt --output results
     python infer.py --engine engine.trt --input photos --benchmark --batch_size 8
 
 Each line of NAME.tsv is a detection: xmin, ymin, xmax, ymax (pixels of the original image), score, class (0-based: the
-line of a labels file). Exit status 1 if an image could not be read.
+line of a labels file). Results lie in the output folder as the images do in the input folder; those of several inputs, as
+seen from the folder that has them all. Exit status 1 if an image could not be read.
 """
 
 import dataclasses
+import functools
 import itertools
+import os
 import sys
 import time
-from pathlib import Path
 
 from commandline import UserError, command, make_folder, progress, run, whole_file
-from commandline.options import add_preprocessor, check_preprocessor, count, make_parser, score
+from commandline.inputs import INPUTS, find_images, show_inputs
+from commandline.options import (
+    add_image_options,
+    add_preprocessor,
+    check_preprocessor,
+    count,
+    image_options,
+    make_parser,
+    score,
+)
 
 import numpy as np
 
-from image_batcher import ImageBatcher, decoded, find_images, result_names, simplejpeg
+from image_batcher import ImageBatcher, decoded, load_image, simplejpeg
 from runtimes import open_detector
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
 from runtimes.workers import Workers
@@ -34,7 +46,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
-    add("-i", "--input", required=True, help="an image or a folder of images (jpg, jpeg, png, bmp)")
+    add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
     add("-o", "--output", help="folder for the results; created if need be")
     add("-l", "--labels", help=LABELS_HELP)
     add(
@@ -54,6 +66,7 @@ def parse_args(argv=None):
         default="jpg",
         help="of the pictures; png loses nothing and takes 20 times as long",
     )
+    add_image_options(parser)
     add("--benchmark", action="store_true", help="write nothing; measure each stage and how they overlap")
     add(
         "--benchmark_images",
@@ -86,17 +99,13 @@ def write_picture(path, picture):
 
 def main(argv=None):
     args = parse_args(argv)
-    files = find_images(args.input)
+    images = find_images(args.input, output=args.output)
     if args.benchmark:
         with open_detector(args.engine) as detector:
-            return benchmark(detector, files, args)
+            return benchmark(detector, images.files, args)
     if not args.output:
         raise UserError("--output: name a folder for the results")
-    source = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
-    if Path(args.output).resolve() == source.resolve():
-        raise UserError(
-            f"--output {args.output} is where the input lies: choose another folder, so that none is overwritten"
-        )
+    refuse_to_overwrite(images, args.output)
     with open_detector(args.engine) as detector:
         check_preprocessor(args.preprocessor, detector.metadata)
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
@@ -104,7 +113,18 @@ def main(argv=None):
         labels = labels_of(args.labels, detector.metadata, args.engine)
         size = choose_batch_size(detector, args.batch_size, 1)
         output = make_folder(args.output)
-        return process(detector, files, size, output, labels, args)
+        return process(detector, images, size, output, labels, args)
+
+
+def refuse_to_overwrite(images, output):
+    """Raises UserError where results would lie in a folder that images are read from."""
+    sources = {os.path.realpath(folder) for folder in set(map(os.path.dirname, images.files))}
+    targets = {os.path.realpath(os.path.join(output, folder)) for folder in set(map(os.path.dirname, images.names))}
+    if shared := sources & targets:
+        raise UserError(
+            f"--output {output}: results would lie in {min(shared)}, where images are read: choose another folder, so"
+            " that none is overwritten"
+        )
 
 
 def write_one(path, image, size, found, output, options):
@@ -112,7 +132,8 @@ def write_one(path, image, size, found, output, options):
 
     image: of a Batch. size: Placement.size.
     """
-    image = decoded(image, path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    image = decoded(image, path, options.load)
     boxes = found.boxes * size
     write_results(output.with_name(f"{output.name}.tsv"), boxes, found.scores, found.classes)
     masks = None if options.masks_from is None else found.masks
@@ -127,13 +148,16 @@ class Options:
     labels: list
     masks_from: float | None  # a pixel belongs to a mask from this value on; None: boxes only
     format: str
+    load: functools.partial  # of load_image
 
 
-def process(detector, files, batch_size, output, labels, args):
-    """Runs `detector` on `files`, writes their results into the folder `output`, prints the rates; returns the status."""
-    names = dict(zip(files, result_names(files), strict=True))
+def process(detector, images, batch_size, output, labels, args):
+    """Runs `detector` on the Images, writes the results into the folder `output`, prints the rates; returns the
+    status."""
+    files, names = images.files, dict(zip(images.files, images.names, strict=True))
     segmentation = args.detection_type == "segmentation"
-    options = Options(labels, args.iou_threshold if segmentation else None, args.format)
+    load = functools.partial(load_image, **image_options(args))
+    options = Options(labels, args.iou_threshold if segmentation else None, args.format, load)
     times, written = Times(), []
 
     def note():
@@ -148,7 +172,7 @@ def process(detector, files, batch_size, output, labels, args):
             return Later(workers, *task, then=note)
 
         started = time.perf_counter()
-        done = detect_files(detector, files, batch_size, work, workers, times, keep_images=True)
+        done = detect_files(detector, files, batch_size, work, workers, times, True, load)
         try:
             for _ in done:
                 bar.update()
@@ -167,7 +191,7 @@ def process(detector, files, batch_size, output, labels, args):
         print(f"{times.skipped} of {len(files)} images were skipped (see the warnings)")
     first = output / f"{names[files[0]]}.{args.format}"
     print(f"Wrote {times.images} pictures (.{args.format}) and tables (.tsv) to {output}. Next: look at {first}")
-    return 1 if times.skipped else 0
+    return 1 if times.skipped or images.missing else 0
 
 
 def stages(times):
@@ -189,17 +213,22 @@ def benchmark(detector, files, args):
     repeated = list(itertools.islice(itertools.cycle(files), max(size, args.benchmark_images)))
     with open_workers(detector, len(repeated)) as workers:
         workers.warm_up()
-        decoder = decoder_limit(detector, repeated, size, workers)
-        network = network_limit(detector, repeated, size)
+        load = functools.partial(load_image, **image_options(args))
+        decoder = decoder_limit(detector, repeated, size, workers, load)
+        network = network_limit(detector, repeated, size, load)
         times, begun = Times(), time.perf_counter()
-        for _ in detect_files(detector, repeated, size, lambda *x: x[3].above(args.nms_threshold), workers, times):
+
+        def work(path, image, placement, found):
+            return found.above(args.nms_threshold)
+
+        for _ in detect_files(detector, repeated, size, work, workers, times, load=load):
             pass
         seconds = time.perf_counter() - begun
     if not times.images:
         raise UserError(f"none of the {len(files)} images could be read")
     whole, lower = times.images / seconds, min(decoder, network)
     busy = times.decode + times.resize + times.copy + times.network + times.postprocess + times.work
-    print(f"{times.images} images of {args.input}, {size} at a time, {args.engine} on {detector.runtime}")
+    print(f"{times.images} images of {show_inputs(args.input)}, {size} at a time, {args.engine} on {detector.runtime}")
     kind = "processes" if workers.processes else "threads"
     print(f"per image: {stages(times)}; {busy / seconds:.2f} stages at work at a time; {workers.count} {kind}")
     print(f"end to end            {whole:8.1f} images/s")
@@ -210,9 +239,9 @@ def benchmark(detector, files, args):
     return 0
 
 
-def decoder_limit(detector, files, size, workers):
+def decoder_limit(detector, files, size, workers, load):
     """Images per second that are decoded, resized and put into batches, with nothing else to do."""
-    batcher, count, begun = batcher_for(detector, files, size, workers), 0, time.perf_counter()
+    batcher, count, begun = batcher_for(detector, files, size, workers, load=load), 0, time.perf_counter()
     for batch in batcher:
         count += len(batch.paths)
         batcher.reuse(batch)
@@ -221,10 +250,11 @@ def decoder_limit(detector, files, size, workers):
     return count / seconds
 
 
-def network_limit(detector, files, size):
+def network_limit(detector, files, size, load):
     """Images per second of the network alone on one batch again and again; on a GPU without copies and all else."""
     with Workers(0) as workers:
-        batch = next(iter(ImageBatcher(files[: 4 * size], detector.metadata["resizer"], size, workers)), None)
+        batcher = ImageBatcher(files[: 4 * size], detector.metadata["resizer"], size, workers, load=load)
+        batch = next(iter(batcher), None)
     if batch is None:
         return float("inf")
     return detector.images_per_second(batch.tensor, batch.true_shapes, len(files))

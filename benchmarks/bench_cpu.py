@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commandline import progress, run
+from commandline.inputs import find_images
 from commandline.options import count, make_parser
 
-from image_batcher import find_images, load_image
+from image_batcher import load_image
 from runtimes import open_detector
 from runtimes.detector import detect_image
 from tfod.saved_model import SavedModel, find_saved_model
@@ -37,7 +38,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    images = [load_image(path) for path in find_images(args.input)[: args.rounds]]
+    images = [load_image(path) for path in find_images(args.input).files[: args.rounds]]
     times = {"TensorFlow": [], "ONNX Runtime": []}
     with (
         open_detector(args.engine) as detector,

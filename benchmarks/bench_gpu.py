@@ -18,12 +18,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commandline import UserError, make_folder, run, whole_file
+from commandline.inputs import find_images
 from commandline.options import count, make_parser
 
 import build_engine
 import onnx_utils
 from checks import coco, parity
-from image_batcher import ImageBatcher, find_images, load_image, preprocess
+from image_batcher import ImageBatcher, load_image, preprocess
 from runtimes import open_detector, precision, trt_graph
 from runtimes.detector import detect_image, input_spec, network_inputs
 from runtimes.trt_detector import GpuContext, import_tensorrt
@@ -82,7 +83,7 @@ def measure(args, wanted, reference):
     else:
         build_engine.main(options)
     row = {"build s": f"{time.perf_counter() - started:.0f}", "MB": f"{engine.stat().st_size / 1e6:.1f}"}
-    files = find_images(args.input)
+    files = find_images(args.input).files
     with open_detector(engine) as detector:
         images = [preprocess(load_image(path), detector.metadata["resizer"])[0] for path in files[:8]]
         batches = [np.stack(images[:size]) for size in (1, 8) if size <= detector.max_batch]
@@ -141,7 +142,7 @@ def make_calibrator(trt, cuda, metadata, calib_input):
     """TensorRT 8.6's entropy calibrator over the images in `calib_input`."""
     spec = input_spec(metadata)
     workers = Workers(0)
-    batches = iter(ImageBatcher(find_images(calib_input), metadata["resizer"], CALIBRATION_BATCH, workers))
+    batches = iter(ImageBatcher(find_images(calib_input).files, metadata["resizer"], CALIBRATION_BATCH, workers))
 
     class Calibrator(trt.IInt8EntropyCalibrator2):
         def __init__(self):
@@ -176,7 +177,7 @@ def main(argv=None):
     if not Path(args.onnx).is_file():
         raise UserError(f"--onnx {args.onnx}: no such file; make it with create_onnx.py --batch_size dynamic")
     with open_detector(args.onnx) as detector:
-        files = find_images(args.input)[: args.images]
+        files = find_images(args.input).files[: args.images]
         reference = {path: detect_image(detector, load_image(path)) for path in files}
     rows = {}
     for wanted in args.precision:

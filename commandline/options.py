@@ -79,3 +79,24 @@ def check_preprocessor(chosen, metadata):
     kind = metadata["resizer"]["kind"]
     if chosen and PREPROCESSORS[chosen] != kind:
         raise UserError(f"--preprocessor {chosen}: the model's is {kind}_resizer; leave the option out")
+
+
+def add_image_options(parser):
+    """The options of image_batcher.load_image."""
+    parser.add_argument(
+        "--exif_rotate",
+        action="store_true",
+        help="turn photos as their EXIF data say; default: the pixels as they are stored, as TensorFlow reads them",
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=count,
+        metavar="N",
+        help="leave out larger images (one takes up to 9 bytes a pixel while it is read); default: 200 million, and"
+        " 16 million where the file has less than a byte for 1,500 pixels",
+    )
+
+
+def image_options(args):
+    """What these options say, as arguments of load_image."""
+    return {"exif_rotate": args.exif_rotate, "max_pixels": args.max_pixels}

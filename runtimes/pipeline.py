@@ -13,7 +13,7 @@ from pathlib import Path
 
 from commandline import UserError
 
-from image_batcher import ImageBatcher
+from image_batcher import ImageBatcher, load_image
 from runtimes.workers import Workers
 
 # Images whose results are being worked on, per worker: twice as many as are handed over together.
@@ -54,22 +54,22 @@ def open_workers(detector, images):
     return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize)
 
 
-def batcher_for(detector, files, batch_size, workers, keep_images=False):
+def batcher_for(detector, files, batch_size, workers, keep_images=False, load=load_image):
     """An ImageBatcher that puts the images where the detector takes them from."""
     resizer = detector.metadata["resizer"]
-    return ImageBatcher(files, resizer, batch_size, workers, detector.input, detector.page_lock, keep_images)
+    return ImageBatcher(files, resizer, batch_size, workers, detector.input, detector.page_lock, keep_images, load)
 
 
-def detect_files(detector, files, batch_size, work, workers, times=None, keep_images=False):
+def detect_files(detector, files, batch_size, work, workers, times=None, keep_images=False, load=load_image):
     """Runs the detector on image files and `work(path, image, placement, detections)` on each; yields (path, its result).
 
     work: called here; returns a result, or a Later. image: for image_batcher.decoded, until there is a result, if
-    `keep_images`. times: a Times to add to. A file that cannot be read is warned about and left out. Any other error, in
+    `keep_images`. times: a Times to add to. load: as of ImageBatcher. A file that cannot be read is warned about and left out. Any other error, in
     whatever stage, is raised here; an OSError or ValueError of `work` or its task becomes a UserError that names the file.
     Closing the generator (Ctrl-C does) ends all stages.
     """
     times = times if times is not None else Times()
-    batcher = batcher_for(detector, files, batch_size, workers, keep_images)
+    batcher = batcher_for(detector, files, batch_size, workers, keep_images, load)
     running, working = collections.deque(), collections.deque()
     batches, before = iter(batcher), dict(detector.spent)
     tasks = _Tasks(workers.task_images)

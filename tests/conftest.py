@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import create_onnx
 from demo import tiny_mask_rcnn as tiny
@@ -125,6 +126,19 @@ def saved_model():
 
 
 @pytest.fixture(scope="session")
+def turned_demo(tmp_path_factory):
+    """Folders a and b with the demo's images between them, stored turned, with the EXIF tag that says so."""
+    root, exif = tmp_path_factory.mktemp("turned"), Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    for i, path in enumerate(sorted((DEMO / "images").glob("*.jpg"))):
+        folder = root / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        with Image.open(path) as image:  # PNG, which loses nothing
+            image.transpose(Image.Transpose.ROTATE_90).save(folder / path.name, "PNG", exif=exif)
+    return root / "a", root / "b"
+
+
+@pytest.fixture(scope="session")
 def coco_images():
     return sorted(need_shared("coco", "val2017").glob("*.jpg"))
 
@@ -140,7 +154,16 @@ def processes():
 
 # Rows of the table at the end of `make test-zoo`, {model: values of COLUMNS}.
 ROWS = {}
-COLUMNS = ("weights", "`feature_extractor.type`", "classes", "input", "conversion s", "box diff", "score diff", "mask diff")
+COLUMNS = (
+    "weights",
+    "`feature_extractor.type`",
+    "classes",
+    "input",
+    "conversion s",
+    "box diff",
+    "score diff",
+    "mask diff",
+)
 COLUMNS += ("TensorFlow ms", "ONNX Runtime ms")
 README = ROOT / "README.md"
 

@@ -203,6 +203,17 @@ def test_the_demo_in_numbers_and_files(demo_model, tmp_path, capsys):
     assert pictures == (tmp_path / "out" / "report.html").read_text().count("<img")
 
 
+def test_turned_photos_in_several_folders(demo_model, turned_demo, tmp_path, capsys):
+    """--exif_rotate gives the numbers, and the report's pictures, of the same photos stored upright."""
+    common = ("--engine", demo_model, "--annotations", TRUTH)
+    upright = evaluate(capsys, *common, "--input", DEMO / "images").out.splitlines()
+    turned = evaluate(capsys, *common, "--input", *turned_demo, "--exif_rotate", "--output", tmp_path).out.splitlines()
+    assert turned[0] == upright[0].replace(str(DEMO / "images"), f"{turned_demo[0]} and 1 more")
+    assert turned[2:14] == upright[2:14]
+    lain = evaluate(capsys, *common, "--input", *turned_demo).out.splitlines()
+    assert lain[2] != upright[2]
+
+
 def test_images_and_annotations_that_do_not_meet(demo_model, tmp_path, capsys):
     """A file nobody knows, images without a file, names without numbers, ids with gaps, an image with nothing to find."""
     folder = tmp_path / "images"

@@ -124,6 +124,23 @@ def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
     assert (pictures, broken, collapsed, too_wide) == (5, 0, 0, False)
 
 
+def test_turned_photos_in_subfolders(convert, turned_demo, tmp_path, capsys):
+    """Both sides get the turned pixels; pictures lie as the images do."""
+    model = convert("demo", "--batch_size", "dynamic")[0]
+    options = ["--engine", model, "--saved_model", DEMO_MODEL, "--input", turned_demo[0].parent, "--output", tmp_path]
+    assert compare_tf.main([*map(str, options), "--exif_rotate", "--num_images", "5"]) == 0
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    assert numbers["matched"] >= 10
+    pictures = sorted(str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.jpg"))
+    assert pictures == ["a/shapes_01.jpg", "a/shapes_03.jpg", "a/shapes_05.jpg", "a/shapes_07.jpg", "b/shapes_02.jpg"]
+    with Image.open(DEMO / "images" / "shapes_01.jpg") as image:
+        wide, high = image.size
+    with Image.open(tmp_path / "pictures" / "a" / "shapes_01.jpg") as picture:
+        assert picture.width > 2 * wide
+        assert picture.height - high == pytest.approx(0, abs=60)
+    assert str(turned_demo[0].parent) in (tmp_path / "report.html").read_text()
+
+
 def half_blind(model, path):
     """The model with scores of all but two classes set to 0, as a wrong conversion might; its threshold is unchanged."""
     graph = gs.import_onnx(onnx.load(model))

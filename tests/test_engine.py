@@ -492,7 +492,10 @@ def test_mistakes_are_one_line(convert, tmp_path):
         (("--onnx", fixed, "--engine", engine, "--batch", 1, 2, 4), "--batch_size dynamic"),
         (("--onnx", free, "--engine", engine, "--batch", 4, 2, 8), "--batch 4 2 8"),
         (("--onnx", free, "--engine", engine, "--precision", "int8"), "--calib_input"),
-        (("--onnx", free, "--engine", engine, "--precision", "int8", "--calib_input", tmp_path / "none"), "none"),
+        (
+            ("--onnx", free, "--engine", engine, "--precision", "int8", "--calib_input", tmp_path / "none"),
+            "--calib_input /",
+        ),
     ):
         status, text = command(*options)
         assert status == 2, text

@@ -2,16 +2,15 @@
 
 import mmap
 import time
+from pathlib import Path
 
-from commandline import UserError
+from commandline.inputs import find_images
 
 import numpy as np
 import pytest
-from conftest import DEMO
 from PIL import Image
 
-import image_batcher
-from image_batcher import ImageBatcher, ImageError, find_images, keep_aspect_size, load_image, preprocess, resize_image
+from image_batcher import ImageBatcher, ImageError, keep_aspect_size, load_image, preprocess, resize_image
 from runtimes.detector import InputSpec, network_inputs
 from runtimes.workers import Workers
 from tfod.tensorflow_import import import_tensorflow
@@ -114,62 +113,15 @@ def test_keep_aspect_pads_bottom_and_right():
         preprocess(noise(300, 1), resizer | {"pad_value": [0, 0, 0]})
 
 
-def save(path, image, **options):
-    image.save(path, **options)
-    return path
-
-
-def test_modes_become_rgb_as_tensorflow_decodes_them(tf, tmp_path):
-    """Every file goes through TensorFlow's decoder too; JPEG may differ by a rounding of its inverse transform."""
-    base = Image.fromarray(noise(20, 30))
-    alpha = Image.fromarray(RNG.integers(0, 256, (20, 30), dtype=np.uint8))
-    rgba = base.copy()
-    rgba.putalpha(alpha)
-    deep = Image.fromarray(RNG.integers(0, 65536, (20, 30)).astype(np.uint16))
-    files = [
-        save(tmp_path / "rgb.png", base),
-        save(tmp_path / "grey.png", base.convert("L")),
-        save(tmp_path / "bilevel.png", base.convert("1")),
-        save(tmp_path / "palette.png", base.quantize(64)),
-        save(tmp_path / "palette_transparent.png", base.quantize(64), transparency=3),
-        save(tmp_path / "alpha.png", rgba),
-        save(tmp_path / "grey_alpha.png", rgba.convert("LA")),
-        save(tmp_path / "sixteen.png", deep),
-        save(tmp_path / "rgb.bmp", base),
-    ]
-    for path in files:
-        wanted = tf.io.decode_image(path.read_bytes(), channels=3, expand_animations=False).numpy()
-        assert np.array_equal(load_image(path), wanted), path.name
-    smooth = base.resize((60, 40), Image.BICUBIC)
-    for name, image in (("c", smooth), ("g", smooth.convert("L")), ("cmyk", smooth.convert("CMYK"))):
-        path = save(tmp_path / f"{name}.jpeg", image, quality=95)
-        wanted = tf.io.decode_jpeg(path.read_bytes(), channels=3, dct_method="INTEGER_ACCURATE").numpy().astype(int)
-        assert np.abs(load_image(path) - wanted).max() <= 2, path.name
-
-
-def test_unreadable_images_are_errors(tmp_path):
-    good = (DEMO / "images" / "shapes_01.jpg").read_bytes()
-    for name, content, reason in (
-        ("empty.jpg", b"", "empty"),
-        ("cut.jpg", good[: len(good) // 2], "truncated"),
-        ("text.png", b"not an image", "not an image"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ImageError, match=reason):
-            load_image(tmp_path / name)
-    with pytest.raises(ImageError, match="no such file"):
-        load_image(tmp_path / "absent.jpg")
-
-
 def test_batches_keep_their_order_and_skip_bad_files(tmp_path, capsys):
     for i in range(11):
         Image.new("RGB", (40 + i, 30), (i, i, i)).save(tmp_path / f"{i:02}.png")
     (tmp_path / "05.png").write_bytes(b"")
     with Workers(0) as workers:
-        batcher = ImageBatcher(find_images(tmp_path), FIXED, 4, workers)
+        batcher = ImageBatcher(find_images(tmp_path).files, FIXED, 4, workers)
         batches = list(batcher)
     assert [len(b.paths) for b in batches] == [4, 3, 3]
-    stems = [path.stem for b in batches for path in b.paths]
+    stems = [Path(path).stem for b in batches for path in b.paths]
     assert stems == [f"{i:02}" for i in range(11) if i != 5]
     assert [int(x[0, 0, 0]) for b in batches for x in b.tensor] == [int(stem) for stem in stems]
     assert [p.width for b in batches for p in b.placements] == [40 + int(stem) for stem in stems]
@@ -198,13 +150,13 @@ def test_images_go_straight_to_where_the_network_takes_them(tmp_path, layout, dt
 
     seen = []
     with Workers(1000, 12, cores=4 if processes else 1) as workers:
-        batcher = ImageBatcher(find_images(tmp_path) * 3, resizer, 2, workers, spec, page_lock)
+        batcher = ImageBatcher(find_images(tmp_path).files * 3, resizer, 2, workers, spec, page_lock)
         for batch in batcher:
             arranged = network_inputs(batch.tensor, None, spec)[spec.name]
             assert any(np.shares_memory(arranged, array) for array in locked)
             wanted = np.stack([preprocess(load_image(path), resizer)[0] for path in batch.paths])
             np.testing.assert_array_equal(arranged, network_inputs(wanted, None, spec)[spec.name])
-            seen += [path.stem for path in batch.paths]
+            seen += [Path(path).stem for path in batch.paths]
             batcher.reuse(batch)
         assert not unlocked  # a GPU may still read it
         batcher.close()
@@ -212,25 +164,19 @@ def test_images_go_straight_to_where_the_network_takes_them(tmp_path, layout, dt
     assert 0 < len(locked) == len(unlocked) < 10
 
 
-def test_decoding_runs_ahead_with_bounded_memory(tmp_path, monkeypatch):
+def test_decoding_runs_ahead_with_bounded_memory(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for path in paths:
         Image.new("RGB", (8, 8)).save(path)
     started = []
-    monkeypatch.setattr(image_batcher, "load_image", lambda path: (started.append(path), noise(8, 8))[1])
+
+    def load(path):
+        started.append(path)
+        return load_image(path)
+
     with Workers(0, cores=2) as workers:
-        batches = iter(ImageBatcher(paths, FIXED, 1, workers))
+        batches = iter(ImageBatcher(paths, FIXED, 1, workers, load=load))
         next(batches)
         time.sleep(0.3)
         assert 3 <= len(started) <= 5  # the one given, and two for each of the two threads
         batches.close()
-
-
-def test_find_images(tmp_path):
-    for name in ("b.JPG", "a.png", "c.JpEg", "d.bmp", "notes.txt"):
-        (tmp_path / name).write_bytes(b"x")
-    assert [p.name for p in find_images(tmp_path)] == ["a.png", "b.JPG", "c.JpEg", "d.bmp"]
-    for wrong in (tmp_path / "absent", tmp_path / "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=wrong.name):
-            find_images(wrong)

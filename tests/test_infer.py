@@ -16,7 +16,7 @@ from test_convert import command
 
 import infer
 import onnx_utils
-from image_batcher import load_image, result_names
+from image_batcher import load_image
 from runtimes import ort_graph
 from visualize import _place, class_colour, draw_detections
 
@@ -88,11 +88,6 @@ def test_two_inputs_with_one_stem_and_bad_files(convert, tmp_path):
     assert "2 of 5 images were skipped" in process.stdout
     pictures = sorted(p.name for p in (tmp_path / "out").glob("*.jpg"))
     assert pictures == ["a.PNG.jpg", "a.jpg.jpg", "b.jpg"]
-
-
-def test_result_names_do_not_collide(tmp_path):
-    paths = [tmp_path / name for name in ("a.jpg", "A.png", "b.jpg")]
-    assert result_names(paths) == ["a.jpg", "A.png", "b"]
 
 
 def broken(path):
@@ -188,3 +183,82 @@ def test_the_stand_in_is_not_left_in_the_file(convert):
     before = model.SerializeToString()
     ort_graph.prepare(model)
     assert model.SerializeToString() == before
+
+
+def run_infer(model, output, *options):
+    return command("--engine", model, "--output", output, *options, script="infer.py")
+
+
+def test_results_mirror_the_folders(convert, tmp_path):
+    """Of one folder as they lie in it, of several as seen from the folder that has them all; kinds of images side by side."""
+    pictures = sorted((DEMO / "images").iterdir())
+    for name, picture in (("cam1/0001.jpg", 0), ("cam1/night/0001.jpg", 1), ("cam2/0001.jpg", 2)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures[picture], tmp_path / name)
+    for name in ("cam2/b.webp", "cam2/c.tif", "cam2/d.gif", "cam2/e.jfif"):
+        Image.open(pictures[3]).save(tmp_path / name, format={".jfif": "JPEG"}.get(name[-5:]))
+    (tmp_path / "cam2" / "notes.txt").write_text("nothing")
+    (tmp_path / "list.txt").write_text("# two\ncam1/night/0001.jpg\ncam2/0001.jpg\n")
+    model = convert("demo")[0]
+    wanted = {
+        ("cam1",): ["0001", "night/0001"],
+        ("cam1", "cam2"): ["cam1/0001", "cam1/night/0001", *(f"cam2/{name}" for name in ("0001", "b", "c", "d", "e"))],
+        ("cam*/**/0001.jpg",): ["cam1/0001", "cam1/night/0001", "cam2/0001"],
+        ("list.txt",): ["cam1/night/0001", "cam2/0001"],
+    }
+    tables = {}
+    for inputs, names in wanted.items():
+        output = tmp_path / "results" / str(len(tables))
+        process = run_infer(model, output, "--input", *(tmp_path / given for given in inputs))
+        assert process.returncode == 0, process.stderr
+        assert ("left out: 1 .txt" in process.stderr) == ("cam2" in inputs)
+        for kind in ("tsv", "jpg"):
+            found = sorted(str(path.relative_to(output))[:-4] for path in output.rglob(f"*.{kind}"))
+            assert found == sorted(names)
+        tables[inputs] = output
+    one, both = tables[("cam1",)], tables[("cam1", "cam2")]
+    assert (one / "night/0001.tsv").read_text() == (both / "cam1/night/0001.tsv").read_text()
+    assert (both / "cam2/b.tsv").read_text().count("\n") >= 1
+
+
+def test_results_overwrite_no_input(convert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = str(convert("demo")[0])
+    for name in ("a/1.jpg", "b/2.jpg", "b/c/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DEMO / "images" / "shapes_01.jpg", name)
+    for inputs, output in ((["a"], "a"), (["a", "b"], "."), (["a/1.jpg"], "a"), (["b"], "b"), (["b/**/*.jpg"], "b")):
+        with pytest.raises(UserError, match="choose another folder, so that none is overwritten"):
+            infer.main(["--engine", model, "--input", *inputs, "--output", output])
+    for _ in range(2):  # what the first run wrote is no input of the second
+        assert infer.main(["--engine", model, "--input", "b", "--output", "b/results"]) == 0
+        assert len(list((tmp_path / "b/results").rglob("*.jpg"))) == 2
+
+
+def test_files_that_a_list_names_in_vain_count_as_not_read(convert, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"{DEMO / 'images' / 'shapes_01.jpg'}\nabsent.jpg\n")
+    options = ["--engine", str(convert("demo")[0]), "--input", str(tmp_path / "list.txt")]
+    assert infer.main([*options, "--output", str(tmp_path / "out")]) == 1
+    assert "1 of the 2 files it names are not there: absent.jpg" in capsys.readouterr().err
+
+
+def test_turned_photos_are_found_in_as_they_are_seen(convert, tmp_path):
+    """Stored turned, with the EXIF tag that says so: the same detections, on a picture that stands upright."""
+    upright = Image.open(DEMO / "images" / "shapes_02.jpg").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for folder in ("upright", "turned"):
+        (tmp_path / folder).mkdir()
+    upright.save(tmp_path / "upright" / "a.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned" / "a.png", exif=exif)
+    model = convert("demo")[0]
+    for folder, options in (("upright", ()), ("turned", ("--exif_rotate",))):
+        process = run_infer(model, tmp_path / f"{folder}_out", "--input", tmp_path / folder, *options)
+        assert process.returncode == 0, process.stderr
+    table = (tmp_path / "upright_out" / "a.tsv").read_text()
+    assert table
+    assert (tmp_path / "turned_out" / "a.tsv").read_text() == table
+    assert Image.open(tmp_path / "turned_out" / "a.jpg").size == upright.size
+    process = run_infer(model, tmp_path / "plain", "--input", tmp_path / "turned", "--max_pixels", "100")
+    assert process.returncode == 2
+    assert "more than --max_pixels 100" in process.stderr
