@@ -22,7 +22,9 @@ from commandline.options import add_preprocessor, check_preprocessor, count, cou
 import numpy as np
 
 from checks import coco, parity, report
-from image_batcher import ImageError, find_images, load_image, result_names
+from checks.annotations import images_below, keep_masks, open_annotations
+from checks.matching import match_categories
+from image_batcher import ImageError, load_image, result_names
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
 from tfod.labels import LABELS_HELP, labels_of
@@ -40,7 +42,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the converted model: model.onnx or engine.trt")
     add("-m", "--saved_model", required=True, help="the SavedModel it was made of: its folder, or the export above it")
-    add("-i", "--input", required=True, help="an image or a folder of images")
+    add("-i", "--input", required=True, help="an image or a folder of images, subfolders too")
     add("-a", "--annotations", help="COCO annotations of the images: adds the ground truth and the AP of both sides")
     add("-o", "--output", required=True, help="folder for the report; created if need be")
     add("-l", "--labels", help=LABELS_HELP)
@@ -88,6 +90,15 @@ class Comparison:
         """How much to look at: the scores of the unmatched, and what the pairs are apart."""
         unmatched = self.theirs.scores[self.unmatched[0]].sum() + self.ours.scores[self.unmatched[1]].sum()
         return float(unmatched + np.abs(np.diff(self.scores, axis=1)).sum() + sum(1 - iou for _, _, iou in self.pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundTruth:
+    """What is annotated, and how it goes with the files and the model."""
+
+    annotations: object  # pycocotools' COCO
+    known: dict  # {path: image id}
+    categories: dict  # {class + class_offset: category id}
 
 
 def compare_detections(path, theirs, ours, size, threshold, mask_threshold=None):
@@ -186,8 +197,7 @@ def _spread(differences):
 
 def main(argv=None):
     args = parse_args(argv)
-    files = find_images(args.input)[: args.num_images]
-    truth = coco.load_annotations(args.annotations) if args.annotations else None
+    files = images_below(args.input)[: args.num_images]
     folder = find_saved_model(args.saved_model)
     with open_detector(args.engine) as detector:
         metadata = detector.metadata
@@ -196,6 +206,7 @@ def main(argv=None):
         if masks and not metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         names = labels_of(args.labels, metadata, args.engine)
+        truth = read_truth(args, files, names, metadata) if args.annotations else None
         # What scores less the engine was told to leave out.
         args.least = max(args.nms_threshold, metadata["score_threshold"])
         output = make_folder(args.output)
@@ -247,11 +258,24 @@ def run_both(saved_model, detector, files, args):
     return comparisons, times
 
 
-def both_average_precisions(truth, comparisons, metadata, args):
-    """COCO's AP and AP50 of either side over the annotated images."""
-    known, _, _ = coco.match_images(truth, [comparison.path for comparison in comparisons])
+def read_truth(args, files, names, metadata):
+    """The GroundTruth of the files, or None, with a warning, where the annotations know none of them."""
+    annotations, known, _, _ = open_annotations(args.annotations, files)
     if not known:
         warn(f"--annotations {args.annotations} knows none of the images: no AP")
+        return None
+    if args.detection_type == "segmentation":
+        keep_masks(args.annotations, annotations, set(known.values()))
+    categories = match_categories(args.annotations, annotations, names, metadata)
+    return GroundTruth(annotations, known, categories)
+
+
+def both_average_precisions(truth, comparisons, metadata, args):
+    """COCO's AP and AP50 of either side over the annotated images, or None where none of them could be read."""
+    known = {
+        comparison.path: truth.known[comparison.path] for comparison in comparisons if comparison.path in truth.known
+    }
+    if not known:
         return None
     threshold = args.iou_threshold if args.detection_type == "segmentation" else None
     result = {}
@@ -262,7 +286,8 @@ def both_average_precisions(truth, comparisons, metadata, args):
                 image_id = known[comparison.path]
                 found = getattr(comparison, side)
                 results += coco.results_of(found, image_id, comparison.size, metadata["class_offset"], threshold)
-        numbers = coco.evaluate(truth, results, known.values(), args.detection_type).numbers
+        results = coco.in_categories(results, truth.categories)
+        numbers = coco.evaluate(truth.annotations, results, known.values(), args.detection_type).numbers
         result[name] = {key: numbers[key] for key in ("AP", "AP50")}
     return result
 
@@ -289,6 +314,11 @@ def _text(value, digits="{:.2g}"):
     return "-" if value is None else digits.format(value)
 
 
+def _share(value):
+    """A share as text: COCO's -1 is nothing to measure."""
+    return "-" if value < 0 else f"{value:.4f}"
+
+
 def rows(numbers):
     """The numbers as (text, value) lines."""
     ms = numbers["milliseconds"]
@@ -307,7 +337,7 @@ def rows(numbers):
         lines.append(("smallest IoU of masks", f"{numbers['smallest_mask_iou']:.4f}"))
         lines.append(("median IoU of masks", f"{numbers['median_mask_iou']:.4f}"))
     for side, result in (numbers.get("average_precision") or {}).items():
-        lines.append((f"{side}: AP, AP50", f"{result['AP']:.4f}, {result['AP50']:.4f}"))
+        lines.append((f"{side}: AP, AP50", ", ".join(_share(result[key]) for key in ("AP", "AP50"))))
     lines += [(f"{side}: ms an image, median", f"{value:.1f}") for side, value in ms.items()]
     return lines
 
@@ -320,7 +350,6 @@ def print_numbers(numbers):
 def draw_all(comparisons, truth, names, metadata, args, output):
     """Writes NAME.jpg of every image: the sides next to each other, unmatched detections in a dashed frame."""
     folder = make_folder(output / "pictures")
-    known = coco.match_images(truth, [comparison.path for comparison in comparisons])[0] if truth else {}
     titles = result_names([comparison.path for comparison in comparisons])
     for comparison, name in zip(progress(comparisons, unit="picture"), titles, strict=True):
         image = load_image(comparison.path)
@@ -333,8 +362,8 @@ def draw_all(comparisons, truth, names, metadata, args, output):
                 f", {len(unmatched)} unmatched" if unmatched else ""
             )
             panels[title] = draw_side(image, found, unmatched, names, args)
-        if comparison.path in known:
-            panels["ground truth"] = draw_truth(image, truth, known[comparison.path], names, metadata["class_offset"])
+        if truth and comparison.path in truth.known:
+            panels["ground truth"] = draw_truth(image, truth, comparison.path, names, metadata["class_offset"])
         picture = side_by_side(panels)
         with whole_file(folder / f"{name}.jpg") as path:
             picture.save(path, quality=88)
@@ -355,11 +384,16 @@ def draw_side(image, found, unmatched, names, args):
     )
 
 
-def draw_truth(image, truth, image_id, names, class_offset):
-    notes = truth.imgToAnns[image_id]
+def draw_truth(image, truth, path, names, class_offset):
+    """The annotated objects in the colours and names of the model's classes; other categories have names of their own."""
+    labels = {key: number - class_offset for number, key in reversed(truth.categories.items())}
+    others = [key for key in truth.annotations.cats if key not in labels]
+    labels |= {key: len(names) + i for i, key in enumerate(others)}
+    names = [*names, *(truth.annotations.cats[key].get("name", str(key)) for key in others)]
+    notes = truth.annotations.imgToAnns[truth.known[path]]
     boxes = np.float32([note["bbox"] for note in notes]).reshape(-1, 4)
     corners = np.column_stack([boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]])
-    classes = np.int64([note["category_id"] - class_offset for note in notes])
+    classes = np.int64([labels[note["category_id"]] for note in notes])
     return draw_detections(image, corners, np.ones(len(notes)), classes, names, with_scores=False)
 
 
