@@ -148,8 +148,7 @@ def _categories(entries, path):
             continue
         category = {"id": entry["id"]}
         if name := id_text(entry.get("name")):
-            # Half of a surrogate pair can stand in JSON, but in no file that we write.
-            category["name"] = " ".join(name.encode("utf-8", "replace").decode().split())
+            category["name"] = " ".join(name.split())
         if key not in categories:
             categories[key] = category
         elif categories[key].get("name") == category.get("name"):
@@ -342,10 +341,13 @@ def is_polygon(points, height, width):
     Of four numbers pycocotools would make a box. It draws each side point by point, so their length must have a limit:
     no outline is longer than the image has pixels.
     """
-    if not isinstance(points, list) or len(points) < 6 or len(points) % 2 or not all(map(_is_number, points)):
+    if not isinstance(points, list) or len(points) < 6 or len(points) % 2 or not set(map(type, points)) <= {int, float}:
         return False
-    points = np.float64(points).reshape(-1, 2)
-    around = height + width
+    try:
+        points = np.float64(points).reshape(-1, 2)
+    except OverflowError:
+        return False
+    around = height + width  # NaN is not within anything
     return np.abs(points).max() <= 10 * around and np.abs(np.diff(points, axis=0)).sum() <= height * width + 40 * around
 
 

@@ -10,14 +10,19 @@ from commandline import UserError, warn
 
 
 def id_text(value):
-    """The text that makes two ids the same: 7, 7.0 and "7" are one; None of what can be no id."""
+    """The text that makes two ids the same: 7, 7.0 and "7" are one; None of what can be no id.
+
+    That is all but numbers and texts, what is not finite, the empty text, and halves of a surrogate pair, which JSON can
+    hold but no file that we write.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
         value = int(value) if value.is_integer() else value
-    return str(value).strip() or None
+    text = str(value).strip()
+    return text if text and text.encode("utf-8", "replace").decode() == text else None
 
 
 def match_images(truth, files):
@@ -136,12 +141,12 @@ def match_categories(path, truth, names, metadata):
     strangers = [key for key in truth.cats if key not in classes]
 
     def pairs(keys):
-        """The first three, as "12 'stop sign' is 13 'parking meter'"."""
+        """The first three, as "12 'stop sign' is the model's 13 'stop sign'"."""
         texts = []
         for key in list(keys)[:3]:
             number = classes.get(key)
-            own, model = _title(key, truth.cats[key].get("name")), _title(number, named.get(number))
-            texts.append(f"{own} is {model if number is not None else 'none of them'}")
+            model = "none of it" if number is None else "the model's " + _title(number, named.get(number))
+            texts.append(f"{_title(key, truth.cats[key].get('name'))} is {model}")
         return ", ".join(texts) + (", ..." if len(keys) > 3 else "")
 
     if not classes.keys() & with_objects.keys():
@@ -150,10 +155,10 @@ def match_categories(path, truth, names, metadata):
             f" {pairs(strangers)}; give annotations of the model's classes, or its names as --labels"
         )
     if by_name:
-        other = [key for key in classes if numbers.get(key, classes[key]) != classes[key]]
+        other = [key for key in truth.cats if key in classes and numbers.get(key, classes[key]) != classes[key]]
         text = "have another id than the model's class of their name, and are matched by name"
     else:
-        other = [key for key in classes if named and key in with_objects]
+        other = [key for key in truth.cats if named and key in classes and key in with_objects]
         text = "are matched with the model's by id, as no name is the same"
     if other:
         warn(f"{len(other)} categories of {path} {text}: {pairs(other)}")
