@@ -81,9 +81,21 @@ def find_images(path, option="--input"):
 
 
 def result_names(paths):
-    """Returns a file name without extension for each input: its stem, or its full name where two inputs share a stem."""
-    count = collections.Counter(path.stem.lower() for path in paths)
-    return [path.stem if count[path.stem.lower()] == 1 else path.name for path in paths]
+    """Returns a file name without extension for each input: its stem, or its full name where two inputs share a stem.
+
+    Where two share that too, from other folders, these go before it: `cam1_0001.jpg`.
+    """
+    stems = collections.Counter(path.stem.lower() for path in paths)
+    names = collections.Counter(path.name.lower() for path in paths)
+    root = os.path.commonpath([path.parent for path in paths]) if len(names) < len(paths) else None
+    return [
+        path.stem
+        if stems[path.stem.lower()] == 1
+        else path.name
+        if names[path.name.lower()] == 1
+        else "_".join(path.relative_to(root).parts)
+        for path in paths
+    ]
 
 
 def load_image(path):

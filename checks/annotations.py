@@ -26,7 +26,7 @@ from image_batcher import EXTENSIONS, find_images
 TABLES = ("images", "annotations", "categories")
 # A box may reach past the edge by a labeller's carelessness; from this share of the image on it is another format's box.
 CARELESS = 0.1
-# Pixels of a side that no image has more of: a width or height beyond is taken for none.
+# Pixels of a side that no image has more of: a width, height or box beyond is taken for none.
 LONGEST = 1_000_000
 # What a zip (as CVAT and Roboflow export) and a gzip begin with.
 COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b")
@@ -207,8 +207,10 @@ def _box_fault(box):
         return "with a box that is not four numbers"
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in box):
         return "with a box that is not four numbers"
-    if not all(map(_is_number, box)) or not math.isfinite(float(box[2]) * float(box[3])):
+    if not all(map(_is_number, box)):
         return "with a box that is not finite"
+    if any(abs(value) > LONGEST for value in box):
+        return "with a box larger than any image"
     return None if box[2] > 0 and box[3] > 0 else "with a box without area"
 
 
@@ -254,11 +256,11 @@ def fit_sizes(path, truth, known, exif_rotate=False):
         fractions += sum(max(corner) <= 1 + CARELESS for corner in corners) if min(size) > 1 else 0
     if differ:
         file, size, annotated = differ[0]
-        turned = sum(size == annotated[::-1] for _, size, annotated in differ)
-        mend = "; --exif_rotate turns photos that are stored on their side" if turned and not exif_rotate else ""
+        turned = 0 if exif_rotate else sum(image_size(each, True) == wanted for each, _, wanted in differ)
+        mend = f"; with --exif_rotate {turned} of them are" if turned else ""
         warn(
-            f"{len(differ)} of {len(known)} images are not as wide and high as --annotations {path} says, so their objects"
-            f" are looked for in the wrong place: {file.name} is {size[0]} x {size[1]}, annotated as"
+            f"{len(differ)} of {len(known)} images are not as wide and high as --annotations {path} says, so their boxes are"
+            f" of a turned or scaled image: {file.name} is {size[0]} x {size[1]}, annotated as"
             f" {annotated[0]} x {annotated[1]}{mend}"
         )
     if objects and fractions == objects:

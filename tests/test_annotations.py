@@ -313,7 +313,8 @@ LEFT_OUT = {
     "NaN": ({"bbox": [float("nan"), 1, 2, 3]}, "1 with a box that is not finite"),
     "infinity": ({"bbox": [1, 1, float("inf"), 3]}, "1 with a box that is not finite"),
     "10^400": ({"bbox": [1, 1, 10**400, 3]}, "1 with a box that is not finite"),
-    "area not finite": ({"bbox": [1, 1, 1e200, 1e200]}, "1 with a box that is not finite"),
+    "area not finite": ({"bbox": [1, 1, 1e200, 1e200]}, "1 with a box larger than any image"),
+    "far away": ({"bbox": [-1e9, 1, 5, 5]}, "1 with a box larger than any image"),
     "no width": ({"bbox": [1, 1, 0, 3]}, "1 with a box without area"),
     "negative": ({"bbox": [1, 1, 5, -3]}, "1 with a box without area"),
     "category": ({"category_id": 777}, "1 of category 777, which the file does not define"),
@@ -819,7 +820,7 @@ def test_sizes_that_disagree_are_said_once(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "2 of 3 images are not as wide and high as" in said
-    assert "one.jpg is 48 x 64, annotated as 64 x 48; --exif_rotate turns" in said
+    assert "one.jpg is 48 x 64, annotated as 64 x 48; with --exif_rotate 1 of them are\n" in said
     assert [(image["width"], image["height"]) for image in truth.imgs.values()] == [(48, 64), (25, 40), (90, 60)]
     open_annotations(path, files, exif_rotate=True)
     said = capsys.readouterr().err
@@ -922,12 +923,18 @@ def test_subfolders_are_searched(demo_model, tmp_path, capsys):
 
 
 def test_comparison_takes_the_same_files(demo_model, tmp_path, capsys):
-    """String ids, categories from 0 in another order: the AP of both sides, and the truth in its own names."""
+    """String ids, categories from 0 in another order, folders: the AP of both sides, and a picture of each image."""
     content = demo_truth()
+    for image in content["images"]:
+        name = f"cam{image['id'] % 2}/{(image['id'] - 1) // 2:04}.jpg"
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DEMO / "images" / image["file_name"], tmp_path / "in" / name)
+        image["file_name"] = name
     order = [category["id"] for category in content["categories"]][::-1]
     for category in content["categories"]:
         category["id"] = order.index(category["id"])
     content["images"] = [{"id": str(image["id"]), "file_name": image["file_name"]} for image in content["images"]]
+    names = [image["file_name"] for image in content["images"]]
     for note in content["annotations"]:
         note |= {"image_id": str(note["image_id"]), "category_id": order.index(note["category_id"]), "area": None}
     content["annotations"].append({**content["annotations"][0], "bbox": None})
@@ -935,7 +942,7 @@ def test_comparison_takes_the_same_files(demo_model, tmp_path, capsys):
     options = {
         "engine": demo_model,
         "saved_model": DEMO_MODEL,
-        "input": DEMO / "images",
+        "input": tmp_path / "in",
         "annotations": write(tmp_path / "a.json", content),
         "labels": DEMO_MODEL / "labels.txt",
         "output": tmp_path / "out",
@@ -947,6 +954,8 @@ def test_comparison_takes_the_same_files(demo_model, tmp_path, capsys):
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())["average_precision"]
     for side in ("TensorFlow", "engine"):
         assert numbers[side]["AP"] == pytest.approx(whole["AP"], abs=1e-3)
+    pictures = [path.stem for path in (tmp_path / "out" / "pictures").iterdir()]
+    assert sorted(pictures) == sorted(name.replace("/", "_") for name in names)
 
 
 def test_comparison_refuses_before_it_runs(demo_model, tmp_path, monkeypatch):
@@ -1018,4 +1027,4 @@ def test_shared_photos_on_their_side_are_warned_about(convert, tmp_path, capsys)
     _, _, said = evaluated(capsys, model, folder / "imgs_exif", path, tmp_path)
     assert said.count("\n") == 1
     assert "4 of 4 images are not as wide and high" in said
-    assert "--exif_rotate" in said
+    assert said.endswith("; with --exif_rotate 4 of them are\n")
