@@ -140,16 +140,7 @@ def processes():
 
 # Rows of the table at the end of `make test-zoo`, {model: values of COLUMNS}.
 ROWS = {}
-COLUMNS = (
-    "weights",
-    "`feature_extractor.type`",
-    "classes",
-    "input",
-    "conversion s",
-    "box diff",
-    "score diff",
-    "mask diff",
-)
+COLUMNS = ("weights", "`feature_extractor.type`", "classes", "input", "conversion s", "box diff", "score diff", "mask diff")
 COLUMNS += ("TensorFlow ms", "ONNX Runtime ms")
 README = ROOT / "README.md"
 

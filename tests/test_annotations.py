@@ -30,7 +30,7 @@ from checks.annotations import (
     open_annotations,
     run_lengths,
 )
-from checks.matching import class_names, id_text, match_categories, match_images
+from checks.matching import id_text, match_categories, match_images
 
 LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
 SIZES = {"one.jpg": (64, 48), "two.jpg": (50, 80), "three.jpg": (90, 60)}  # width, height
@@ -734,7 +734,8 @@ def categories(*names, ids=None, objects=None):
 
 
 def classes_of(truth, names, count=3):
-    return match_categories("a.json", truth, names, {"num_classes": count, "class_offset": 1})
+    """names: the model's, or None for a model without."""
+    return match_categories("a.json", truth, names or [None] * count, {"num_classes": count, "class_offset": 1})
 
 
 def test_categories_are_matched_by_name(capsys):
@@ -796,14 +797,6 @@ def test_two_categories_of_one_name():
     with pytest.raises(UserError, match="the categories 0 and 1 are both named 'pets', and both have objects"):
         classes_of(categories("pets", "pets", ids=[0, 1]), ["pets"], 1)
     assert classes_of(categories("pets", "pets"), None) == {1: 1, 2: 2, 3: 3}  # by id they are two
-
-
-def test_names_of_the_model(tmp_path):
-    (tmp_path / "labels.txt").write_text("cat\ndog\n")
-    assert class_names({"num_classes": 2}) is None
-    assert class_names({"num_classes": 90})[12] == "stop sign"
-    assert class_names({"num_classes": 2, "labels": ["one", "two"]}) == ["one", "two"]
-    assert class_names({"num_classes": 2, "labels": ["one", "two"]}, tmp_path / "labels.txt") == ["cat", "dog"]
 
 
 # ---- sizes
@@ -881,8 +874,7 @@ def test_detections_have_the_files_own_ids(demo_model, tmp_path, capsys):
     content["categories"].append({"id": None, "name": "lost"})
     content["categories"].append({"id": "", "name": "lost"})
     path = write(tmp_path / "a.json", content)
-    labels = ("--labels", DEMO_MODEL / "labels.txt")
-    metrics, results, said = evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "o", *labels)
+    metrics, results, said = evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "o")
     for key in coco.NUMBERS:
         assert metrics[key] == pytest.approx(whole[key], abs=1e-9)
     assert {entry["image_id"] for entry in results} == {some_uuid(i) for i in range(1, 9)}
@@ -890,9 +882,10 @@ def test_detections_have_the_files_own_ids(demo_model, tmp_path, capsys):
     assert said == f"warning: --annotations {path}: 2 of 7 categories left out: 2 without an id\n"
     truth = load_annotations(path)
     assert coco.evaluate(truth, results, truth.imgs).numbers["AP"] == pytest.approx(whole["AP"])
-    # Without its names no class can be one of these.
+    # By other names, and no number to go by, no class can be one of these.
+    (tmp_path / "labels.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
     with pytest.raises(UserError, match="none of its categories is one of the model's"):
-        evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "none")
+        evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "none", "--labels", tmp_path / "labels.txt")
     assert not (tmp_path / "none").exists()
 
 
@@ -944,7 +937,6 @@ def test_comparison_takes_the_same_files(demo_model, tmp_path, capsys):
         "saved_model": DEMO_MODEL,
         "input": tmp_path / "in",
         "annotations": write(tmp_path / "a.json", content),
-        "labels": DEMO_MODEL / "labels.txt",
         "output": tmp_path / "out",
     }
     assert compare_tf.main([str(text) for key, value in options.items() for text in (f"--{key}", value)]) == 0
@@ -966,6 +958,7 @@ def test_comparison_refuses_before_it_runs(demo_model, tmp_path, monkeypatch):
     for table, key in (("categories", "id"), ("annotations", "category_id")):
         for entry in strange[table]:
             entry[key] = f"u{entry[key]}"
+            entry.pop("name", None)
     for content, match in ((twice, "fits two images"), (strange, "none of its categories")):
         path = write(tmp_path / "a.json", content)
         options = [
