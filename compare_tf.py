@@ -33,6 +33,8 @@ from commandline.options import (
 import numpy as np
 
 from checks import coco, parity, report
+from checks.annotations import keep_masks, open_annotations
+from checks.matching import match_categories
 from image_batcher import ImageError, load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
@@ -100,6 +102,15 @@ class Comparison:
         """How much to look at: the scores of the unmatched, and what the pairs are apart."""
         unmatched = self.theirs.scores[self.unmatched[0]].sum() + self.ours.scores[self.unmatched[1]].sum()
         return float(unmatched + np.abs(np.diff(self.scores, axis=1)).sum() + sum(1 - iou for _, _, iou in self.pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundTruth:
+    """What is annotated, and how it goes with the files and the model."""
+
+    annotations: object  # pycocotools' COCO
+    known: dict  # {path: image id}
+    categories: dict  # {class + class_offset: category id}
 
 
 def compare_detections(path, theirs, ours, size, threshold, mask_threshold=None):
@@ -200,7 +211,6 @@ def main(argv=None):
     args = parse_args(argv)
     images = find_images(args.input, output=args.output)
     files = images.files[: args.num_images]
-    truth = coco.load_annotations(args.annotations) if args.annotations else None
     folder = find_saved_model(args.saved_model)
     with open_detector(args.engine) as detector:
         metadata = detector.metadata
@@ -209,6 +219,7 @@ def main(argv=None):
         if masks and not metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         names = labels_of(args.labels, metadata, args.engine)
+        truth = read_truth(args, files, names, metadata) if args.annotations else None
         # What scores less the engine was told to leave out.
         args.least = max(args.nms_threshold, metadata["score_threshold"])
         output = make_folder(args.output)
@@ -262,11 +273,24 @@ def run_both(saved_model, detector, files, args):
     return comparisons, times
 
 
-def both_average_precisions(truth, comparisons, metadata, args):
-    """COCO's AP and AP50 of either side over the annotated images."""
-    known, _, _ = coco.match_images(truth, [comparison.path for comparison in comparisons])
+def read_truth(args, files, names, metadata):
+    """The GroundTruth of the files, or None, with a warning, where the annotations know none of them."""
+    annotations, known, _, _ = open_annotations(args.annotations, files, args.exif_rotate)
     if not known:
         warn(f"--annotations {args.annotations} knows none of the images: no AP")
+        return None
+    if args.detection_type == "segmentation":
+        keep_masks(args.annotations, annotations, set(known.values()))
+    categories = match_categories(args.annotations, annotations, names, metadata)
+    return GroundTruth(annotations, known, categories)
+
+
+def both_average_precisions(truth, comparisons, metadata, args):
+    """COCO's AP and AP50 of either side over the annotated images, or None where none of them could be read."""
+    known = {
+        comparison.path: truth.known[comparison.path] for comparison in comparisons if comparison.path in truth.known
+    }
+    if not known:
         return None
     threshold = args.iou_threshold if args.detection_type == "segmentation" else None
     result = {}
@@ -277,7 +301,8 @@ def both_average_precisions(truth, comparisons, metadata, args):
                 image_id = known[comparison.path]
                 found = getattr(comparison, side)
                 results += coco.results_of(found, image_id, comparison.size, metadata["class_offset"], threshold)
-        numbers = coco.evaluate(truth, results, known.values(), args.detection_type).numbers
+        results = coco.in_categories(results, truth.categories)
+        numbers = coco.evaluate(truth.annotations, results, known.values(), args.detection_type).numbers
         result[name] = {key: numbers[key] for key in ("AP", "AP50")}
     return result
 
@@ -304,6 +329,11 @@ def _text(value, digits="{:.2g}"):
     return "-" if value is None else digits.format(value)
 
 
+def _share(value):
+    """A share as text: COCO's -1 is nothing to measure."""
+    return "-" if value < 0 else f"{value:.4f}"
+
+
 def rows(numbers):
     """The numbers as (text, value) lines."""
     ms = numbers["milliseconds"]
@@ -322,7 +352,7 @@ def rows(numbers):
         lines.append(("smallest IoU of masks", f"{numbers['smallest_mask_iou']:.4f}"))
         lines.append(("median IoU of masks", f"{numbers['median_mask_iou']:.4f}"))
     for side, result in (numbers.get("average_precision") or {}).items():
-        lines.append((f"{side}: AP, AP50", f"{result['AP']:.4f}, {result['AP50']:.4f}"))
+        lines.append((f"{side}: AP, AP50", ", ".join(_share(result[key]) for key in ("AP", "AP50"))))
     lines += [(f"{side}: ms an image, median", f"{value:.1f}") for side, value in ms.items()]
     return lines
 
@@ -335,7 +365,6 @@ def print_numbers(numbers):
 def draw_all(comparisons, pictures, truth, names, metadata, args, folder):
     """Writes folder / pictures[path] of every image: the sides next to each other, unmatched detections in a dashed frame."""
     load = functools.partial(load_image, **image_options(args))
-    known = coco.match_images(truth, [comparison.path for comparison in comparisons])[0] if truth else {}
     for comparison in progress(comparisons, unit="picture"):
         image = load(comparison.path)
         panels = {}
@@ -347,8 +376,8 @@ def draw_all(comparisons, pictures, truth, names, metadata, args, folder):
                 f", {len(unmatched)} unmatched" if unmatched else ""
             )
             panels[title] = draw_side(image, found, unmatched, names, args)
-        if comparison.path in known:
-            panels["ground truth"] = draw_truth(image, truth, known[comparison.path], names, metadata["class_offset"])
+        if truth and comparison.path in truth.known:
+            panels["ground truth"] = draw_truth(image, truth, comparison.path, names, metadata["class_offset"])
         picture = side_by_side(panels)
         target = folder / pictures[comparison.path]
         make_folder(target.parent)
@@ -371,11 +400,16 @@ def draw_side(image, found, unmatched, names, args):
     )
 
 
-def draw_truth(image, truth, image_id, names, class_offset):
-    notes = truth.imgToAnns[image_id]
+def draw_truth(image, truth, path, names, class_offset):
+    """The annotated objects in the colours and names of the model's classes; other categories have names of their own."""
+    labels = {key: number - class_offset for number, key in reversed(truth.categories.items())}
+    others = [key for key in truth.annotations.cats if key not in labels]
+    labels |= {key: len(names) + i for i, key in enumerate(others)}
+    names = [*names, *(truth.annotations.cats[key].get("name", str(key)) for key in others)]
+    notes = truth.annotations.imgToAnns[truth.known[path]]
     boxes = np.float32([note["bbox"] for note in notes]).reshape(-1, 4)
     corners = np.column_stack([boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]])
-    classes = np.int64([note["category_id"] - class_offset for note in notes])
+    classes = np.int64([labels[note["category_id"]] for note in notes])
     return draw_detections(image, corners, np.ones(len(notes)), classes, names, with_scores=False)
 
 

@@ -31,10 +31,13 @@ from commandline.options import (
 from PIL import Image
 
 from checks import coco, report
+from checks.annotations import keep_masks, open_annotations
+from checks.matching import match_categories
 from image_batcher import load_image
 from runtimes import open_detector
 from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers
 from runtimes.workers import process_pool
+from tfod.labels import LABELS_HELP, labels_of
 from visualize import mark_box
 
 # Above this score threshold detections are missing that average precision counts.
@@ -48,6 +51,7 @@ def parse_args(argv=None):
     add("-e", "--engine", required=True, help="the model: model.onnx or engine.trt")
     add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
     add("-a", "--annotations", required=True, help="COCO annotations of the images, instances_*.json")
+    add("-l", "--labels", help=LABELS_HELP)
     add("-o", "--output", help="folder for the results and the report; created if need be; default: print only")
     add(
         "-d",
@@ -86,9 +90,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    truth = coco.load_annotations(args.annotations)
-    files = list(map(Path, find_images(args.input, output=args.output).files))
-    known, unknown, absent = coco.match_images(truth, files)
+    files = find_images(args.input, output=args.output).files
+    truth, known, unknown, absent = open_annotations(args.annotations, files, args.exif_rotate)
     print(
         f"{len(known)} annotated images; left out: {len(unknown)} files that the annotations do not know,"
         f" {len(absent)} annotated images that are not in {show_inputs(args.input)}"
@@ -97,10 +100,14 @@ def main(argv=None):
         raise UserError(
             f"--annotations {args.annotations} knows none of the {len(files)} images in {show_inputs(args.input)}; give theirs"
         )
-    output = make_folder(args.output) if args.output else None
     with open_detector(args.engine) as detector:
         metadata = detector.metadata
-        check_model(metadata, truth, args)
+        check_model(metadata, args)
+        if args.detection_type == "segmentation":
+            keep_masks(args.annotations, truth, set(known.values()))
+        names = labels_of(args.labels, metadata, args.engine)
+        categories = match_categories(args.annotations, truth, names, metadata)
+        output = make_folder(args.output) if args.output else None
         with open_workers(detector, len(known)) as workers:
             results, evaluated, seconds = detect(detector, known, workers, args)
             if not evaluated:
@@ -108,6 +115,7 @@ def main(argv=None):
                     f"--input {show_inputs(args.input)}: none of the {len(known)} annotated images could be read"
                 )
             begun = time.perf_counter()
+            results = coco.in_categories(results, categories)
             evaluation = coco.evaluate(truth, results, evaluated.values(), args.detection_type, workers=workers)
             measuring = time.perf_counter() - begun
     print(
@@ -131,25 +139,16 @@ def show(value):
     return "-" if value < 0 else f"{value:.3f}"
 
 
-def check_model(metadata, truth, args):
+def check_model(metadata, args):
     """Warns where the numbers will mean little; raises UserError where masks are asked of a model that has none."""
     check_preprocessor(args.preprocessor, metadata)
-    if args.detection_type == "segmentation":
-        if not metadata.get("mask_size"):
-            raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
-        if any("segmentation" not in note for note in truth.anns.values()):
-            raise UserError(f"--annotations {args.annotations} has objects without masks; use --detection_type bbox")
+    if args.detection_type == "segmentation" and not metadata.get("mask_size"):
+        raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
     threshold = max(args.nms_threshold, metadata["score_threshold"])
     if threshold > MEANINGLESS_FROM:
         where = "--nms_threshold" if args.nms_threshold >= threshold else f"the NMS in {args.engine}"
         warn(
             f"{where} leaves out what scores less than {threshold:g}: average precision counts those too and comes out low"
-        )
-    ids = range(metadata["class_offset"], metadata["class_offset"] + metadata["num_classes"])
-    beyond = [key for key in truth.cats if key not in ids]
-    if beyond:
-        warn(
-            f"{len(beyond)} categories of {args.annotations} are none of the model's (ids {ids[0]} to {ids[-1]}): their AP is 0"
         )
 
 
@@ -242,13 +241,14 @@ def write_report(path, args, metadata, evaluation, worst, truth, evaluated):
 def curves(evaluation):
     """Two plots: the mean over the classes for several IoUs, and the classes with most objects."""
     recall = [i / 100 for i in range(101)]
-    common = sorted((row for row in evaluation.classes if row[2]), key=lambda row: -row[2])[:CLASSES_PLOTTED]
+    measured = [row for row in evaluation.classes if row[0] in evaluation.class_curves]
+    common = sorted(measured, key=lambda row: -row[2])[:CLASSES_PLOTTED]
     lines = {"mean over the classes": {f"IoU {iou}": line for iou, line in evaluation.curves.items()}}
     lines["most frequent classes, IoU 0.50"] = {name: evaluation.class_curves[key] for key, name, *_ in common}
 
     def draw(axes, title):
         for label, precision in lines[title].items():
-            axes.plot(recall, precision, label=label)
+            axes.plot(recall, precision, label=label.replace("$", r"\$"))  # between two it would read mathematics
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
         if lines[title]:
             axes.legend()

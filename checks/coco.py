@@ -1,4 +1,4 @@
-"""COCO: which annotated image a file is, detections as COCO results, and COCO's numbers.
+"""COCO: detections as COCO results, and COCO's numbers of them.
 
 Boxes are [ymin, xmin, ymax, xmax] in Detections and [x, y, width, height] in pixels in COCO's files.
 """
@@ -7,15 +7,14 @@ import contextlib
 import dataclasses
 import gc
 import io
-from pathlib import Path
-
-from commandline import UserError
 
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval as PycocotoolsEvaluation
 
+from checks.annotations import load_annotations
+from checks.matching import match_images
 from image_batcher import load_image
 from visualize import paste_mask
 
@@ -49,10 +48,10 @@ SHARED_OUT_FROM = 50_000
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A missed object or a false alarm."""
+    """A missed object or a false alarm; the ids are the annotations' own."""
 
-    image_id: int
-    category_id: int
+    image_id: int | str | float
+    category_id: int | str | float
     box: list  # [x, y, width, height] in pixels
     weight: float  # of a false alarm its score, of a missed object its share of the image's area
 
@@ -67,44 +66,8 @@ class Evaluation:
     class_curves: dict  # {category id: precision [101]} at IoU 0.50
 
 
-def load_annotations(path):
-    """Reads a COCO annotation file with boxes; returns pycocotools' COCO. Raises UserError, naming it, if it is none."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(path))
-            for number, note in enumerate(truth.dataset["annotations"]):
-                note["id"] = number + 1  # pycocotools takes the id 0 for "no match", and needs them all different
-            truth.createIndex()
-        broken = not (truth.imgs and truth.cats) or any("bbox" not in note for note in truth.anns.values())
-    except FileNotFoundError as error:
-        raise UserError(f"--annotations {path}: no such file") from error
-    except Exception as error:  # pycocotools asserts and indexes into what it reads
-        raise UserError(f"--annotations {path}: not a COCO annotation file; give an instances_*.json") from error
-    if broken:
-        raise UserError(f"--annotations {path}: no images, categories or boxes in it; give an instances_*.json")
-    return truth
-
-
-def match_images(truth, files):
-    """Which annotated image each file is: by the annotations' file_name, else by a numeric name.
-
-    Returns ({path: image id}, files that no annotation knows, annotated images without a file).
-    """
-    by_name = {Path(image["file_name"]).name: key for key, image in truth.imgs.items() if image.get("file_name")}
-    known, unknown = {}, []
-    for path in map(Path, files):
-        image_id = by_name.get(path.name)
-        if image_id is None and path.stem.isdigit() and int(path.stem) in truth.imgs:
-            image_id = int(path.stem)
-        if image_id is None:
-            unknown.append(path)
-        else:
-            known[path] = image_id
-    return known, unknown, sorted(set(truth.imgs) - set(known.values()))
-
-
 def results_of(detections, image_id, size, class_offset, mask_threshold=None):
-    """Detections of an image of `size` (height, width) as a list of COCO results.
+    """Detections of an image of `size` (height, width) as a list of COCO results; their category_id is the model's.
 
     mask_threshold: adds each mask, pasted into its box and cut off there, run-length encoded; one at a time.
     """
@@ -122,6 +85,18 @@ def results_of(detections, image_id, size, class_offset, mask_threshold=None):
     return results
 
 
+def in_categories(results, categories):
+    """The results with the category ids of the annotations; those of classes that are not annotated are left out.
+
+    categories: {class + class_offset: category id} of match_categories.
+    """
+    return [
+        {**entry, "category_id": categories[entry["category_id"]]}
+        for entry in results
+        if entry["category_id"] in categories
+    ]
+
+
 def encode_mask(mask, box, height, width, threshold):
     """A mask [h, w] over its box (yxyx, pixels) as COCO's run-length encoding of the whole image."""
     inside, top, left = paste_mask(mask, box, height, width, threshold)
@@ -132,20 +107,21 @@ def encode_mask(mask, box, height, width, threshold):
 
 
 def evaluate(truth, results, image_ids, detection_type="bbox", library=None, workers=None):
-    """COCO's numbers of `results` (of results_of) on those images. detection_type: bbox or segmentation.
+    """COCO's numbers of `results` (of in_categories) on those images. detection_type: bbox or segmentation.
 
     library: of the evaluation's COCO and COCOeval; default: faster-coco-eval where it is installed (five times as fast on
     5,000 images, BENCHMARKS.md), else pycocotools. Their numbers are the same. workers: a workers.Workers of processes to
     share the classes out to, which have no say in one another's numbers.
     """
     kind = "bbox" if detection_type == "bbox" else "segm"
-    image_ids, library = sorted(set(image_ids)), library or LIBRARY
+    image_ids, library = set(image_ids), library or LIBRARY
+    dataset, results = _numbered(truth, results, image_ids, kind)
     if workers and workers.processes and len(results) >= SHARED_OUT_FROM:
-        parts = _share_out(truth, results, workers.count)
-        measured = [workers.submit(_measure, *part, image_ids, kind, library) for part in parts]
+        parts = _share_out(dataset, results, workers.count)
+        measured = [workers.submit(_measure, *part, kind, library) for part in parts]
         measured = [future.result() for future in measured]
     else:
-        measured = [_measure(truth.dataset, results, image_ids, kind, library)]
+        measured = [_measure(dataset, results, kind, library)]
     keys, precision, recall = zip(*measured, strict=True)
     order = np.argsort(np.concatenate(keys))
     precision = np.concatenate(precision, axis=2)[:, :, order]  # [IoU, recall, class, size, most]
@@ -159,48 +135,85 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None, wor
         dict(zip(NUMBERS, map(float, summary.stats), strict=False)),
         _per_class(truth, image_ids, precision),
         _curves(precision),
-        {key: precision[0, :, k] for k, key in enumerate(sorted(truth.cats)) if (precision[0, :, k] > -1).all()},
+        {key: precision[0, :, k] for k, key in enumerate(truth.cats) if (precision[0, :, k] > -1).all()},
     )
 
 
-def _measure(dataset, results, image_ids, kind, library):
-    """(class ids, precision [IoU, recall, class, size, most], recall [IoU, class, size, most]) of a COCO dataset's dict."""
+def _numbered(truth, results, image_ids, kind):
+    """(dataset, results) of those images as both libraries take them, whatever the annotations are like.
+
+    Both need a dataset of every key that either reads, and ids that are whole numbers from 1 on: here the places among the
+    annotations' images and categories. Sizes come from a box where there is one, so masks go without.
+    """
+    images, categories = ({key: number for number, key in enumerate(each, 1)} for each in (truth.imgs, truth.cats))
+    shape = "bbox" if kind == "bbox" else "segmentation"
+    dataset = {
+        "info": {},
+        "licenses": [],
+        "images": [
+            {"id": images[key], **{side: truth.imgs[key].get(side) for side in ("height", "width")}}
+            for key in image_ids
+        ],
+        "categories": [{"id": number} for number in categories.values()],
+        "annotations": [
+            {
+                **{key: note[key] for key in ("id", "bbox", "area", "iscrowd", shape)},
+                "image_id": images[note["image_id"]],
+                "category_id": categories[note["category_id"]],
+            }
+            for note in truth.dataset["annotations"]
+            if note["image_id"] in image_ids
+        ],
+    }
+    results = [
+        {
+            "image_id": images[entry["image_id"]],
+            "category_id": categories[entry["category_id"]],
+            "score": entry["score"],
+            shape: entry[shape],
+        }
+        for entry in results
+        if entry["image_id"] in image_ids and entry["category_id"] in categories
+    ]
+    return dataset, results
+
+
+def _measure(dataset, results, kind, library):
+    """(class ids, precision [IoU, recall, class, size, most], recall [IoU, class, size, most]) of what _numbered gives."""
     truth_class, evaluation_class = library
     with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
-        truth = truth_class()
-        truth.dataset = dataset
-        truth.createIndex()
-        evaluation = evaluation_class(truth, _load_results(truth, results, kind), kind)
-        evaluation.params.imgIds = image_ids
+        truth = _indexed(truth_class, dataset)
+        evaluation = evaluation_class(truth, _load_results(truth, results), kind)
         evaluation.evaluate()
         evaluation.accumulate()
     return list(evaluation.params.catIds), evaluation.eval["precision"], evaluation.eval["recall"]
 
 
-def _share_out(truth, results, most):
+def _indexed(truth_class, dataset):
+    truth = truth_class()
+    truth.dataset = dataset
+    truth.createIndex()
+    return truth
+
+
+def _share_out(dataset, results, most):
     """Shares the classes out to at most `most` parts of like numbers of results: [(dataset, results)]."""
-    found, wanted = ({key: [] for key in truth.cats} for _ in range(2))
+    found, wanted = ({category["id"]: [] for category in dataset["categories"]} for _ in range(2))
     for entry in results:
-        if entry["category_id"] in found:
-            found[entry["category_id"]].append(entry)
-    for note in truth.dataset["annotations"]:
-        if note["category_id"] in wanted:
-            wanted[note["category_id"]].append(note)
+        found[entry["category_id"]].append(entry)
+    for note in dataset["annotations"]:
+        wanted[note["category_id"]].append(note)
     groups = [[0, []] for _ in range(min(most, len(found)))]
     for key in sorted(found, key=lambda key: -len(found[key])):
         smallest = min(groups, key=lambda group: group[0])
         smallest[0] += len(found[key]) + 1
         smallest[1].append(key)
-    images = [
-        {key: image[key] for key in ("id", "height", "width") if key in image} for image in truth.dataset["images"]
-    ]
     for _, keys in groups:
-        dataset = {
-            "images": images,
-            "categories": [truth.cats[key] for key in keys],
+        part = {
+            "categories": [{"id": key} for key in keys],
             "annotations": [note for key in keys for note in wanted[key]],
         }
-        yield dataset, [entry for key in keys for entry in found[key]]
+        yield {**dataset, **part}, [entry for key in keys for entry in found[key]]
 
 
 @contextlib.contextmanager
@@ -218,16 +231,18 @@ def _without_garbage_collection():
 def find_mistakes(truth, results, image_ids, detection_type="bbox"):
     """(missed objects, largest first; false alarms, surest first): lists of Mistake, at IoU 0.5, of detections from SEEN on."""
     kind = "bbox" if detection_type == "bbox" else "segm"
+    seen = [entry for entry in results if entry["score"] >= SEEN]
+    dataset, seen = _numbered(truth, seen, set(image_ids), kind)
     with contextlib.redirect_stdout(io.StringIO()):
-        seen = _load_results(truth, [entry for entry in results if entry["score"] >= SEEN], kind)
-        evaluation = PycocotoolsEvaluation(truth, seen, kind)
-        evaluation.params.imgIds = sorted(set(image_ids))
+        numbered = _indexed(COCO, dataset)
+        evaluation = PycocotoolsEvaluation(numbered, _load_results(numbered, seen), kind)
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
         evaluation.evaluate()
+    images, categories = list(truth.imgs), list(truth.cats)
     missed, false_alarms = [], []
     for image in filter(None, evaluation.evalImgs):
-        key = image["image_id"], image["category_id"]
+        key = images[image["image_id"] - 1], categories[image["category_id"] - 1]
         rows = zip(image["dtIds"], image["dtScores"], image["dtMatches"][0], image["dtIgnore"][0], strict=True)
         for found, score, matched, ignored in rows:
             if not matched and not ignored:
@@ -240,16 +255,11 @@ def find_mistakes(truth, results, image_ids, detection_type="bbox"):
     return tuple(sorted(mistakes, key=lambda mistake: -mistake.weight) for mistakes in (missed, false_alarms))
 
 
-def _load_results(truth, results, kind):
-    """The results as a COCO of the class of `truth`; that cannot load none, and takes sizes from a box where there is one."""
-    unused = "bbox" if kind == "segm" else "segmentation"
-    results = [{key: value for key, value in entry.items() if key != unused} for entry in results]
+def _load_results(truth, results):
+    """The results as a COCO of the class of `truth`; pycocotools cannot load none."""
     if results:
         return truth.loadRes(results)
-    empty = type(truth)()
-    empty.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": []}
-    empty.createIndex()
-    return empty
+    return _indexed(type(truth), {**truth.dataset, "annotations": []})
 
 
 def _mean(values):
@@ -260,7 +270,7 @@ def _mean(values):
 
 def _per_class(truth, image_ids, precision):
     images = set(image_ids)
-    objects = dict.fromkeys(sorted(truth.cats), 0)
+    objects = dict.fromkeys(truth.cats, 0)
     for note in truth.anns.values():
         if note["image_id"] in images and not note.get("iscrowd"):
             objects[note["category_id"]] += 1
