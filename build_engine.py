@@ -22,7 +22,8 @@ from commandline.options import add_image_options, count, image_options, make_pa
 import numpy as np
 
 import onnx_utils
-from image_batcher import ImageBatcher, load_image
+from image_batcher import ImageBatcher
+from images.decoding import load_image
 from runtimes import precision, quantization, trt_graph
 from runtimes.detector import input_spec, network_inputs
 from runtimes.ort_detector import OrtDetector

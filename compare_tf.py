@@ -35,7 +35,7 @@ import numpy as np
 from checks import coco, parity, report
 from checks.annotations import keep_masks, open_annotations
 from checks.matching import match_categories
-from image_batcher import ImageError, load_image
+from images.decoding import ImageError, load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
 from tfod.labels import LABELS_HELP, labels_of

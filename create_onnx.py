@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 
 import onnx_utils
 from checks.conversion import BUILT_IN, check_conversion, check_override
-from image_batcher import ImageError, load_image
+from images.decoding import ImageError, load_image
 from tfod.config import describe_resizer, read_pipeline_config
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import find_labels, read_labels

@@ -33,7 +33,7 @@ from PIL import Image
 from checks import coco, report
 from checks.annotations import keep_masks, open_annotations
 from checks.matching import match_categories
-from image_batcher import load_image
+from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers
 from runtimes.workers import process_pool

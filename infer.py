@@ -31,7 +31,8 @@ from commandline.options import (
 
 import numpy as np
 
-from image_batcher import ImageBatcher, decoded, load_image, simplejpeg
+from image_batcher import ImageBatcher, decoded
+from images.decoding import load_image, simplejpeg
 from runtimes import open_detector
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
 from runtimes.workers import Workers

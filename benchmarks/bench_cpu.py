@@ -19,7 +19,7 @@ from commandline import progress, run
 from commandline.inputs import find_images
 from commandline.options import count, make_parser
 
-from image_batcher import load_image
+from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.detector import detect_image
 from tfod.saved_model import SavedModel, find_saved_model

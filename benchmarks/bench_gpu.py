@@ -24,7 +24,9 @@ from commandline.options import count, make_parser
 import build_engine
 import onnx_utils
 from checks import coco, parity
-from image_batcher import ImageBatcher, load_image, preprocess
+from image_batcher import ImageBatcher
+from images.decoding import load_image
+from images.resizing import preprocess
 from runtimes import open_detector, precision, trt_graph
 from runtimes.detector import detect_image, input_spec, network_inputs
 from runtimes.trt_detector import GpuContext, import_tensorrt

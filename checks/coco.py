@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval as PycocotoolsEvaluation
 
 from checks.annotations import load_annotations
 from checks.matching import match_images
-from image_batcher import load_image
+from images.decoding import load_image
 from visualize import paste_mask
 
 try:

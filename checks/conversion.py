@@ -7,7 +7,8 @@ import numpy as np
 import onnxruntime
 
 from checks import parity
-from image_batcher import load_image, preprocess
+from images.decoding import load_image
+from images.resizing import preprocess
 from runtimes import ort_graph
 from runtimes.detector import detect_image, network_inputs
 from runtimes.ort_detector import OrtDetector

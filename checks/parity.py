@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from image_batcher import resize_image
+from images.resizing import resize_image
 from runtimes.detector import Detections, detect_image
 from tfod.boxes import box_iou
 

@@ -82,7 +82,7 @@ def check_preprocessor(chosen, metadata):
 
 
 def add_image_options(parser):
-    """The options of image_batcher.load_image."""
+    """The options of images.decoding.load_image."""
     parser.add_argument(
         "--exif_rotate",
         action="store_true",

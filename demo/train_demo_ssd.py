@@ -23,7 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from commandline import progress, run
 
-from image_batcher import resize_image
+from images.resizing import resize_image
 
 CLASSES = ("circle", "square", "triangle", "star", "ring")
 SIZE = 160  # the network's input, pixels

@@ -8,7 +8,7 @@ import typing
 
 import numpy as np
 
-from image_batcher import preprocess
+from images.resizing import preprocess
 
 # What a detector counts its seconds of, in `spent`: copies to and from the GPU, network, taking the results apart.
 STAGES = ("copy", "network", "postprocess")
@@ -60,7 +60,7 @@ class Detector(typing.Protocol):
         """batch: [B, height, width, 3] RGB 0..255, B at most max_batch. Returns B Detections.
 
         true_shapes: [B, 2] height and width in pixels of the images within padded inputs
-        (image_batcher.Placement.true_shape); None: they fill them. Raises ValueError for another shape or a larger batch.
+        (images.resizing.Placement.true_shape); None: they fill them. Raises ValueError for another shape or a larger batch.
         """
 
     def start(self, batch, true_shapes=None):

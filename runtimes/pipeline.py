@@ -13,7 +13,8 @@ from pathlib import Path
 
 from commandline import UserError
 
-from image_batcher import ImageBatcher, load_image
+from image_batcher import ImageBatcher
+from images.decoding import load_image
 from runtimes.workers import Workers
 
 # Images whose results are being worked on, per worker: twice as many as are handed over together.

@@ -16,7 +16,7 @@ import create_onnx
 import eval_coco
 from checks import coco, parity
 from demo import tiny_mask_rcnn as tiny
-from image_batcher import load_image
+from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
 from tfod.saved_model import SavedModel, find_saved_model

@@ -19,7 +19,8 @@ import onnx_utils
 from checks import parity
 from checks.conversion import check_conversion
 from demo import train_demo_ssd as demo
-from image_batcher import load_image, preprocess
+from images.decoding import load_image
+from images.resizing import preprocess
 from runtimes import open_detector
 from runtimes.detector import detect_image
 from tfod.config import read_pipeline_config

@@ -16,7 +16,7 @@ import pytest
 from conftest import DEMO, ROOT, need_shared
 from PIL import Image, ImageOps
 
-from image_batcher import ImageError, load_image
+from images.decoding import ImageError, load_image
 from tfod.tensorflow_import import import_tensorflow
 
 CORPUS = sorted((ROOT / "tests" / "corpus" / "images").iterdir())
@@ -217,7 +217,7 @@ def test_broken_pngs_are_refused_as_by_tensorflow(tmp_path):
 
 MEASURED = """
 import sys, time
-from image_batcher import ImageError, load_image
+from images.decoding import ImageError, load_image
 load_image("demo/images/shapes_01.jpg")
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -395,7 +395,7 @@ def test_pillows_warnings_do_not_come_through(tmp_path):
     at = data.find(b"Exif") + 14
     data[at : at + 2] = b"\0\x20"  # 32 tags, it says
     path.write_bytes(data)
-    code = "import sys; from image_batcher import load_image; print(load_image(sys.argv[1], exif_rotate=True).shape)"
+    code = "import sys; from images.decoding import load_image; print(load_image(sys.argv[1], exif_rotate=True).shape)"
     process = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT)
     assert (process.stdout, process.stderr) == ("(8, 4, 3)\n", "")
     with pytest.warns(UserWarning, match="Corrupt EXIF"):  # which pytest lets through

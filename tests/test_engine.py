@@ -19,7 +19,7 @@ from conftest import DEMO, MODELS, ROOT, need_shared
 import build_engine
 import onnx_utils
 from checks import coco
-from image_batcher import load_image
+from images.decoding import load_image
 from runtimes import open_detector, precision, quantization, trt_detector, trt_graph
 from runtimes.detector import Detections, detect_image
 from runtimes.ort_detector import OrtDetector

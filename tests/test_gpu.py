@@ -14,7 +14,8 @@ import build_engine
 import infer
 import onnx_utils
 from checks import parity
-from image_batcher import load_image, preprocess
+from images.decoding import load_image
+from images.resizing import preprocess
 from runtimes import open_detector, ort_graph, quantization, trt_graph
 from runtimes.detector import detect_image
 from runtimes.pipeline import detect_files

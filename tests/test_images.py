@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_batcher import ImageBatcher, ImageError, keep_aspect_size, load_image, preprocess, resize_image
+from image_batcher import ImageBatcher
+from images.decoding import ImageError, load_image
+from images.resizing import keep_aspect_size, preprocess, resize_image
 from runtimes.detector import InputSpec, network_inputs
 from runtimes.workers import Workers
 from tfod.tensorflow_import import import_tensorflow

@@ -16,7 +16,7 @@ from test_convert import command
 
 import infer
 import onnx_utils
-from image_batcher import load_image
+from images.decoding import load_image
 from runtimes import ort_graph
 from visualize import _place, class_colour, draw_detections
 

@@ -13,6 +13,7 @@ LAYERS = (
     ("runtimes",),
     ("tfod",),
     ("onnx_utils", "image_batcher", "visualize"),
+    ("images",),
     ("commandline",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

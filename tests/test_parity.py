@@ -9,7 +9,8 @@ import pytest
 from conftest import DEMO, ROWS, need_shared
 
 from checks import parity
-from image_batcher import load_image, preprocess
+from images.decoding import load_image
+from images.resizing import preprocess
 from runtimes.detector import detect_image
 
 pytestmark = pytest.mark.models

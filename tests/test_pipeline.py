@@ -20,7 +20,10 @@ from conftest import DEMO, ROOT
 import image_batcher
 import infer
 from checks import parity
-from image_batcher import SharedImage, decoded, load_image
+from image_batcher import SharedImage, decoded
+from images import decoding
+from images.decoding import load_image
+from images.resizing import preprocess
 from runtimes import open_detector
 from runtimes.detector import detect_image
 from runtimes.ort_detector import MOST_SIDE_BY_SIDE
@@ -112,7 +115,7 @@ def test_batches_side_by_side_are_those_one_after_another(model):
     """ONNX Runtime computes batches of an SSD at the same time; each ticket gives its own batch's detections."""
     with open_detector(model) as detector:
         resizer = detector.metadata["resizer"]
-        images = [image_batcher.preprocess(load_image(path), resizer)[0] for path in PICTURES]
+        images = [preprocess(load_image(path), resizer)[0] for path in PICTURES]
         batches = [np.stack(images[i : i + size]) for i, size in ((0, 1), (1, 3), (4, 2), (6, 2))] * 3
         wanted = [detector.infer(batch) for batch in batches]
         before = dict(detector.spent)
@@ -216,11 +219,11 @@ def test_simplejpeg_and_pillow_decode_alike(tmp_path, monkeypatch):
     for mode, options in (("L", {}), ("RGB", {"progressive": True}), ("RGB", {"subsampling": 0}), ("CMYK", {})):
         files.append(tmp_path / f"{len(files)}.jpg")
         Image.open(PICTURES[0]).convert(mode).save(files[-1], **options)
-    assert image_batcher.simplejpeg is not None
+    assert decoding.simplejpeg is not None
     fast = [load_image(path) for path in files]
-    decoded_fast = [image_batcher._decode_jpeg(path.read_bytes(), None) is not None for path in files]
+    decoded_fast = [decoding._decode_jpeg(path.read_bytes(), None) is not None for path in files]
     assert decoded_fast == [True] * (len(files) - 1) + [False]
-    monkeypatch.setattr(image_batcher, "simplejpeg", None)
+    monkeypatch.setattr(decoding, "simplejpeg", None)
     for path, image in zip(files, fast, strict=True):
         np.testing.assert_array_equal(load_image(path), image, err_msg=str(path))
 

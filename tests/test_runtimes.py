@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DEMO, ROOT
 
-from image_batcher import load_image
+from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.detector import Detector, detect_image
 from runtimes.ort_detector import OrtDetector

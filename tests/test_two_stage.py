@@ -15,7 +15,8 @@ import create_onnx
 import infer
 import onnx_utils
 from checks import parity
-from image_batcher import load_image, preprocess
+from images.decoding import load_image
+from images.resizing import preprocess
 from runtimes import open_detector, ort_graph, trt_graph
 from runtimes.detector import detect_image
 from tfod import faster_rcnn

@@ -322,7 +322,7 @@ def describe_resizer(resizer):
     """Returns {kind, height, width[, method][, min_dimension, max_dimension, pad_value]}: the input and how to fill it.
 
     height and width are pixels of the network's input; keep_aspect pads to a square of max_dimension (TFOD's
-    resize_to_range with pad_to_max_dimension). method: as of image_batcher.resize_image; without it bilinear.
+    resize_to_range with pad_to_max_dimension). method: as of images.resizing.resize_image; without it bilinear.
     """
     chosen = getattr(resizer, resizer.WhichOneof("one_of"))
     method = ENUMS["ResizeMethod"][chosen.resize_method].lower()

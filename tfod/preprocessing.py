@@ -7,8 +7,8 @@ from commandline import UserError
 import numpy as np
 import onnx_graphsurgeon as gs
 
-import image_batcher
 import onnx_utils
+from images import resizing
 from tfod.config import wrong_config
 from tfod.graph import node_name
 from tfod.tensorflow_import import import_tensorflow
@@ -82,7 +82,7 @@ def _check_resizing(preprocess, resizer, scale, offset):
     """Raises UserError unless an image of another size is resized by the config's method. preprocess: the model's own."""
     height, width = resizer["height"] * 3 // 4, resizer["width"] * 5 // 4
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
-    resized, placement = image_batcher.preprocess(image, resizer)
+    resized, placement = resizing.preprocess(image, resizer)
     filled = tuple(slice(side) for side in placement.true_shape)
     if np.abs(resized[filled] * scale + offset - preprocess(image)[filled]).max() > 1e-3:
         raise UserError(
