@@ -84,7 +84,7 @@ def main(argv=None):
         with whole_file(args.typed_onnx) as path:
             onnx_utils.save(typed, path)
     started = time.perf_counter()
-    with GpuContext(cuda), whole_file(args.engine) as path:
+    with GpuContext(cuda, args.gpus), whole_file(args.engine) as path:
         path.write_bytes(
             build(trt, args, prepared if by_ranges else typed, {**metadata, "precision": args.precision}, batch, told)
         )
@@ -300,7 +300,7 @@ def add_profile(builder, config, network, batch):
 def report(args, batch, seconds):
     """Prints what was built, and how fast it runs."""
     size = Path(args.engine).stat().st_size / 1e6
-    with TrtDetector(args.engine) as detector:
+    with TrtDetector(args.engine, args.gpus) as detector:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in detector.shapes().items())
         print(f"{args.precision} engine of {size:.1f} MB in {seconds:.0f} s: {shapes}")
         if args.precision == "int8":

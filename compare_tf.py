@@ -20,6 +20,7 @@ from pathlib import Path
 from commandline import UserError, make_folder, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import (
+    add_gpus,
     add_image_options,
     add_preprocessor,
     check_preprocessor,
@@ -75,6 +76,7 @@ def parse_args(argv=None):
     add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add("--pictures", type=count_from_0, default=24, metavar="N", help="pictures shown in the report; default: 24")
     add_image_options(parser)
+    add_gpus(parser)
     add_preprocessor(parser)
     return parser.parse_args(argv)
 
@@ -212,7 +214,7 @@ def main(argv=None):
     images = find_images(args.input, output=args.output)
     files = images.files[: args.num_images]
     folder = find_saved_model(args.saved_model)
-    with open_detector(args.engine) as detector:
+    with open_detector(args.engine, args.gpus) as detector:
         metadata = detector.metadata
         check_preprocessor(args.preprocessor, metadata)
         masks = args.detection_type == "segmentation"

@@ -18,6 +18,7 @@ from pathlib import Path
 from commandline import UserError, make_folder, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import (
+    add_gpus,
     add_image_options,
     add_preprocessor,
     check_preprocessor,
@@ -84,6 +85,7 @@ def parse_args(argv=None):
         help="misses and false alarms shown in the report; default: 12",
     )
     add_image_options(parser)
+    add_gpus(parser)
     add_preprocessor(parser)
     return parser.parse_args(argv)
 
@@ -100,7 +102,7 @@ def main(argv=None):
         raise UserError(
             f"--annotations {args.annotations} knows none of the {len(files)} images in {show_inputs(args.input)}; give theirs"
         )
-    with open_detector(args.engine) as detector:
+    with open_detector(args.engine, args.gpus) as detector:
         metadata = detector.metadata
         check_model(metadata, args)
         if args.detection_type == "segmentation":

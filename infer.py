@@ -1,8 +1,11 @@
-"""Runs a converted model on images: one picture and one tab-separated file of detections for each.
+"""Runs a converted model on images or videos: pictures with boxes, and tab-separated tables of detections.
 
     python infer.py --engine model.onnx --input photos --output results
     python infer.py --engine model.onnx --input photo.jpg --output results --labels labels.txt --nms_threshold 0.5
     python infer.py --engine model.onnx --input cam1 cam2 'more/**/*.png' list.txt --output results
+    python infer.py --engine engine.trt --input photos 'more/**/*.jpg' list.txt --output results --json detections.json
+    python infer.py --engine engine.trt --input clip.mp4 --output results
+    python infer.py --engine engine.trt --input camera:0 --output results
     python infer.py --engine engine.trt --input photos --benchmark --batch_size 8
 
 Each line of NAME.tsv is a detection: xmin, ymin, xmax, ymax (pixels of the original image), score, class (0-based: the
@@ -10,16 +13,24 @@ line of a labels file). Results lie in the output folder as the images do in the
 seen from the folder that has them all. Exit status 1 if an image could not be read.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
+import json
 import os
+import re
+import shlex
 import sys
 import time
+from pathlib import Path
 
-from commandline import UserError, command, make_folder, progress, run, whole_file
-from commandline.inputs import INPUTS, find_images, show_inputs
+from commandline import UserError, check_writable, command, make_folder, progress, run, warn, whole_file
+from commandline.inputs import INPUTS, Images, find_images, show_inputs
 from commandline.options import (
+    add_gpus,
     add_image_options,
     add_preprocessor,
     check_preprocessor,
@@ -31,10 +42,13 @@ from commandline.options import (
 
 import numpy as np
 
+from checks import coco
 from image_batcher import ImageBatcher, decoded
 from images.decoding import load_image, simplejpeg
 from runtimes import open_detector
 from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
+from runtimes.stream import detect_stream, in_order
+from runtimes.video import VideoReader, VideoWriter, is_video
 from runtimes.workers import Workers
 from tfod.labels import LABELS_HELP, labels_of
 from visualize import draw_detections
@@ -47,8 +61,19 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
-    add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
-    add("-o", "--output", help="folder for the results; created if need be")
+    add(
+        "-i",
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help=f"images: {INPUTS}; videos (clip.mp4, ...), a camera (camera:0) or a stream (rtsp://...)",
+    )
+    add("-o", "--output", help="folder for pictures and tables; created if need be")
+    add("--json", metavar="FILE", help="also write all detections in COCO's results format, masks run-length encoded")
+    add("--frames", type=count, metavar="N", help="stop a video or camera after N frames")
+    add_gpus(parser)
     add("-l", "--labels", help=LABELS_HELP)
     add(
         "-t",
@@ -80,11 +105,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def result_rows(boxes, scores, classes):
+    """Detections as lines `xmin ymin xmax ymax score class`, tab-separated. boxes [N, 4] yxyx in pixels."""
+    for (ymin, xmin, ymax, xmax), value, label in zip(boxes, scores, classes, strict=True):
+        yield f"{xmin:.2f}\t{ymin:.2f}\t{xmax:.2f}\t{ymax:.2f}\t{value:.6f}\t{label}\n"
+
+
 def write_results(path, boxes, scores, classes):
-    """Writes detections as lines `xmin ymin xmax ymax score class`, tab-separated. boxes [N, 4] yxyx in pixels."""
+    """Writes detections (see result_rows) as a file."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for (ymin, xmin, ymax, xmax), score, label in zip(boxes, scores, classes, strict=True):
-            file.write(f"{xmin:.2f}\t{ymin:.2f}\t{xmax:.2f}\t{ymax:.2f}\t{score:.6f}\t{label}\n")
+        file.writelines(result_rows(boxes, scores, classes))
 
 
 def write_picture(path, picture):
@@ -100,21 +130,45 @@ def write_picture(path, picture):
 
 def main(argv=None):
     args = parse_args(argv)
-    images = find_images(args.input, output=args.output)
+    videos, inputs = ([x for x in args.input if is_video(x) == wanted] for wanted in (True, False))
+    images = find_images(inputs, output=args.output) if inputs else Images([], [], 0)
     if args.benchmark:
-        with open_detector(args.engine) as detector:
+        if not inputs:
+            raise UserError("--benchmark: name images with --input; it does not measure videos")
+        with open_detector(args.engine, args.gpus) as detector:
             return benchmark(detector, images.files, args)
-    if not args.output:
-        raise UserError("--output: name a folder for the results")
-    refuse_to_overwrite(images, args.output)
-    with open_detector(args.engine) as detector:
+    if not args.output and not args.json:
+        raise UserError("--output: name a folder for the results, or a file with --json")
+    if args.output:
+        refuse_to_overwrite(images, args.output)
+    if args.json:
+        check_writable(args.json)
+    with open_detector(args.engine, args.gpus) as detector:
         check_preprocessor(args.preprocessor, detector.metadata)
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         labels = labels_of(args.labels, detector.metadata, args.engine)
         size = choose_batch_size(detector, args.batch_size, 1)
-        output = make_folder(args.output)
-        return process(detector, images, size, output, labels, args)
+        output = make_folder(args.output) if args.output else None
+        segmentation = args.detection_type == "segmentation"
+        options = Options(
+            output,
+            labels,
+            args.nms_threshold,
+            args.iou_threshold if segmentation else None,
+            args.format,
+            detector.metadata["class_offset"] if args.json else None,
+            functools.partial(load_image, **image_options(args)),
+        )
+        with results_file(args.json) as results:
+            status = 0
+            if images.files:
+                status = process(detector, images, size, options, results)
+            for video in videos:
+                status = max(status, process_video(detector, video, size, options, results, args.frames))
+    if args.json:
+        print(f"Wrote {args.json} (COCO's results format)")
+    return status
 
 
 def refuse_to_overwrite(images, output):
@@ -128,38 +182,113 @@ def refuse_to_overwrite(images, output):
         )
 
 
-def write_one(path, image, size, found, output, options):
-    """A worker's task: draws and writes one image's results as `output`.tsv and .jpg or .png.
-
-    image: of a Batch. size: Placement.size.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    image = decoded(image, path, options.load)
-    boxes = found.boxes * size
-    write_results(output.with_name(f"{output.name}.tsv"), boxes, found.scores, found.classes)
-    masks = None if options.masks_from is None else found.masks
-    picture = draw_detections(image, boxes, found.scores, found.classes, options.labels, masks, options.masks_from)
-    write_picture(output.with_name(f"{output.name}.{options.format}"), picture)
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How results are drawn and written."""
+    """What is written, and how."""
 
+    folder: Path | None  # for pictures and tables
     labels: list
+    threshold: float  # what scores less is left out
     masks_from: float | None  # a pixel belongs to a mask from this value on; None: boxes only
     format: str
+    class_offset: int | None  # of COCO results; None: they are not wanted
     load: functools.partial  # of load_image
 
+    def chosen(self, found):
+        """Of Detections, those that are written."""
+        found = found.above(self.threshold)
+        return found if self.masks_from is not None else dataclasses.replace(found, masks=None)
 
-def process(detector, images, batch_size, output, labels, args):
-    """Runs `detector` on the Images, writes the results into the folder `output`, prints the rates; returns the
-    status."""
+    def draw(self, image, found):
+        """The image [H, W, 3] with Detections on it, as a Pillow image."""
+        boxes = found.boxes * np.float32(image.shape[:2] * 2)
+        return draw_detections(
+            image, boxes, found.scores, found.classes, self.labels, found.masks, self.masks_from or 0.0
+        )
+
+    def coco_results(self, found, image_id, file_name, size):
+        """Detections of an image of `size` (height, width) as COCO results; [] where they are not wanted."""
+        if self.class_offset is None:
+            return []
+        results = coco.results_of(found, image_id, size, self.class_offset, self.masks_from)
+        return [{**entry, "file_name": file_name} for entry in results]
+
+
+@dataclasses.dataclass
+class Summary:
+    """What was found in how many images."""
+
+    detections: int = 0
+    images: int = 0
+    empty: int = 0  # images without any
+    most: int = 0  # detections in the image `example`
+    example: object = None
+
+    def add(self, image, found):
+        count = len(found.scores)
+        self.images, self.detections, self.empty = self.images + 1, self.detections + count, self.empty + (not count)
+        if count > self.most or self.example is None:
+            self.example, self.most = image, count
+
+    def text(self, threshold, unit="image"):
+        """`61 detections of 0.3 and more in 9 images; 3 images without any (...)`"""
+        with_some = self.images - self.empty
+        text = f"{self.detections} detections of {threshold:g} and more in {with_some} {unit}{'s' * (with_some != 1)}"
+        if self.empty:
+            text += f"; {self.empty} {unit}{'s' * (self.empty != 1)} without any"
+            if threshold > 0:
+                text += f" (--nms_threshold {min(0.1, threshold / 2):g} shows weaker ones)"
+        return text
+
+
+class ResultsFile:
+    """COCO's results format, written as the results come."""
+
+    def __init__(self, file):
+        self._file, self._first = file, True
+
+    def add(self, results):
+        for entry in results:
+            self._file.write(("[\n" if self._first else ",\n") + json.dumps(entry))
+            self._first = False
+
+    def end(self):
+        self._file.write("[]\n" if self._first else "\n]\n")
+
+
+@contextlib.contextmanager
+def results_file(path):
+    """A ResultsFile that becomes `path` at the end; None: one that keeps nothing."""
+    if not path:
+        yield ResultsFile(io.StringIO())
+        return
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        results = ResultsFile(file)
+        yield results
+        results.end()
+
+
+def write_one(path, image, placement, found, name, options):
+    """A worker's task: draws and writes one image's results as folder/NAME.tsv and .jpg or .png; returns COCO results.
+
+    image: of a Batch. found: Detections. name: for the results.
+    """
+    size = placement.height, placement.width
+    if options.folder:
+        output = options.folder / name
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_results(output.with_name(f"{output.name}.tsv"), found.boxes * placement.size, found.scores, found.classes)
+        picture = options.draw(decoded(image, path, options.load), found)
+        write_picture(output.with_name(f"{output.name}.{options.format}"), picture)
+    stem = Path(path).stem
+    image_id = int(stem) if stem.isascii() and stem.isdigit() else str(path)  # as COCO names its images
+    return options.coco_results(found, image_id, str(path), size)
+
+
+def process(detector, images, batch_size, options, results):
+    """Runs `detector` on the Images, writes the results, prints what was found and the rates; returns the status."""
     files, names = images.files, dict(zip(images.files, images.names, strict=True))
-    segmentation = args.detection_type == "segmentation"
-    load = functools.partial(load_image, **image_options(args))
-    options = Options(labels, args.iou_threshold if segmentation else None, args.format, load)
-    times, written = Times(), []
+    times, written, summary = Times(), [], Summary()
 
     def note():
         written.append(True)
@@ -167,32 +296,118 @@ def process(detector, images, batch_size, output, labels, args):
     with open_workers(detector, len(files)) as workers, progress(files, unit="image") as bar:
 
         def work(path, image, placement, found):
-            found = found.above(args.nms_threshold)
-            found = found if segmentation else dataclasses.replace(found, masks=None)
-            task = write_one, path, image, placement.size, found, output / names[path], options
-            return Later(workers, *task, then=note)
+            found = options.chosen(found)
+            summary.add(path, found)
+            return Later(workers, write_one, path, image, placement, found, names[path], options, then=note)
 
         started = time.perf_counter()
-        done = detect_files(detector, files, batch_size, work, workers, times, True, load)
+        done = detect_files(
+            detector, files, batch_size, work, workers, times, keep_images=bool(options.folder), load=options.load
+        )
         try:
-            for _ in done:
+            for _, entries in done:
+                results.add(entries)
                 bar.update()
         except KeyboardInterrupt:
             done.close()
             workers.close()
-            print(f"stopped: the results of {len(written)} of {len(files)} images are in {output}", file=sys.stderr)
+            where = f"are in {options.folder}" if options.folder else "were found"
+            print(f"stopped: the results of {len(written)} of {len(files)} images {where}", file=sys.stderr)
             return 130
         seconds = time.perf_counter() - started
     if not times.images:
         raise UserError(f"none of the {len(files)} images could be read; nothing was written")
+    print(summary.text(options.threshold))
     print(
-        f"{times.images} images in {seconds:.1f} s: {times.images / seconds:.1f} images/s; per image: {stages(times)}"
+        f"{times.images} images in {seconds:.1f} s on {detector.runtime}: {times.images / seconds:.1f} images/s;"
+        f" per image: {stages(times)}"
     )
     if times.skipped:
         print(f"{times.skipped} of {len(files)} images were skipped (see the warnings)")
-    first = output / f"{names[files[0]]}.{args.format}"
-    print(f"Wrote {times.images} pictures (.{args.format}) and tables (.tsv) to {output}. Next: look at {first}")
+    if options.folder:
+        example = options.folder / f"{names[summary.example]}.{options.format}"
+        what = f"{times.images} pictures (.{options.format}) and tables (.tsv)"
+        print(f"Wrote {what} to {options.folder}. Next: look at {shlex.quote(str(example))}")
     return 1 if times.skipped or images.missing else 0
+
+
+def process_video(detector, source, batch_size, options, results, frames):
+    """Runs `detector` on a video or a camera: an annotated video, a table with the frame's number first, what was found.
+
+    frames: stop after so many; None: at the end, of a camera at Ctrl-C. Returns the status.
+    """
+    summary, status, started = Summary(), 0, time.perf_counter()
+    name = Path(source).stem if Path(source).is_file() else re.sub(r"\W+", "_", source).strip("_")
+    with contextlib.ExitStack() as stack:
+        video = stack.enter_context(VideoReader(source))
+        output = stack.enter_context(VideoResults(options.folder, name, video.rate)) if options.folder else None
+        total = min(filter(None, (frames, video.frames)), default=None)
+        bar = stack.enter_context(progress(None, total=total, unit="frame"))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+
+        def finish(item):
+            number, image, found = item
+            if output:
+                output.add(number, options.draw(image, found), found, image.shape[:2])
+            return options.coco_results(found, number, source, image.shape[:2])
+
+        def found_in_frames():
+            detected = detect_stream(detector, itertools.islice(video, frames), batch_size)
+            for number, (image, found) in enumerate(detected):
+                found = options.chosen(found)
+                summary.add(number, found)
+                yield number, image, found
+
+        try:
+            for entries in in_order(pool, finish, found_in_frames(), batch_size + 2):
+                results.add(entries)
+                bar.update()
+        except KeyboardInterrupt:
+            status = 0 if video.is_live else 130
+            pool.shutdown(cancel_futures=True)
+            print(f"stopped after {output.frames if output else summary.images} frames", file=sys.stderr)
+    seconds = time.perf_counter() - started
+    if not summary.images:
+        raise UserError(f"--input {source}: no frame could be read; nothing was written")
+    if video.broken:
+        warn(f"{source}: {video.broken}")
+        status = status or 1
+    print(summary.text(options.threshold, "frame"))
+    rate = f"{summary.images / seconds:.1f} frames/s"
+    print(f"{source}: {summary.images} frames in {seconds:.1f} s on {detector.runtime}: {rate}")
+    if options.folder:
+        target = options.folder / f"{name}.mp4"
+        print(f"Wrote {name}.mp4 and {name}.tsv to {options.folder}. Next: look at {shlex.quote(str(target))}")
+    return status
+
+
+class VideoResults:
+    """An annotated video NAME.mp4 and a table NAME.tsv, whole or not at all. A context manager."""
+
+    def __init__(self, folder, name, rate):
+        self._files, self.frames = contextlib.ExitStack(), 0
+        try:
+            self._writer = self._files.enter_context(
+                VideoWriter(self._files.enter_context(whole_file(folder / f"{name}.mp4")), rate)
+            )
+            table = self._files.enter_context(whole_file(folder / f"{name}.tsv"))
+            self._table = self._files.enter_context(table.open("w", encoding="utf-8"))
+        except BaseException:
+            self._files.close()
+            raise
+
+    def add(self, number, picture, found, size):
+        """Adds a frame: a Pillow image, and its Detections as lines `frame xmin ymin xmax ymax score class`."""
+        self._writer.add(picture)
+        self.frames += 1
+        for row in result_rows(found.boxes * np.float32(size * 2), found.scores, found.classes):
+            self._table.write(f"{number}\t{row}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return self._files.__exit__(*exception)
 
 
 def stages(times):

@@ -64,6 +64,13 @@ def _number(text, kind):
         return math.nan
 
 
+def add_gpus(parser):
+    """--gpus, which GPU an engine runs on."""
+    parser.add_argument(
+        "--gpus", type=count_from_0, default=0, metavar="N", help="which GPU an engine runs on, from 0; default: 0"
+    )
+
+
 def add_preprocessor(parser):
     """--preprocessor, which the older tool needed: the model knows its own, and one that is not it is a mistake."""
     parser.add_argument(

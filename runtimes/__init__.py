@@ -23,9 +23,9 @@ ONNX_BEGINS = b"\x08"
 ENGINE_BEGINS = b"ftrt"
 
 
-def open_detector(path):
+def open_detector(path, gpu=0):
     """Opens an ONNX file of create_onnx.py (on ONNX Runtime) or an engine of build_engine.py (on TensorRT): what the file
-    holds decides, not its name. Raises UserError, naming the file, where that cannot be."""
+    holds decides, not its name. gpu: which GPU an engine runs on. Raises UserError, naming the file, where that cannot be."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--engine {path}: it is a folder; give the model.onnx or engine.trt in it")
@@ -41,7 +41,7 @@ def open_detector(path):
         return OrtDetector(path)
     from runtimes.trt_detector import TrtDetector
 
-    return TrtDetector(path)
+    return TrtDetector(path, gpu)
 
 
 def maker(path):

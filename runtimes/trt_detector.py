@@ -5,8 +5,10 @@ Tensor-name API only, which TensorRT 8.5, 8.6, 10 and 11 share (TensorRT develop
 
 import collections
 import ctypes
+import functools
 import json
 import math
+import threading
 import time
 from pathlib import Path
 
@@ -69,10 +71,13 @@ def make_logger(trt, verbose=False):
 
 
 class GpuContext:
-    """The first GPU's primary context, current while entered."""
+    """A GPU's primary context, current in the calling thread while entered."""
 
-    def __init__(self, cuda):
-        self._primary = cuda.Device(0).retain_primary_context()
+    def __init__(self, cuda, gpu=0):
+        """gpu: its number, from 0. Raises UserError where there is no such GPU."""
+        if gpu >= cuda.Device.count():
+            raise UserError(f"--gpus {gpu}: there are {cuda.Device.count()} GPUs here, numbered from 0")
+        self._primary = cuda.Device(gpu).retain_primary_context()
 
     def __enter__(self):
         self._primary.push()
@@ -80,7 +85,21 @@ class GpuContext:
 
     def __exit__(self, *_):
         self._primary.pop()
+
+    def close(self):
+        """Lets the context go; what lies in it must have been freed."""
         self._primary.detach()
+
+
+def _on_gpu(method):
+    """Lets any thread call a method of TrtDetector, one at a time: a CUDA context is current in one thread only."""
+
+    @functools.wraps(method)
+    def called(self, *arguments, **options):
+        with self._lock, self._gpu:
+            return method(self, *arguments, **options)
+
+    return called
 
 
 class Slot:
@@ -107,19 +126,19 @@ class Slot:
 class TrtDetector:
     """A detector.Detector on TensorRT, of an engine made by build_engine.py.
 
-    Copies to the GPU, the network and copies back go on in a stream each, for up to SLOTS batches at a time.
+    Copies to the GPU, the network and copies back go on in a stream each, for up to SLOTS batches at a time. Any thread may
+    call `infer`; `start` and `finish` belong to one.
     """
 
     runtime = "TensorRT"
     batches_ahead = SLOTS
 
-    def __init__(self, path):
-        """Raises UserError, naming the file and what to do, where the engine cannot run here."""
+    def __init__(self, path, gpu=0):
+        """gpu: the number of the GPU. Raises UserError, naming the file and what to do, where the engine cannot run here."""
         self._path = Path(path)
         data = self._path.read_bytes()
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
-        self._gpu = GpuContext(self._cuda)
-        self._gpu.__enter__()
+        self._lock, self._gpu = threading.RLock(), GpuContext(self._cuda, gpu)
         self._cuda_graphs, self._slots, self._context, self._engine = {}, [], None, None
         self._turn = 0
         self.spent = dict.fromkeys(STAGES, 0.0)
@@ -129,6 +148,7 @@ class TrtDetector:
             self.close()
             raise
 
+    @_on_gpu
     def _load(self, data):
         trt, cuda = self._trt, self._cuda
         self._logger = make_logger(trt)
@@ -178,6 +198,7 @@ class TrtDetector:
         """{tensor name: shape} of the engine, -1 where the batch is open."""
         return {name: tuple(self._engine.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
 
+    @_on_gpu
     def page_lock(self, array):
         # By the driver: pycuda 2026.1's register_host_memory ended in a segmentation fault, with numpy 2.4.
         driver, address = cuda_driver(), ctypes.c_void_p(array.ctypes.data)
@@ -187,11 +208,17 @@ class TrtDetector:
                 f"memory cannot be page-locked (CUDA error {error}): copies to the GPU take longer; ulimit -l sets how much may be"
             )
             return None
-        return lambda: driver.cuMemHostUnregister(address)
+        return lambda: self._page_unlock(address)
 
+    @_on_gpu
+    def _page_unlock(self, address):
+        cuda_driver().cuMemHostUnregister(address)
+
+    @_on_gpu
     def infer(self, batch, true_shapes=None):
         return self.finish(self.start(batch, true_shapes))
 
+    @_on_gpu
     def start(self, batch, true_shapes=None):
         if len(batch) > self.max_batch:
             raise ValueError(f"the engine takes at most {self.max_batch} images at a time, not {len(batch)}")
@@ -220,6 +247,7 @@ class TrtDetector:
         slot.done.record(self._copying_out)
         return slot, size, len(batch), places
 
+    @_on_gpu
     def finish(self, ticket):
         slot, size, images, places = ticket
         slot.done.synchronize()
@@ -269,6 +297,7 @@ class TrtDetector:
         median, _, _ = self.benchmark(batch)
         return len(batch) / median * 1000
 
+    @_on_gpu
     def benchmark(self, batch, runs=200, cuda_graph=True):
         """GPU time of the network on a batch (see infer) by CUDA events, copies not included.
 
@@ -295,6 +324,7 @@ class TrtDetector:
         inspector = self._engine.create_engine_inspector()
         return count_weight_types(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
+    @_on_gpu
     def profile(self, batch, runs=20):
         """Mean GPU time of each layer in ms on a batch (see infer), {layer name: ms}, slowest first."""
         trt, times = self._trt, {}
@@ -314,6 +344,13 @@ class TrtDetector:
         return {name: ms / runs for name, ms in sorted(times.items(), key=lambda pair: -pair[1])}
 
     def close(self):
+        if self._gpu:
+            self._free()
+            self._gpu.close()
+            self._gpu = None
+
+    @_on_gpu
+    def _free(self):
         for cuda_graph in filter(None, self._cuda_graphs.values()):
             cuda_graph.free()
         for slot in self._slots:
@@ -322,9 +359,6 @@ class TrtDetector:
         self._cuda_graphs, self._slots, self._context = {}, [], None
         self._copying_in = self._stream = self._copying_out = None
         self._engine = self._runtime = None
-        if self._gpu:
-            self._gpu.__exit__()
-            self._gpu = None
 
     def __enter__(self):
         return self

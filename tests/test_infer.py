@@ -1,9 +1,11 @@
 """infer.py as a command: pictures, tables, labels and what it says of mistakes."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from commandline import UserError
 
@@ -12,6 +14,7 @@ import onnx
 import pytest
 from conftest import DEMO, DEMO_MODEL, ROOT
 from PIL import Image
+from pycocotools import mask as rle
 from test_convert import command
 
 import infer
@@ -151,6 +154,59 @@ def test_mistakes(convert, tmp_path):
         with pytest.raises(UserError) as raised:
             infer.main(options)
         assert said in str(raised.value)
+
+
+def test_it_says_what_it_found(convert, tmp_path, capsys):
+    """Detections, images with and without any, and a picture to look at that has some."""
+    options = ["--engine", str(convert("demo", "--batch_size", "dynamic")[0]), "--input", str(DEMO / "images")]
+    assert infer.main([*options, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    tables = {path: read_table(path) for path in (tmp_path / "out").glob("*.tsv")}
+    total, empty = sum(map(len, tables.values())), sum(not rows for rows in tables.values())
+    assert f"{total} detections of 0.3 and more in {8 - empty} images" in printed
+    assert (f"{empty} image" in printed) == (empty > 0)
+    example = Path(printed.rsplit("Next: look at ", 1)[1].strip())
+    assert example.is_file()
+    assert len(tables[example.with_suffix(".tsv")]) == max(map(len, tables.values())) > 1
+
+    assert infer.main([*options, "--output", str(tmp_path / "none"), "--nms_threshold", "0.9999"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 detections of 0.9999 and more in 0 images; 8 images without any" in printed
+    assert "--nms_threshold 0.1 shows weaker ones" in printed
+
+
+def test_json_is_cocos_results_format(convert, tmp_path, capsys):
+    model = str(convert("demo", "--batch_size", "dynamic")[0])
+    options = ["--engine", model, "--input", str(DEMO / "images"), "--json", str(tmp_path / "d.json")]
+    assert infer.main([*options, "--nms_threshold", "0.2"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["d.json"]
+    results = json.loads((tmp_path / "d.json").read_text())
+    assert infer.main([*options, "--nms_threshold", "0.2", "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "d.json").read_text()) == results
+    rows = {path.stem: read_table(path) for path in (tmp_path / "out").glob("*.tsv")}
+    assert len(results) == sum(map(len, rows.values())) > 10
+    for entry, row in zip(results, (row for name in sorted(rows) for row in rows[name]), strict=True):
+        x, y, width, height = entry["bbox"]
+        assert [x, y, x + width, y + height] == pytest.approx([float(value) for value in row[:4]], abs=0.01)
+        assert entry["category_id"] == int(row[5]) + 1
+        assert entry["score"] == pytest.approx(float(row[4]), abs=1e-5)
+        assert entry["image_id"] == entry["file_name"]
+    assert infer.main([*options, "--nms_threshold", "0.9999"]) == 0
+    assert json.loads((tmp_path / "d.json").read_text()) == []
+    with pytest.raises(UserError, match="--output: name a folder for the results, or a file with --json"):
+        infer.main(options[:4])
+
+
+def test_json_holds_masks(exported, tmp_path):
+    path = str(exported("mask")[1])
+    options = ["--engine", path, "--input", str(DEMO / "images" / "shapes_01.jpg"), "--json", str(tmp_path / "d.json")]
+    assert infer.main([*options, "--nms_threshold", "0.1", "--detection_type", "segmentation"]) == 0
+    results = json.loads((tmp_path / "d.json").read_text())
+    assert results
+    height, width = load_image(DEMO / "images" / "shapes_01.jpg").shape[:2]
+    for entry in results:
+        assert entry["segmentation"]["size"] == [height, width]
+        assert rle.decode(entry["segmentation"]).shape == (height, width)
 
 
 def test_labels_keep_clear_of_each_other():
