@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -227,7 +228,11 @@ def main(argv=None):
         output = make_folder(args.output)
         args.runtime = detector.runtime
         with SavedModel(folder) as saved_model:
-            comparisons, times = run_both(saved_model, detector, files, args)
+            try:
+                comparisons, times = run_both(saved_model, detector, files, args)
+            except KeyboardInterrupt:
+                print("stopped: nothing was compared, nothing was written", file=sys.stderr)
+                return 130
     if not comparisons:
         raise UserError(f"--input {show_inputs(args.input)}: none of the {len(files)} images could be read")
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCES[metadata.get("precision", "fp32")]

@@ -9,10 +9,11 @@ converter, non-maximum suppression) is written anew from pipeline.config, then c
 
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
-from commandline import UserError, check_writable, command, run, warn, whole_file
+from commandline import UserError, check_writable, command, run, steps, warn, whole_file
 from commandline.inputs import find_images
 from commandline.options import count, make_parser, score
 
@@ -125,7 +126,6 @@ def check_batch_size(args, resizer):
 
 def main(argv=None):
     args = parse_args(argv)
-    started = time.perf_counter()
     folder = find_saved_model(args.saved_model)
     config_path = args.pipeline_config or find_pipeline_config(folder)
     config = read_pipeline_config(config_path)
@@ -140,22 +140,46 @@ def main(argv=None):
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name != "labels"},
         labels=labels,
     )
+    with steps() as step:
+        return make(folder, config, options, args, pictures, step)
+
+
+def make(folder, config, options, args, pictures, step):
+    """Writes the ONNX file of a SavedModel and checks it; prints what came of it; returns the status."""
+    started = time.perf_counter()
+    step(f"reading {folder}")
     with SavedModel(folder) as saved_model:
+        step("converting the network")
         model = read_model(saved_model, config)
         if args.tf2onnx:
             with whole_file(args.tf2onnx) as path:
                 onnx_utils.save(gs.export_onnx(model.network.graph), path)
+        step("writing the file")
         written = write_model(model, options)
         onnx.checker.check_model(written)
         with whole_file(args.onnx) as path:
             onnx_utils.save(written, path)
+        step("")
         print(f"Converted in {time.perf_counter() - started:.1f} s: {len(written.graph.node)} nodes")
-        passed = args.no_check or check(saved_model, model, written, options, args, pictures)
+        step("checking it against TensorFlow")
+        try:
+            verdicts = [] if args.no_check else check(saved_model, model, written, options, args, pictures)
+        except KeyboardInterrupt:
+            step("")
+            print(f"stopped: {args.onnx} is written, but not checked", file=sys.stderr)
+            return 130
+    step("")
+    for verdict in verdicts:
+        print(verdict)
+    if model.kind == "faster_rcnn" and options.first_nms_threshold is not None:
+        first = options.first_nms_threshold
+        print(f"--first_nms_threshold {first:g} changes the proposals: that threshold itself is not checked")
+    passed = all(verdict.word == "PASSED" for verdict in verdicts)
     size = Path(args.onnx).stat().st_size / 1e6
     following = command("infer.py", "--engine", args.onnx, "--input", "IMAGES", "--output", "results")
     if not passed:
-        model = "--engine", args.onnx, "--saved_model", args.saved_model
-        following = command("compare_tf.py", *model, "--input", "IMAGES", "--output", "comparison")
+        sides = "--engine", args.onnx, "--saved_model", args.saved_model
+        following = command("compare_tf.py", *sides, "--input", "IMAGES", "--output", "comparison")
     print(f"Wrote {args.onnx} ({size:.1f} MB). Next: {following}")
     return 0 if passed else 1
 
@@ -183,7 +207,7 @@ def read_pictures(path):
 
 
 def check(saved_model, model, written, options, args, pictures):
-    """Compares what was written with TensorFlow, prints the verdicts, returns whether all passed."""
+    """Compares what was written with TensorFlow; returns the Verdicts."""
     where = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {args.check_image}" if pictures else BUILT_IN
     reference = written if options == options.by_config else write_model(model, options.by_config)
     verdicts = [
@@ -199,12 +223,7 @@ def check(saved_model, model, written, options, args, pictures):
         least = max(threshold, metadata["config_score_threshold"])
         text = f"--{option} {threshold:g}"
         verdicts.append(check_override(args.onnx, written, reference, text, least, pictures, where))
-    for verdict in verdicts:
-        print(verdict)
-    if model.kind == "faster_rcnn" and options.first_nms_threshold is not None:
-        first = options.first_nms_threshold
-        print(f"--first_nms_threshold {first:g} changes the proposals: that threshold itself is not checked")
-    return all(verdict.word == "PASSED" for verdict in verdicts)
+    return verdicts
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import csv
 import functools
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -111,7 +112,11 @@ def main(argv=None):
         categories = match_categories(args.annotations, truth, names, metadata)
         output = make_folder(args.output) if args.output else None
         with open_workers(detector, len(known)) as workers:
-            results, evaluated, seconds = detect(detector, known, workers, args)
+            try:
+                results, evaluated, seconds = detect(detector, known, workers, args)
+            except KeyboardInterrupt:
+                print("stopped: nothing was evaluated, nothing was written", file=sys.stderr)
+                return 130
             if not evaluated:
                 raise UserError(
                     f"--input {show_inputs(args.input)}: none of the {len(known)} annotated images could be read"

@@ -100,12 +100,11 @@ def decode_text(data, errors="strict"):
 
 
 def check_writable(path):
-    """Raises UserError unless a file `path` can be made; called before the long work, not after it."""
+    """Raises UserError unless a file `path` can be made, its folder too; called before the long work, not after it."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file to write")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+    make_folder(path.parent)
     target = path if path.exists() else path.parent
     if not os.access(target, os.W_OK):
         raise UserError(f"cannot write {path}: no permission; choose another output")
@@ -117,9 +116,9 @@ def make_folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}; choose another --output") from error
+        raise UserError(f"cannot create the folder {path}: {error.strerror}; choose another output") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into {path}: no permission; choose another --output")
+        raise UserError(f"cannot write into {path}: no permission; choose another output")
     return path
 
 
@@ -136,6 +135,21 @@ def whole_file(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def steps():
+    """Yields a function that shows, on a terminal, what is being done (`reading ...`), until the next or the end."""
+    shown = sys.stderr.isatty()
+
+    def show(text):
+        if shown:
+            print(f"\r\033[K{text and f'{text} ...'}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        show("")
 
 
 def progress(items, **options):

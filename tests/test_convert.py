@@ -25,7 +25,7 @@ from runtimes import open_detector
 from runtimes.detector import detect_image
 from tfod.config import read_pipeline_config
 from tfod.convert import Options, read_model, write_model
-from tfod.saved_model import SavedModel
+from tfod.saved_model import SavedModel, find_saved_model
 from tfod.tensorflow_import import import_tensorflow
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -271,6 +271,47 @@ def test_files_that_do_not_belong_together(tmp_path, change, said):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], "something half-written was left"
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: (p / "x.tar.gz").write_bytes(b"") or p / "x.tar.gz", "it is an archive: unpack it"),
+        (lambda p: (p / "model.tflite").write_bytes(b"") or p / "model.tflite", "TensorFlow Lite"),
+        (lambda p: (p / "frozen_inference_graph.pb").write_bytes(b"") or p / "frozen_inference_graph.pb", "a graph"),
+        (lambda p: (p / "weights.h5").write_bytes(b"") or p / "weights.h5", "a Keras model"),
+        (lambda p: (p / "ckpt-0.index").write_bytes(b"") or p / "ckpt-0.index", "a part of a checkpoint"),
+        (lambda p: (p / "ckpt-0.index").write_bytes(b"") or p, "exporter_main_v2.py --input_type image_tensor"),
+        (lambda p: (p / "checkpoint").mkdir() or (p / "checkpoint" / "checkpoint").write_text("") or p, "--trained_ch"),
+        (lambda p: (p / "model.onnx").write_bytes(b"") or p / "model.onnx", "converted already"),
+        (lambda p: p, "no saved_model.pb there"),
+    ],
+)
+def test_what_is_no_saved_model_is_called_what_it_is(tmp_path, make, said):
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        find_saved_model(make(tmp_path))
+    assert str(raised.value).startswith("--saved_model ")
+
+
+def test_the_file_itself_names_its_saved_model():
+    folder = DEMO_MODEL / "saved_model"
+    assert find_saved_model(folder / "saved_model.pb") == find_saved_model(DEMO_MODEL) == folder
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    target = tmp_path / "some" / "where" / "m.onnx"
+    assert create_onnx.main(["--saved_model", str(DEMO_MODEL), "--onnx", str(target), "--no_check"]) == 0
+    assert [path.name for path in target.parent.iterdir()] == ["m.onnx"]
+
+
+def test_ctrl_c_during_the_check(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(create_onnx, "check_conversion", interrupt)
+    assert create_onnx.main(["--saved_model", str(DEMO_MODEL), "--onnx", str(tmp_path / "m.onnx")]) == 130
+    assert f"{tmp_path / 'm.onnx'} is written, but not checked" in capsys.readouterr().err
+    onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"))
+
+
 def test_a_saved_model_of_something_else(tmp_path):
     tf = import_tensorflow()
     module = tf.Module()
@@ -285,7 +326,7 @@ def test_a_saved_model_of_something_else(tmp_path):
     ("options", "said"),
     [
         (["--saved_model", "/no/such/model", "--onnx", "m.onnx"], "--saved_model /no/such/model"),
-        (["--saved_model", str(DEMO_MODEL), "--onnx", "/no/such/folder/m.onnx"], "/no/such/folder"),
+        (["--saved_model", str(DEMO_MODEL), "--onnx", str(ROOT / "README.md" / "m.onnx")], "cannot create the folder"),
         (["--saved_model", str(DEMO_MODEL), "--onnx", str(ROOT)], "is a folder"),
         (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--check_image", "/no/image.jpg"], "--check_image"),
         (["--saved_model", str(DEMO_MODEL), "--onnx", "m.onnx", "--batch_size", "0"], "--batch_size"),

@@ -4,6 +4,7 @@ TFOD need not be installed. The SavedModel is loaded through TF1's loader: `tf.s
 a Python object and alone takes as long as loading, freezing and inlining do here (BENCHMARKS.md).
 """
 
+import shlex
 from pathlib import Path
 
 from commandline import UserError
@@ -13,18 +14,50 @@ import numpy as np
 from tfod.graph import FrozenGraph
 from tfod.tensorflow_import import first_line, import_tensorflow, silenced
 
+# What people give in a SavedModel's place: {end of the name: what it is and what to do}.
+NO_SAVED_MODELS = {
+    (".tar.gz", ".tgz", ".zip", ".tar"): "an archive: unpack it and give the folder in it",
+    (".tflite",): "a TensorFlow Lite model, which cannot be converted back; give the SavedModel it was made of",
+    (".pb", ".pbtxt"): "a graph, not a SavedModel; give the saved_model folder of the same export",
+    (".h5", ".keras"): "a Keras model; give the SavedModel that TFOD's exporter_main_v2.py wrote",
+    (".onnx", ".trt", ".engine"): "converted already; infer.py --engine runs it",
+    (".config",): "a pipeline.config; give the export that it lies in",
+    (".index", ".meta"): "a part of a checkpoint; give the SavedModel exported from it",
+}
+EXPORT = (
+    "python object_detection/exporter_main_v2.py --input_type image_tensor --pipeline_config_path {config}"
+    " --trained_checkpoint_dir {folder} --output_directory exported"
+)
+
 
 def find_saved_model(path):
     """Returns the folder that holds saved_model.pb: `path` itself or its saved_model/. Raises UserError if neither."""
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"--saved_model {path}: no such folder")
+    if path.name == "saved_model.pb":
+        path = path.parent
     for folder in (path, path / "saved_model"):
         if (folder / "saved_model.pb").is_file():
             return folder
-    raise UserError(
-        f"--saved_model {path}: no saved_model.pb there; give the unpacked export or its saved_model folder"
-    )
+    if not path.exists():
+        raise UserError(f"--saved_model {path}: no such folder")
+    raise UserError(f"--saved_model {path}: {_what_it_is(path)}")
+
+
+def _what_it_is(path):
+    """What a path that holds no SavedModel is, and what to do."""
+    if path.is_file():
+        for ends, what in NO_SAVED_MODELS.items():
+            if path.name.lower().endswith(ends):
+                return f"it is {what}"
+        return "it is a file; give the unpacked export, the folder with saved_model/ in it"
+    for folder in (path, path / "checkpoint"):
+        if (folder / "checkpoint").is_file() or any(folder.glob("ckpt-*.index")):
+            config = next(path.glob("*.config"), "pipeline.config")
+            command = EXPORT.format(config=shlex.quote(str(config)), folder=shlex.quote(str(folder)))
+            return f"it holds checkpoints, no SavedModel; export one with TFOD, where you trained: {command}"
+    if (path / "frozen_inference_graph.pb").is_file():
+        return "it holds a frozen graph of TF1, no SavedModel, which is not supported yet"
+    return "no saved_model.pb there; give the unpacked export or its saved_model folder"
 
 
 def find_pipeline_config(saved_model):
