@@ -1,24 +1,31 @@
-# make demo                            the whole path on the demo's own small SSD; pictures in build/demo/results
-# make demo MODEL=path IMAGES=path     the same on your model (LABELS=file for its class names, ANNOTATIONS=file for its AP)
-# make test                            lint, format and tests; make test-zoo: the large models of ../shared
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= build/demo
 MODEL ?= demo/ssd_mobilenet_v1_shapes
 IMAGES ?= demo/images
-LABELS ?= $(if $(filter demo/%,$(MODEL)),demo/ssd_mobilenet_v1_shapes/labels.txt)
-ANNOTATIONS ?= $(if $(filter demo/%,$(IMAGES)),demo/instances_shapes.json)
-WITH_LABELS = $(if $(LABELS),--labels $(LABELS))
+ifeq ($(IMAGES),demo/images)
+ANNOTATIONS ?= demo/instances_shapes.json
+endif
+WITH_LABELS = $(if $(LABELS),--labels '$(LABELS)')
 IN_VENV = $(VENV)/bin/python
+COCO = --annotations '$(ANNOTATIONS)'
 
-.PHONY: demo test test-zoo readme-table lint clean
+.PHONY: help demo test test-zoo readme-table lint clean
+
+help:
+	@echo "make demo       installs into $(VENV), then converts, runs, evaluates and compares the small model in demo/"
+	@echo "                MODEL=export IMAGES=photos: the same on your own (LABELS=file: its class names, ANNOTATIONS=file: its AP)"
+	@echo "make test       lint, format and tests"
+	@echo "make test-zoo   the large models of ../shared against TensorFlow"
+	@echo "make clean      removes build/ and $(VENV)"
+	@echo "Each script has --help: $(IN_VENV) create_onnx.py --help"
 
 demo: $(VENV)/.ready
-	@mkdir -p $(OUTPUT)
-	$(IN_VENV) create_onnx.py --saved_model $(MODEL) --onnx $(OUTPUT)/model.onnx
-	$(IN_VENV) infer.py --engine $(OUTPUT)/model.onnx --input $(IMAGES) --output $(OUTPUT)/results $(WITH_LABELS)
-	$(if $(ANNOTATIONS),$(IN_VENV) eval_coco.py --engine $(OUTPUT)/model.onnx --input $(IMAGES) --annotations $(ANNOTATIONS) --output $(OUTPUT)/evaluation)
-	$(IN_VENV) compare_tf.py --engine $(OUTPUT)/model.onnx --saved_model $(MODEL) --input $(IMAGES) --output $(OUTPUT)/comparison $(WITH_LABELS) $(if $(ANNOTATIONS),--annotations $(ANNOTATIONS))
+	@mkdir -p '$(OUTPUT)'
+	$(IN_VENV) create_onnx.py --saved_model '$(MODEL)' --onnx '$(OUTPUT)/model.onnx' $(WITH_LABELS)
+	$(IN_VENV) infer.py --engine '$(OUTPUT)/model.onnx' --input '$(IMAGES)' --output '$(OUTPUT)/results'
+	$(if $(ANNOTATIONS),$(IN_VENV) eval_coco.py --engine '$(OUTPUT)/model.onnx' --input '$(IMAGES)' $(COCO) --output '$(OUTPUT)/evaluation')
+	$(IN_VENV) compare_tf.py --engine '$(OUTPUT)/model.onnx' --saved_model '$(MODEL)' --input '$(IMAGES)' --output '$(OUTPUT)/comparison' $(if $(ANNOTATIONS),$(COCO))
 	@echo "Pictures: $(OUTPUT)/results. Reports: $(if $(ANNOTATIONS),$(OUTPUT)/evaluation/report.html and )$(OUTPUT)/comparison/report.html"
 
 lint: $(VENV)/.ready-dev
@@ -35,14 +42,17 @@ readme-table: $(VENV)/.ready-dev
 	$(IN_VENV) -m pytest -m models -k same_tensor --update-readme
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making the environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready: requirements.txt | $(VENV)/bin/python
-	$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/.ready: requirements.txt requirements-runtime.txt | $(VENV)/bin/python
+	@echo "Installing TensorFlow, ONNX Runtime and the rest into $(VENV): 1.8 GB, some minutes the first time"
+	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
-	$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "Installing what the tests need"
+	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 clean:
