@@ -50,6 +50,7 @@ if Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().par
 
 def run(main):
     """Calls `main()` and exits with what it returns (None is 0); a UserError becomes one line on stderr and status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; stderr does so by itself
     try:
         status = main()
         sys.stdout.flush()

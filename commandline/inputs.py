@@ -103,7 +103,8 @@ class _Search:
             self.add_names(base, folder, real, images)
             any_image |= bool(images)
             self.left_out.update(others)
-            self.left_out.update(_kind(name) for name in names if not _is_image(name))
+            if len(images) < len(names):
+                self.left_out.update(_kind(name) for name in names if not _is_image(name))
         return any_image
 
     def add_names(self, base, folder, real, names):

@@ -100,11 +100,13 @@ def _decode(file, size, exif_rotate, max_pixels):
             )
         turned = image.format == "TIFF"  # by Pillow, as it loads it
         orientation = _orientation(image) if exif_rotate or turned else 1
-        left, top, right, bottom = image.tile[0][1] if image.format == "GIF" and image.tile else (0, 0, *image.size)
+        frame = image.tile[0][1] if image.format == "GIF" and image.tile else None
         image.load()
         pixels = _to_rgb(image)
-    for outside in (pixels[:top], pixels[bottom:], pixels[:, :left], pixels[:, right:]):
-        outside[:] = 0  # of a GIF's frame: nothing is there, as where it is transparent
+    if frame:  # around it is nothing, as where it is transparent
+        left, top, right, bottom = frame
+        for outside in (pixels[:top], pixels[bottom:], pixels[:, :left], pixels[:, right:]):
+            outside[:] = 0
     if png:
         _check_png_is_whole(png, pixels)
     if exif_rotate == turned:

@@ -318,3 +318,20 @@ def test_turned_photos_are_found_in_as_they_are_seen(convert, tmp_path):
     process = run_infer(model, tmp_path / "plain", "--input", tmp_path / "turned", "--max_pixels", "100")
     assert process.returncode == 2
     assert "more than --max_pixels 100" in process.stderr
+
+
+def test_odd_files_are_answered_in_one_line(convert, tmp_path, monkeypatch):
+    """A name that is no text, a picture wider than a JPEG can be, a pipe."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    model, odd = convert("demo")[0], os.fsdecode(b"odd\xff.jpg")
+    shutil.copy(DEMO / "images" / "shapes_01.jpg", tmp_path / odd)
+    process = run_infer(model, tmp_path / "out", "--input", tmp_path / odd)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "out" / odd).exists()
+    Image.new("RGB", (66_000, 20)).save(tmp_path / "wide.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, what in (("wide.png", "use --format png"), ("pipe.jpg", "it is no file")):
+        process = run_infer(model, tmp_path / "out", "--input", tmp_path / name)
+        assert process.returncode == 2
+        assert what in process.stderr
+        assert len(process.stderr.splitlines()) == 1
