@@ -48,7 +48,7 @@ class Export:
 
 
 def draw_scene(rng, width, height):
-    """Draws 1 to 6 shapes on a made-up background. Returns (RGB [H, W, 3] uint8, boxes [N, 4] yxyx pixels, classes [N])."""
+    """Draws up to 8 shapes on a made-up background. Returns (RGB [H, W, 3] uint8, boxes [N, 4] yxyx pixels, classes [N])."""
     base = rng.integers(30, 226, 3)
     corners = (base + rng.integers(-50, 51, (2, 3, 3))).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(corners).resize((width, height), Image.BICUBIC)
@@ -59,22 +59,27 @@ def draw_scene(rng, width, height):
         draw.line(list(ends), fill=tuple(colour.tolist()), width=int(rng.integers(1, 12)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
     boxes, classes = [], []
-    for _ in range(rng.integers(1, 7)):
-        side = min(width, height) * rng.uniform(0.14, 0.55)
+    for _ in range(rng.integers(1, 9)):
+        side = min(width, height) * rng.uniform(0.16, 0.55)
         w, h = side * rng.uniform(0.8, 1.25), side
         x, y = rng.uniform(0, max(1, width - w)), rng.uniform(0, max(1, height - h))
         box = np.array([y, x, y + h, x + w])
         if any(_overlap(box, other) > 0.1 for other in boxes):
             continue
         kind = int(rng.integers(len(CLASSES)))
-        colour = rng.integers(0, 256, 3)
-        while np.abs(colour - base).max() < 90:
-            colour = rng.integers(0, 256, 3)
-        _draw_shape(image, kind, box, tuple(colour.tolist()))
+        _draw_shape(image, kind, box, _visible_colour(rng, image.crop((x, y, x + w, y + h))))
         boxes.append(box)
         classes.append(kind)
     pixels = np.asarray(image).astype(np.float32) + rng.normal(0, rng.uniform(0, 8), (height, width, 1))
     return pixels.clip(0, 255).astype(np.uint8), np.array(boxes).reshape(-1, 4), np.array(classes, int)
+
+
+def _visible_colour(rng, ground):
+    """A made-up colour that differs from nearly all of the ground (a Pillow image): a shape that nobody sees is not fair."""
+    pixels = np.asarray(ground.resize((12, 12), Image.BOX)).reshape(-1, 1, 3).astype(int)
+    colours = rng.integers(0, 256, (64, 3))
+    contrast = np.quantile(np.abs(pixels - colours).max(axis=2), 0.05, axis=0)  # [64]
+    return tuple(colours[np.minimum(contrast, 80).argmax()].tolist())  # the first that is good enough, else the best
 
 
 def _overlap(a, b):
