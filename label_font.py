@@ -27,7 +27,7 @@ NO_CHARACTER = "\U0010ffff"
 
 
 def font_folders():
-    """Where this system keeps its fonts, the user's own folders first."""
+    """Where this system keeps its fonts: the user's and everybody's."""
     home = Path.home()
     if sys.platform == "win32":
         local = Path(os.environ.get("LOCALAPPDATA", home))

@@ -49,8 +49,11 @@ class Export:
     dtype: str = "uint8"  # of the input: uint8 (image_tensor) or float32 (float_image_tensor)
 
 
-def draw_scene(rng, width, height):
-    """Draws up to 8 shapes on a made-up background. Returns (RGB [H, W, 3] uint8, boxes [N, 4] yxyx pixels, classes [N])."""
+def draw_scene(rng, width, height, tries=None):
+    """Draws shapes on a made-up background. Returns (RGB [H, W, 3] uint8, boxes [N, 4] yxyx pixels, classes [N]).
+
+    tries: so many places are made up for shapes, those where another is are not used; default: 1 to 8.
+    """
     base = rng.integers(30, 226, 3)
     corners = (base + rng.integers(-50, 51, (2, 3, 3))).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(corners).resize((width, height), Image.BICUBIC)
@@ -61,7 +64,7 @@ def draw_scene(rng, width, height):
         draw.line(list(ends), fill=tuple(colour.tolist()), width=int(rng.integers(1, 12)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
     boxes, classes = [], []
-    for _ in range(rng.integers(1, 9)):
+    for _ in range(tries or rng.integers(1, 9)):
         side = min(width, height) * rng.uniform(0.16, 0.55)
         w, h = side * rng.uniform(0.8, 1.25), side
         x, y = rng.uniform(0, max(1, width - w)), rng.uniform(0, max(1, height - h))
@@ -388,7 +391,7 @@ def write_images(output, count=8, seed=99):
     coco = {"images": [], "annotations": [], "categories": categories}
     for number in range(1, count + 1):
         width, height = [(640, 480), (480, 640), (800, 450), (500, 500)][number % 4]
-        pixels, boxes, classes = draw_scene(rng, width, height)
+        pixels, boxes, classes = draw_scene(rng, width, height, tries=8)
         name = f"shapes_{number:02}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=88)
         coco["images"].append({"id": number, "file_name": name, "width": width, "height": height})
