@@ -168,7 +168,9 @@ def assert_letters_fit_the_page(sheet, path, model):
     boxes, names = found.boxes * np.float32([height, width] * 2), (DEMO_MODEL / "labels.txt").read_text().split()
     as_seen, as_large = (
         # JPEG moves a pixel by so much at edges of colour only.
-        (np.abs(panel - draw_detections(image, boxes, found.scores, found.classes, names, seen_width=seen)) > 100).mean()
+        (
+            np.abs(panel - draw_detections(image, boxes, found.scores, found.classes, names, seen_width=seen)) > 100
+        ).mean()
         for seen in (PAGE_WIDTH / 3, None)
     )
     assert as_seen < as_large / 10

@@ -130,7 +130,9 @@ def test_demo_finds_the_shapes(detector):
         image = load_image(DEMO / "images" / entry["file_name"])
         found = detect_image(model, image).above(0.3)
         notes = [note for note in truth["annotations"] if note["image_id"] == entry["id"]]
-        corners = np.float32([note["bbox"] for note in notes]) @ np.float32([[0, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+        corners = np.float32([note["bbox"] for note in notes]) @ np.float32(
+            [[0, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+        )
         iou = parity.box_iou(corners, found.boxes * np.float32(image.shape[:2] * 2))
         wanted = [note["category_id"] - model.metadata["class_offset"] for note in notes]
         assert (iou.max(axis=1) > 0.8).all(), entry["file_name"]
