@@ -42,7 +42,7 @@ from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
 from tfod.labels import LABELS_HELP, labels_of
 from tfod.saved_model import SavedModel, find_saved_model
-from visualize import draw_detections, paste_mask, side_by_side
+from visualize import PAGE_WIDTH, draw_detections, paste_mask, side_by_side
 
 # How far scores may be apart, and what share of the detections may be unmatched, by the engine's precision. FP32: two
 # orders of summation in a two-stage network differ by 0.013 (README); FP16 and INT8 round.
@@ -374,7 +374,8 @@ def draw_all(comparisons, pictures, truth, names, metadata, args, folder):
     load = functools.partial(load_image, **image_options(args))
     for comparison in progress(comparisons, unit="picture"):
         image = load(comparison.path)
-        panels = {}
+        annotated = truth and comparison.path in truth.known
+        panels, seen_width = {}, PAGE_WIDTH / (3 if annotated else 2)
         for side, found, unmatched in zip(
             ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.unmatched, strict=True
         ):
@@ -382,9 +383,10 @@ def draw_all(comparisons, pictures, truth, names, metadata, args, folder):
             title = f"{side}: {count} detection{'s' if count != 1 else ''}" + (
                 f", {len(unmatched)} unmatched" if unmatched else ""
             )
-            panels[title] = draw_side(image, found, unmatched, names, args)
-        if truth and comparison.path in truth.known:
-            panels["ground truth"] = draw_truth(image, truth, comparison.path, names, metadata["class_offset"])
+            panels[title] = draw_side(image, found, unmatched, names, args, seen_width)
+        if annotated:
+            offset = metadata["class_offset"]
+            panels["ground truth"] = draw_truth(image, truth, comparison.path, names, offset, seen_width)
         picture = side_by_side(panels)
         target = folder / pictures[comparison.path]
         make_folder(target.parent)
@@ -392,7 +394,7 @@ def draw_all(comparisons, pictures, truth, names, metadata, args, folder):
             picture.save(path, quality=88)
 
 
-def draw_side(image, found, unmatched, names, args):
+def draw_side(image, found, unmatched, names, args, seen_width):
     shown, pixels = found.above(args.least), np.float32(image.shape[:2] * 2)
     masks = shown.masks if args.detection_type == "segmentation" else None
     return draw_detections(
@@ -404,10 +406,11 @@ def draw_side(image, found, unmatched, names, args):
         masks,
         args.iou_threshold,
         dashed=found.boxes[unmatched] * pixels,
+        seen_width=seen_width,
     )
 
 
-def draw_truth(image, truth, path, names, class_offset):
+def draw_truth(image, truth, path, names, class_offset, seen_width):
     """The annotated objects in the colours and names of the model's classes; other categories have names of their own."""
     labels = {key: number - class_offset for number, key in reversed(truth.categories.items())}
     others = [key for key in truth.annotations.cats if key not in labels]
@@ -417,7 +420,8 @@ def draw_truth(image, truth, path, names, class_offset):
     boxes = np.float32([note["bbox"] for note in notes]).reshape(-1, 4)
     corners = np.column_stack([boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]])
     classes = np.int64([labels[note["category_id"]] for note in notes])
-    return draw_detections(image, corners, np.ones(len(notes)), classes, names, with_scores=False)
+    scores = np.ones(len(notes))
+    return draw_detections(image, corners, scores, classes, names, with_scores=False, seen_width=seen_width)
 
 
 def write_report(path, args, metadata, numbers, comparisons, folder, pictures, text):

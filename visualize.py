@@ -1,24 +1,28 @@
 """Draws detections on a picture: boxes, and labels that stay readable on any background."""
 
-import colorsys
 import functools
 import itertools
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+import label_font
+
+# Red, green, blue, a hexadecimal digit each. Light enough for black letters on them and for frames on dark ground (CIELAB
+# L* from 55 on), none of them grey (chroma from 30 on). Of the 4,096 such colours each is the one farthest, in CIEDE2000,
+# from those before it: the first 20 are 16.8 apart, all 90 are 7.7 (tests/test_visualize.py).
+COLOURS = """
+    f44 0f0 0bf fb2 b5f 097 fbd 9fe 882 b73 f39 eea aae fb9 2a0 38f 09a ac0 9b8 a7a f8f 0d9 f89 fe0 f61 b76 4cd ba6 bfb f93
+    5ba ec9 c67 87d f0d cf7 8bf 7c5 b80 795 cb0 f86 cad e8b c96 b8e 09c 9db 4a6 f26 fd7 8a2 bc7 0f8 0ee 0ec d6b f30 a90 d98
+    df0 8ef fb7 89f d64 d85 da5 b6c fbf c8c 8fc 6a8 a85 dd6 0aa faa c79 7c8 995 78c 9e0 4af d80 67f 8e6 0b8 98c caf f69 0c6
+"""
 
 
 @functools.cache
 def class_colour(label):
-    """A stable, saturated RGB colour for class `label`: neighbours in number are far apart in hue (golden ratio)."""
-    hue = (0.61803398875 * label + 0.02) % 1
-    value = 1.0 if label % 2 else 0.85
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.85, value))
-
-
-@functools.lru_cache(maxsize=64)
-def _font(size):
-    return ImageFont.load_default(size)
+    """The RGB colour of class `label`, the same in every picture; from 90 classes on, colours come again."""
+    colours = COLOURS.split()
+    return tuple(17 * int(digit, 16) for digit in colours[label % len(colours)])
 
 
 def paste_mask(mask, box, height, width, threshold):
@@ -61,34 +65,52 @@ def _blend_masks(image, masks, boxes, classes, order, threshold):
     return image
 
 
-def draw_detections(image, boxes, scores, classes, names, masks=None, mask_threshold=0.5, with_scores=True, dashed=()):
+# Sizes that can be read and seen, and how wide a report's page is (checks/report.py), in pixels of the screen.
+LETTERS, TITLE, FRAME, PAGE_WIDTH = 12, 15, 1.5, 1100
+
+
+def draw_detections(
+    image, boxes, scores, classes, names, masks=None, mask_threshold=0.5, with_scores=True, dashed=(), seen_width=None
+):
     """Draws boxes [N, 4] yxyx in pixels on RGB [H, W, 3]; scores [N] and classes [N] (0-based) label them.
     names: of the classes, None for one without a name.
 
     masks: [N, h, w], each over its box, or None. with_scores: write the scores too. dashed: boxes
-    that get a frame to be noticed (mark_dashed). Returns a Pillow image. Line width and text follow the image's size;
-    better detections are drawn over worse ones.
+    that get a frame to be noticed (mark_dashed). Returns a Pillow image. Lines and letters follow the image's size, or
+    seen_width, the pixels of the screen that its width will have, where that needs larger ones.
+    Better detections are drawn over worse ones. A name that no font here has is replaced by its id (label_font.runs).
     """
     image = np.ascontiguousarray(image)
+    order = np.argsort(scores, kind="stable")
     if masks is not None:
-        image = _blend_masks(image, masks, boxes, classes, np.argsort(scores, kind="stable"), mask_threshold)
+        image = _blend_masks(image, masks, boxes, classes, order, mask_threshold)
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
-    shorter = min(picture.size)
-    line = max(1, round(shorter / 240))
-    font_size = max(10, round(shorter / 36))
-    order = np.argsort(scores, kind="stable")
+    shorter, shrunk = min(picture.size), picture.width / seen_width if seen_width else 0
+    line = max(1, round(shorter / 240), round(FRAME * shrunk))
+    font_size = max(10, round(shorter / 36), round(LETTERS * shrunk))
     for i in order:
         _draw_box(draw, boxes[i], class_colour(int(classes[i])), line)
     for box in dashed:
         mark_dashed(picture, box)
-    taken = []
-    for i in order[::-1]:
+    taken, plates = [], []
+    for i in order[::-1]:  # the best choose their place first
         label = int(classes[i])
-        name = (names[label] if label < len(names) else None) or f"class {label}"
-        words = [f"{name} ", f"{scores[i]:.2f}"] if with_scores else [name]
-        _draw_label(draw, picture.size, boxes[i], words, class_colour(label), font_size, line, taken)
+        words = [_shown_name(names, label), *([f"{scores[i]:.2f}"] if with_scores else [])]
+        (width, height), parts = _label(words, font_size, max(2, line))
+        x, y = _place(picture.size, boxes[i], width, height, taken)
+        taken.append((x, y, x + width, y + height))
+        plates.append((taken[-1], parts, class_colour(label)))
+    for (left, top, right, bottom), parts, colour in reversed(plates):
+        draw.rectangle([left, top, right - 1, bottom - 1], fill=colour, outline=(0, 0, 0))
+        for mask, x, y in parts:
+            draw.bitmap((left + x, top + y), mask, fill=(0, 0, 0))
     return picture
+
+
+def _shown_name(names, label):
+    name = names[label] if label < len(names) else None
+    return name if name and label_font.runs(name) else f"class {label}"
 
 
 def mark_box(picture, box, colour=(255, 60, 60)):
@@ -103,7 +125,7 @@ def mark_box(picture, box, colour=(255, 60, 60)):
     marked = Image.blend(picture, Image.new("RGB", picture.size), 0.35)
     if inside[2] > inside[0] and inside[3] > inside[1]:
         marked.paste(picture.crop(inside), inside)
-    _draw_box(ImageDraw.Draw(marked), box, colour, max(2, round(min(picture.size) / 160)))
+    _draw_box(ImageDraw.Draw(marked), box, colour, max(2, round(min(picture.size) / 100)))
     return marked
 
 
@@ -128,13 +150,15 @@ def mark_dashed(picture, box):
 def side_by_side(panels):
     """Pictures of one size next to each other, each under its title. panels: {title: Pillow image}."""
     width, height = next(iter(panels.values())).size
-    font = _font(max(12, round(width / 26)))
-    bar, gap = round(1.8 * font.size), max(4, width // 120)
-    sheet = Image.new("RGB", (len(panels) * (width + gap) - gap, height + bar), (255, 255, 255))
+    gap = max(4, width // 120)
+    font = label_font.load(label_font.BUNDLED, max(12, round(TITLE * len(panels) * width / PAGE_WIDTH)))
+    column = max(width, *(round(font.getlength(title)) + gap for title in panels)) + gap
+    bar = round(1.8 * font.size)
+    sheet = Image.new("RGB", (len(panels) * column - gap, height + bar), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for i, (title, picture) in enumerate(panels.items()):
-        sheet.paste(picture, (i * (width + gap), bar))
-        draw.text((i * (width + gap) + gap, bar / 2), title, font=font, fill=(0, 0, 0), anchor="lm")
+        sheet.paste(picture, (i * column, bar))
+        draw.text((i * column + gap, bar / 2), title, font=font, fill=(0, 0, 0), anchor="lm")
     return sheet
 
 
@@ -149,43 +173,42 @@ def _draw_box(draw, box, colour, line):
 
 @functools.lru_cache(maxsize=4096)
 def _rendered(word, font_size):
-    """A word as a mask, its bounding box (left, top, right, bottom) from the pen's place, and how far the pen goes on.
+    """A word as a mask, cut to its ink, and where that begins below the line of writing (negative: above it).
 
     Names and scores come again and again; to render them took most of what drawing took.
     """
-    font = _font(font_size)
-    left, top, right, bottom = (round(edge) for edge in font.getbbox(word))
-    mask = Image.new("L", (max(1, right - left), max(1, bottom - top)))
-    ImageDraw.Draw(mask).text((-left, -top), word, font=font, fill=255)
-    return mask, (left, top, right, bottom), round(font.getlength(word))
-
-
-def _draw_label(draw, size, box, words, colour, font_size, line, taken):
-    """Writes `words` on a plate of the box's colour, where it covers no plate in `taken` if there is such a place."""
     pen, parts = 0, []
-    for mask, (x0, y0, x1, y1), advance in (_rendered(word, font_size) for word in words):
-        parts.append((mask, pen + x0, y0, pen + x1, y1))
-        pen += advance
-    left, top = (min(part[i] for part in parts) for i in (1, 2))
-    right, bottom = (max(part[i] for part in parts) for i in (3, 4))
-    pad = max(2, line)
-    width, height = right - left + 2 * pad, bottom - top + 2 * pad
-    x, y = _place(size, box, width, height, taken)
-    taken.append((x, y, x + width, y + height))
-    draw.rectangle([x, y, x + width - 1, y + height - 1], fill=colour, outline=(0, 0, 0))
-    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    ink = (0, 0, 0) if luminance > 120 else (255, 255, 255)
-    for mask, mask_left, mask_top, _, _ in parts:
-        draw.bitmap((x + pad + mask_left - left, y + pad + mask_top - top), mask, fill=ink)
+    for text, path in label_font.runs(word):
+        font = label_font.load(path, font_size)
+        left, top, right, bottom = (round(edge) for edge in font.getbbox(text, anchor="ls"))
+        parts.append((text, font, pen, (pen + left, top, pen + right, bottom)))
+        pen += round(font.getlength(text))
+    edges = np.array([box for *_, box in parts])
+    (left, top), (right, bottom) = edges[:, :2].min(axis=0).tolist(), edges[:, 2:].max(axis=0).tolist()
+    mask = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+    for text, font, place, _ in parts:
+        ImageDraw.Draw(mask).text((place - left, -top), text, font=font, fill=255, anchor="ls")
+    return mask, top
+
+
+def _label(words, font_size, pad):
+    """(width, height) of a plate with those words next to each other, and [(mask, x, y)] of what is drawn on it."""
+    rendered = [_rendered(word, font_size) for word in words]
+    top = min(top for _, top in rendered)
+    x, parts = pad, []
+    for mask, begin in rendered:
+        parts.append((mask, x, pad + begin - top))
+        x += mask.width + font_size // 3
+    return (x - font_size // 3 + pad, max(y + mask.height for mask, _, y in parts) + pad), parts
 
 
 def _place(size, box, width, height, taken):
-    """The first free corner of the box for a plate: above, inside, below; else the one that covers least."""
+    """The first free place at the box for a plate, a corner first: above, inside, below; else the one that covers least."""
     ymin, xmin, ymax, xmax = (float(v) for v in box)
     places = [
         (x, y)
         for y in (ymin - height, ymin, ymax, ymax - height, (ymin + ymax - height) / 2)
-        for x in (xmin, xmax - width)
+        for x in (xmin, xmax - width, (xmin + xmax - width) / 2)
     ]
     best, least = None, None
     for x, y in places:

@@ -4,11 +4,14 @@ import base64
 import functools
 import html
 import io
+import warnings
 from pathlib import Path
 
 from commandline import warn, whole_file
 
 from PIL import Image
+
+import label_font
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --good: #1a7f37; --bad: #c62828; }
@@ -68,10 +71,14 @@ def plot(draw, width=5.2, height=3.8):
         return '<p class="note">No plot: matplotlib is not installed.</p>'
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+    # Text stays text, which the reader's browser draws; a class name's dollar signs are no formula.
+    text = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
+    with matplotlib.rc_context({**text, "axes.grid": True, "grid.alpha": 0.3}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
         axes.set_axisbelow(True)
         draw(axes)
+        _measure_with_right_fonts(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         pyplot.close(figure)
@@ -91,6 +98,18 @@ def _pyplot():
         warn("the report has no plots: matplotlib is not installed; pip install matplotlib")
         return None
     return pyplot
+
+
+def _measure_with_right_fonts(figure):
+    """Adds the fonts to a figure's texts that have their script, so that a legend is as wide as the names in it."""
+    from matplotlib import font_manager, text
+
+    for part in figure.findobj(text.Text):
+        paths = {path for _, path in label_font.runs(part.get_text()) or ()} - {label_font.BUNDLED}
+        for path in paths:
+            font_manager.fontManager.addfont(path)
+        families = [font_manager.get_font(path).family_name for path in sorted(paths)]
+        part.set_fontfamily([*part.get_fontfamily(), *families])
 
 
 def pictures(figures, columns):

@@ -14,8 +14,11 @@ from PIL import Image
 from test_coco import TRUTH, tiny_masks  # noqa: F401  (a fixture)
 
 import compare_tf
+from image_batcher import load_image
 from onnx_utils import OpBuilder
-from runtimes.detector import Detections
+from runtimes import open_detector
+from runtimes.detector import Detections, detect_image
+from visualize import PAGE_WIDTH, draw_detections
 
 
 def detections(*rows, masks=None):
@@ -113,9 +116,10 @@ def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
     assert both["TensorFlow"]["AP"] == pytest.approx(both["engine"]["AP"], abs=0.001)
     assert both["engine"]["AP50"] > 0.7
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 5
-    wide, high = Image.open(tmp_path / "pictures" / "shapes_01.jpg").size
-    assert wide > 3 * 480  # TensorFlow, the engine, the ground truth
-    assert high > 640
+    sheet = Image.open(tmp_path / "pictures" / "shapes_01.jpg")
+    assert sheet.width > 3 * 480  # TensorFlow, the engine, the ground truth
+    assert sheet.height > 640
+    assert_letters_fit_the_page(sheet, DEMO / "images" / "shapes_01.jpg", model)
     text, pictures, broken, collapsed, too_wide = open_page(tmp_path / "report.html")
     assert "PASSED" in text
     assert f"matched detections {numbers['matched']}" in text
@@ -151,6 +155,25 @@ def half_blind(model, path):
     blind.metadata_props.extend(onnx.load(model).metadata_props)
     onnx.save(blind, path)
     return path
+
+
+def assert_letters_fit_the_page(sheet, path, model):
+    """The first of three panels is drawn for a third of the page's width."""
+    image = load_image(path)
+    height, width = image.shape[:2]
+    panel = np.asarray(sheet.crop((0, sheet.height - height, width, sheet.height))).astype(int)
+    with open_detector(model) as detector:
+        found = detect_image(detector, image).above(0.3)
+    assert len(found.scores)
+    boxes, names = found.boxes * np.float32([height, width] * 2), (DEMO_MODEL / "labels.txt").read_text().split()
+    as_seen, as_large = (
+        # JPEG moves a pixel by so much at edges of colour only.
+        (
+            np.abs(panel - draw_detections(image, boxes, found.scores, found.classes, names, seen_width=seen)) > 100
+        ).mean()
+        for seen in (PAGE_WIDTH / 3, None)
+    )
+    assert as_seen < as_large / 10
 
 
 def test_a_model_that_differs_fails(convert, tmp_path, capsys):

@@ -12,7 +12,7 @@ LAYERS = (
     ("checks",),
     ("runtimes",),
     ("tfod",),
-    ("onnx_utils", "image_batcher", "visualize"),
+    ("onnx_utils", "image_batcher", "visualize", "label_font"),
     ("images",),
     ("commandline",),
 )

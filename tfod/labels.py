@@ -10,6 +10,8 @@ from commandline import UserError, decode_text, warn
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
+import label_font
+
 COCO_LABELS = Path(__file__).resolve().parent.parent / "labels_coco.txt"
 COCO_CLASSES = 90  # a model of so many that has no names of its own is taken for COCO's
 LABELS_HELP = (
@@ -115,11 +117,10 @@ def _is_label_map(path):
 
 def labels_of(path, metadata, engine):
     """The names to show a model's classes by: of --labels (`path`), else of its metadata, else of a file beside `engine`,
-    else COCO's for a model of 90 classes, else none."""
+    else COCO's for a model of 90 classes, else none. Warns of those that pictures cannot show."""
     count = metadata["num_classes"]
-    if path:
-        return read_labels(path, count)
-    names = metadata.get("labels") or find_labels([Path(engine).parent], count)[1]
+    names = read_labels(path, count) if path else metadata.get("labels") or find_labels([Path(engine).parent], count)[1]
     if not names and count == COCO_CLASSES:
         names = read_labels(COCO_LABELS, count)
+    label_font.warn_of_undrawable(names or [])
     return names or [None] * count
