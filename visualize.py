@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 from PIL import Image, ImageDraw
 
-import label_font
+from fonts import label_font
 
 # Red, green, blue, a hexadecimal digit each. Light enough for black letters on them and for frames on dark ground (CIELAB
 # L* from 55 on), none of them grey (chroma from 30 on). Of the 4,096 such colours each is the one farthest, in CIEDE2000,

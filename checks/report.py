@@ -11,7 +11,7 @@ from commandline import warn, whole_file
 
 from PIL import Image
 
-import label_font
+from fonts import label_font
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --good: #1a7f37; --bad: #c62828; }

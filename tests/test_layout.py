@@ -12,8 +12,8 @@ LAYERS = (
     ("checks",),
     ("runtimes",),
     ("tfod",),
-    ("onnx_utils", "image_batcher", "visualize", "label_font"),
-    ("images",),
+    ("onnx_utils", "image_batcher", "visualize"),
+    ("images", "fonts"),
     ("commandline",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,8 +8,8 @@ from browser import open_page
 from fontTools.ttLib import TTFont
 from PIL import Image, features
 
-import label_font
 from checks import report
+from fonts import label_font
 from tfod.labels import labels_of
 from visualize import PAGE_WIDTH, _rendered, class_colour, draw_detections, side_by_side
 

@@ -10,7 +10,7 @@ from commandline import UserError, decode_text, warn
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-import label_font
+from fonts import label_font
 
 COCO_LABELS = Path(__file__).resolve().parent.parent / "labels_coco.txt"
 COCO_CLASSES = 90  # a model of so many that has no names of its own is taken for COCO's

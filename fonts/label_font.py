@@ -17,7 +17,7 @@ from commandline import warn
 
 from PIL import ImageFont, features
 
-BUNDLED = Path(__file__).resolve().parent / "fonts" / "DejaVuSans.ttf"
+BUNDLED = Path(__file__).resolve().parent / "DejaVuSans.ttf"
 # How the file names of fonts with many scripts begin, in the order they are tried: Noto, then what Windows, macOS and
 # Linux distributions bring for Chinese, Japanese, Korean, Thai, Devanagari and all else.
 FAMILIES = ("notosans", "noto", "sourcehan", "msyh", "yugoth", "meiryo", "malgun", "leelawui", "nirmala", "segoeui")
