@@ -242,6 +242,8 @@ def main(argv=None):
         numbers["average_precision"] = both_average_precisions(truth, comparisons, metadata, args)
     text = verdict(numbers, args)
     pictures = {Path(file): f"{name}.jpg" for file, name in zip(images.files, images.names, strict=True)}
+    numbers["pictures"] = sorted(pictures[comparison.path] for comparison in comparisons)
+    remove_earlier(output, numbers["pictures"])
     draw_all(comparisons, pictures, truth, names, metadata, args, output / "pictures")
     with whole_file(output / "comparison.json") as path:
         path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
@@ -250,6 +252,18 @@ def main(argv=None):
     print(text)
     print(f"Wrote comparison.json, {len(comparisons)} pictures and report.html. Next: open {output / 'report.html'}")
     return 0 if numbers["verdict"] == "PASSED" else 1
+
+
+def remove_earlier(output, pictures):
+    """Removes the pictures of the run before, which its comparison.json names, but for those that are written anew."""
+    try:
+        earlier = json.loads((output / "comparison.json").read_text(encoding="utf-8"))["pictures"]
+        stale = [output / "pictures" / name for name in earlier if name not in pictures]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for path in stale:
+        if path.resolve().is_relative_to((output / "pictures").resolve()):
+            path.unlink(missing_ok=True)
 
 
 def run_both(saved_model, detector, files, args):
@@ -446,7 +460,7 @@ def write_report(path, args, metadata, numbers, comparisons, folder, pictures, t
         "Side by side",
         report.pictures(figures, 1),
         note=f"Most difference first, {len(figures)} of {len(comparisons)}; a dashed frame marks an unmatched detection."
-        " All of them are in the folder pictures.",
+        f" All {len(comparisons)} are in the folder pictures.",
     )
     parts = [
         report.verdict(numbers["verdict"] == "PASSED", text),

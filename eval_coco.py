@@ -45,6 +45,7 @@ from visualize import mark_box
 # Above this score threshold detections are missing that average precision counts.
 MEANINGLESS_FROM = 0.05
 CLASSES_PLOTTED = 6
+DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
 def parse_args(argv=None):
@@ -223,7 +224,9 @@ def write_report(path, args, metadata, evaluation, worst, truth, evaluated):
         report.section("COCO numbers", report.table(("", kind), numbers, "numbers")),
         report.section("Precision and recall", report.plots(*curves(evaluation))),
         report.section(
-            "Classes", report.table(("class", "objects", "AP", "AP50"), rows, "classes"), note="Best first."
+            "Classes",
+            report.table(("class", "objects", "AP", "AP50"), rows, "classes"),
+            note=f"Best first, all {len(rows)} of them.",
         ),
     ]
     if worst:
@@ -254,13 +257,25 @@ def curves(evaluation):
     lines["most frequent classes, IoU 0.50"] = {name: evaluation.class_curves[key] for key, name, *_ in common}
 
     def draw(axes, title):
-        for label, precision in lines[title].items():
-            axes.plot(recall, precision, label=label.replace("$", r"\$"))  # between two it would read mathematics
+        # Lines that coincide are all seen: each is thinner than those below it, and broken in another way.
+        for i, (label, precision) in enumerate(lines[title].items()):
+            label = label.replace("$", r"\$")  # between two it would read mathematics
+            axes.plot(recall, precision, label=label, linewidth=max(1.2, 3.2 - i), linestyle=DASHES[i % len(DASHES)])
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
         if lines[title]:
-            axes.legend()
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)  # beside the curves
 
     return [report.plot(lambda axes, title=title: draw(axes, title)) for title in lines]
+
+
+def found_instead(mistake, truth):
+    """What was found in place of a missed object."""
+    if not mistake.instead:
+        return "nothing found there"
+    score, other = mistake.instead["score"], mistake.instead["category_id"]
+    if other == mistake.category_id:
+        return f"found, but with {score:.2f}"
+    return f"found there: {truth.cats.get(other, {}).get('name', other)} {score:.2f}"
 
 
 def mistakes(found, files, truth, unit, load):
@@ -271,6 +286,8 @@ def mistakes(found, files, truth, unit, load):
         picture = mark_box(Image.fromarray(load(files[mistake.image_id])), (y, x, y + height, x + width))
         name = truth.cats.get(mistake.category_id, {}).get("name", mistake.category_id)
         caption = f"{name}: {unit} {mistake.weight:.2f}, {files[mistake.image_id].name}"
+        if unit != "score":
+            caption += f"; {found_instead(mistake, truth)}"
         figures.append((report.shrink(picture, 480), caption))
     return report.pictures(figures, 4) if figures else "<p>None.</p>"
 

@@ -3,6 +3,7 @@
 Boxes are [ymin, xmin, ymax, xmax] in Detections and [x, y, width, height] in pixels in COCO's files.
 """
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -54,6 +55,7 @@ class Mistake:
     category_id: int | str | float
     box: list  # [x, y, width, height] in pixels
     weight: float  # of a false alarm its score, of a missed object its share of the image's area
+    instead: dict | None = None  # for a missed object: the surest COCO result that overlaps it by half, of any class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +242,9 @@ def find_mistakes(truth, results, image_ids, detection_type="bbox"):
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
         evaluation.evaluate()
     images, categories = list(truth.imgs), list(truth.cats)
-    missed, false_alarms = [], []
+    missed, false_alarms, of_image = [], [], collections.defaultdict(list)
+    for entry in results:
+        of_image[entry["image_id"]].append(entry)
     for image in filter(None, evaluation.evalImgs):
         key = images[image["image_id"] - 1], categories[image["category_id"] - 1]
         rows = zip(image["dtIds"], image["dtScores"], image["dtMatches"][0], image["dtIgnore"][0], strict=True)
@@ -251,8 +255,21 @@ def find_mistakes(truth, results, image_ids, detection_type="bbox"):
             if not ignored and not matched:
                 note, size = truth.anns[wanted], truth.imgs[key[0]]
                 whole = size.get("width", 1) * size.get("height", 1)
-                missed.append(Mistake(*key, note["bbox"], note["bbox"][2] * note["bbox"][3] / whole))
+                instead = _surest_on(note["bbox"], of_image[key[0]])
+                missed.append(Mistake(*key, note["bbox"], note["bbox"][2] * note["bbox"][3] / whole, instead))
     return tuple(sorted(mistakes, key=lambda mistake: -mistake.weight) for mistakes in (missed, false_alarms))
+
+
+def _surest_on(box, results):
+    """The result of the highest score that overlaps the box [x, y, width, height] by half, or None."""
+    if not results:
+        return None
+    iou = rle.iou(np.float64([entry["bbox"] for entry in results]), np.float64([box]), [0])[:, 0]
+    return max((entry for entry, overlap in zip(results, iou, strict=True) if overlap >= 0.5), key=_score, default=None)
+
+
+def _score(entry):
+    return entry["score"]
 
 
 def _load_results(truth, results):

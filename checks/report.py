@@ -1,18 +1,28 @@
 """A report as one self-contained HTML page: numbers, plots (SVG, by matplotlib) and pictures inside the file."""
 
 import base64
+import contextlib
+import datetime
 import functools
 import html
+import importlib.metadata
 import io
+import platform
+import shlex
+import sys
 import warnings
 from pathlib import Path
 
 from commandline import warn, whole_file
+from commandline.version import VERSION
 
 from PIL import Image
 
 from fonts import label_font
 
+# Packages whose versions decide numbers and pictures.
+PACKAGES = ("tensorrt", "onnxruntime", "openvino", "tensorflow", "tensorflow-cpu", "numpy", "Pillow")
+PACKAGES += ("faster-coco-eval", "pycocotools")
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --good: #1a7f37; --bad: #c62828; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
@@ -21,12 +31,14 @@ p.note { opacity: .75; margin-top: .2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; } thead th { background: var(--soft); position: sticky; top: 0; }
-.scroll { max-height: 30rem; overflow: auto; display: inline-block; border: 1px solid var(--line); }
+.scroll { overflow-x: auto; display: inline-block; max-width: 100%; border: 1px solid var(--line); }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots figure { margin: 0; background: #fff; border-radius: 6px; }
 .plots svg { max-width: 100%; height: auto; display: block; }
 .pictures { display: grid; gap: 1rem; } .pictures figure { margin: 0; }
 .pictures img { width: 100%; height: auto; object-fit: contain; object-position: left top; display: block; }
 .pictures.small img { max-height: 20rem; }
+@media (max-width: 700px) { .pictures.small { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .5rem; } footer code { overflow-wrap: anywhere; }
 figcaption { font-size: .85rem; opacity: .85; padding: .2rem 0; overflow-wrap: anywhere; }
 .passed { color: var(--good); } .failed { color: var(--bad); } .verdict { font-weight: 600; font-size: 1.1rem; }
 """
@@ -38,10 +50,24 @@ def write_page(path, title, subtitle, parts):
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
-        f'<p class="note">{html.escape(subtitle)}</p>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
+        f'<p class="note">{html.escape(subtitle)}</p>\n' + "\n".join([*parts, _footer()]) + "\n</body>\n</html>\n"
     )
     with whole_file(path) as temporary:
         Path(temporary).write_text(page, encoding="utf-8")
+
+
+def _footer():
+    """When, by which command and with which versions a page was made."""
+    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    versions = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return (
+        f'<footer class="note"><p>{made}, version {VERSION}</p>\n<p><code>{html.escape(line)}</code></p>\n'
+        f"<p>{html.escape(', '.join(versions))}</p></footer>"
+    )
 
 
 def section(title, *parts, note=""):
@@ -50,7 +76,7 @@ def section(title, *parts, note=""):
 
 
 def table(columns, rows, identity=""):
-    """A table that scrolls where it is long. columns: names; rows: lists of str; identity: its id."""
+    """A table, all of its rows. columns: names; rows: lists of str; identity: its id."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     head = f"<thead><tr>{head}</tr></thead>" if any(columns) else ""
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)

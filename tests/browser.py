@@ -20,7 +20,7 @@ addEventListener("load", () => {
 </script>"""
 
 
-def open_page(path):
+def open_page(path, width=1200):
     """Returns (text of the page, SVG text included; pictures; broken pictures; collapsed parts; whether it is too wide)."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
@@ -34,7 +34,7 @@ def open_page(path):
             "--disable-component-update",
             f"--user-data-dir={folder}/profile",
         ]
-        options += ["--window-size=1200,900", "--virtual-time-budget=20000", "--dump-dom"]
+        options += [f"--window-size={width},900", "--virtual-time-budget=20000", "--dump-dom"]
         done = subprocess.run([chromium, *options, copy.as_uri()], capture_output=True, text=True, timeout=120)
     dom = done.stdout
     pictures, broken, collapsed, wide = re.search(r"<title>(.*?)</title>", dom)[1].split(",")

@@ -1,10 +1,12 @@
 """eval_coco.py: COCO's numbers are right, whatever the annotations and images are like, and the report shows them."""
 
 import csv
+import datetime
 import json
 import shutil
 
 from commandline import UserError
+from commandline.version import VERSION
 
 import numpy as np
 import pytest
@@ -151,6 +153,22 @@ def test_a_crowd_is_neither_missed_nor_a_false_alarm(tmp_path):
     assert [row[2] for row in evaluation.classes] == [0, 1]
 
 
+def test_a_miss_says_what_is_there_instead(tmp_path):
+    """Another class, the right one with a low score, or nothing."""
+    path = write_annotations(
+        tmp_path / "a.json",
+        {1: ("a.jpg", 100, 100)},
+        [{"image_id": 1, "category_id": 1, "bbox": [x, 0, 20, 20], "area": 400} for x in (0, 30, 60)],
+        categories=(1, 2),
+    )
+    truth = coco.load_annotations(path)
+    found = [(0, 2, 0.8), (0, 2, 0.9), (30, 1, 0.1)]
+    results = [{"image_id": 1, "category_id": c, "bbox": [x, 1, 20, 20], "score": s} for x, c, s in found]
+    missed, _ = coco.find_mistakes(truth, results, [1])
+    texts = {mistake.box[0]: eval_coco.found_instead(mistake, truth) for mistake in missed}
+    assert texts == {0: "found there: thing 2 0.90", 30: "found, but with 0.10", 60: "nothing found there"}
+
+
 def test_files_are_matched_by_name_then_by_number(tmp_path):
     images = {7: ("folder/a photo.jpg", 10, 10), 8: ("8.jpg", 10, 10), 139: ("", 10, 10)}
     note = {"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "area": 1}
@@ -201,6 +219,12 @@ def test_the_demo_in_numbers_and_files(demo_model, tmp_path, capsys):
     assert "recall" in text  # the plot's text is text
     assert (broken, outside, wide) == (0, 0, False)
     assert pictures == (tmp_path / "out" / "report.html").read_text().count("<img")
+    assert all(name in text for name in ("circle", "square", "triangle", "star", "ring"))
+    assert f"version {VERSION}" in text
+    assert "onnxruntime" in text
+    assert f"{datetime.date.today()}" in text
+    _, _, _, outside, wide = open_page(tmp_path / "out" / "report.html", width=500)  # a phone
+    assert (outside, wide) == (0, False)
 
 
 def test_turned_photos_in_several_folders(demo_model, turned_demo, tmp_path, capsys):
@@ -262,7 +286,6 @@ def test_mistakes_are_named(demo_model, tmp_path):
     fails("missing.json: no such file", annotations=tmp_path / "missing.json")
     fails("empty", input=tmp_path / "empty")
     fails("gives no masks", detection_type="segmentation")
-    fails("--batch_size 0", batch_size=0)
     shutil.copy(DEMO / "images" / "shapes_01.jpg", tmp_path / "empty" / "other.jpg")
     fails("knows none of the 1 images", input=tmp_path / "empty")
     (tmp_path / "empty" / "shapes_01.jpg").write_bytes(b"broken")

@@ -176,6 +176,18 @@ def assert_letters_fit_the_page(sheet, path, model):
     assert as_seen < as_large / 10
 
 
+def test_pictures_of_the_run_before_are_not_left(convert, tmp_path, capsys):
+    """Fewer images: the folder holds those of this run, and what else was put there."""
+    model = convert("demo", "--batch_size", "dynamic")[0]
+    run(tmp_path, capsys, engine=model, num_images=3)
+    (tmp_path / "pictures" / "mine.jpg").write_bytes(b"mine")
+    run(tmp_path, capsys, engine=model, num_images=2)
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"shapes_01.jpg", "shapes_02.jpg", "mine.jpg"}
+    text = open_page(tmp_path / "report.html", width=500)
+    assert "All 2 are in the folder pictures" in text[0]
+    assert text[3:] == (0, False)
+
+
 def test_a_model_that_differs_fails(convert, tmp_path, capsys):
     """An engine that misses what TensorFlow finds: FAILED, and the pictures mark what is unmatched."""
     agreeing = convert("demo", "--batch_size", "dynamic")[0]
