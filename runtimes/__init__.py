@@ -1,8 +1,16 @@
-"""Runs model files: `open_detector(path)` returns a detector.Detector."""
+"""Runs model files: `open_detector(path)` returns a detector.Detector, `detect(detector, image)` what is in an image.
+
+Any thread may call `infer` and `detect` of an open detector: an engine takes them one at a time, ONNX Runtime runs them
+beside one another. `start` and `finish` belong to one thread.
+"""
 
 from pathlib import Path
 
 from commandline import UserError
+
+from runtimes.detector import detect
+
+__all__ = ["detect", "open_detector"]
 
 # How files begin that are given by mistake: (offset, bytes, what they are).
 FOREIGN = (

@@ -4,11 +4,14 @@ B is the number of images in a batch, D of detections in an image.
 """
 
 import dataclasses
+import os
 import typing
 
 import numpy as np
 
+from images.decoding import load_image
 from images.resizing import preprocess
+from tfod.labels import default_labels
 
 # What a detector counts its seconds of, in `spent`: copies to and from the GPU, network, taking the results apart.
 STAGES = ("copy", "network", "postprocess")
@@ -83,6 +86,33 @@ class Detector(typing.Protocol):
     def __enter__(self): ...
 
     def __exit__(self, *exception): ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One object in an image."""
+
+    name: str  # of its class; the class's number from 0 where it has no name
+    score: float
+    box: tuple  # ymin, xmin, ymax, xmax in pixels of the image
+    label: int  # its class, from 0
+    mask: np.ndarray | None  # [h, w], the probability of the object, over its box
+
+
+def detect(detector, image, threshold=0.3, names=None):
+    """The objects in one image that score `threshold` and more, surest first: a list of Found.
+
+    image: RGB [height, width, 3], 0..255, or the path of a file. names: of the classes; default: those in the model's file, COCO's for 90 classes.
+    Raises
+    images.decoding.ImageError for a file that cannot be read.
+    """
+    pixels = load_image(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
+    found = detect_image(detector, pixels).above(threshold)
+    names = names or detector.metadata.get("labels") or default_labels(detector.metadata["num_classes"])
+    boxes = found.boxes * np.float32(pixels.shape[:2] * 2)
+    masks = [None] * len(boxes) if found.masks is None else found.masks
+    rows = zip(found.scores.tolist(), boxes.tolist(), found.classes.tolist(), masks, strict=True)
+    return [Found(names[label] or str(label), score, tuple(box), label, mask) for score, box, label, mask in rows]
 
 
 def detect_image(detector, image):

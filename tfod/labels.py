@@ -3,6 +3,7 @@
 Names are lists by class, counted from 0; None where a class has no name.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -120,7 +121,12 @@ def labels_of(path, metadata, engine):
     else COCO's for a model of 90 classes, else none. Warns of those that pictures cannot show."""
     count = metadata["num_classes"]
     names = read_labels(path, count) if path else metadata.get("labels") or find_labels([Path(engine).parent], count)[1]
-    if not names and count == COCO_CLASSES:
-        names = read_labels(COCO_LABELS, count)
-    label_font.warn_of_undrawable(names or [])
-    return names or [None] * count
+    names = names or default_labels(count)
+    label_font.warn_of_undrawable(names)
+    return names
+
+
+@functools.cache
+def default_labels(count):
+    """The names of a model's classes that has none of its own: COCO's where there are 90, else None each."""
+    return read_labels(COCO_LABELS, count) if count == COCO_CLASSES else [None] * count
