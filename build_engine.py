@@ -172,13 +172,13 @@ def calibrate(args, model, metadata):
 
     def inputs():
         for batch in progress(batches, unit="batch", desc="calibrating"):
-            yield network_inputs(batch.tensor, batch.true_shapes, spec)
+            yield network_inputs(batch.tensors, batch.true_shapes, spec)
 
     def detect(candidate):
         found = []
         with OrtDetector(args.onnx, candidate) as detector:
             for batch in batches:
-                found += detector.infer(batch.tensor, batch.true_shapes)
+                found += detector.infer(batch.tensorss, batch.true_shapes)
                 if len(found) >= quantization.JUDGED_IMAGES:
                     break
         return found

@@ -37,8 +37,8 @@ from checks.annotations import keep_masks, open_annotations
 from checks.matching import match_categories
 from images.decoding import load_image
 from runtimes import open_detector
-from runtimes.pipeline import Later, choose_batch_size, detect_files, open_workers
-from runtimes.workers import process_pool
+from runtimes.pipeline import choose_batch_size, detect_files, open_workers
+from runtimes.workers import PROCESSES_FROM_CORES, PROCESSES_FROM_IMAGES, Workers
 from tfod.labels import LABELS_HELP, labels_of
 from visualize import mark_box
 
@@ -112,9 +112,11 @@ def main(argv=None):
         names = labels_of(args.labels, metadata, args.engine)
         categories = match_categories(args.annotations, truth, names, metadata)
         output = make_folder(args.output) if args.output else None
-        with open_workers(detector, len(known)) as workers:
+        usual = 1 if metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
+        size = choose_batch_size(detector, args.batch_size, usual)
+        with open_workers(detector, len(known), size) as workers:
             try:
-                results, evaluated, seconds = detect(detector, known, workers, args)
+                results, evaluated, seconds = detect(detector, known, size, workers, args)
             except KeyboardInterrupt:
                 print("stopped: nothing was evaluated, nothing was written", file=sys.stderr)
                 return 130
@@ -160,14 +162,12 @@ def check_model(metadata, args):
         )
 
 
-def detect(detector, known, workers, args):
-    """Runs the detector on the files of `known` {path: image id}.
+def detect(detector, known, batch_size, workers, args):
+    """Runs the detector on the files of `known` {path: image id}, batch_size at a time.
 
     Returns (COCO results, those of `known` that could be read, seconds). Workers decode ahead of the network,
     masks are pasted in processes behind it.
     """
-    usual = 1 if detector.metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
-    size = choose_batch_size(detector, args.batch_size, usual)
     masks = args.detection_type == "segmentation"
     to_results = functools.partial(
         coco.results_of,
@@ -175,20 +175,20 @@ def detect(detector, known, workers, args):
         mask_threshold=args.iou_threshold if masks else None,
     )
     results, evaluated, started = [], {}, time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress(known, unit="image"))
-        pool = workers
-        if masks and not workers.processes:
-            pool = stack.enter_context(process_pool(max(1, (os.cpu_count() or 2) - 1)))
+    load = functools.partial(load_image, **image_options(args))
+    # To paste masks holds Python's lock: processes do it, on however few cores.
+    pasting = Workers(PROCESSES_FROM_IMAGES, cores=max(PROCESSES_FROM_CORES, os.cpu_count() or 1)) if masks else workers
+    with contextlib.nullcontext() if pasting is workers else pasting, progress(known, unit="image") as bar:
 
-        def work(path, _, placement, found):
-            task = found.above(args.nms_threshold), known[path], (placement.height, placement.width)
-            return Later(pool, to_results, *task) if masks else to_results(*task)
+        def found_in_files():
+            for item in detect_files(detector, list(known), batch_size, workers, load=load):
+                evaluated[item.path] = known[item.path]
+                shape = item.placement.height, item.placement.width
+                yield item.found.above(args.nms_threshold), known[item.path], shape
 
-        load = functools.partial(load_image, **image_options(args))
-        for path, found in detect_files(detector, list(known), size, work, workers, load=load):
-            evaluated[path] = known[path]
-            results += found
+        made = pasting.map(to_results, found_in_files()) if masks else (to_results(*item) for item in found_in_files())
+        for entries in made:
+            results += entries
             bar.update()
     return results, evaluated, time.perf_counter() - started
 

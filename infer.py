@@ -13,7 +13,6 @@ line of a labels file). Results lie in the output folder as the images do in the
 seen from the folder that has them all. Exit status 1 if an image could not be read.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -43,11 +42,17 @@ from commandline.options import (
 import numpy as np
 
 from checks import coco
-from image_batcher import ImageBatcher, decoded
 from images.decoding import load_image, simplejpeg
 from runtimes import open_detector
-from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files, open_workers
-from runtimes.stream import detect_stream, in_order
+from runtimes.pipeline import (
+    Times,
+    batcher_for,
+    choose_batch_size,
+    detect_files,
+    naming_results_of,
+    open_workers,
+)
+from runtimes.stream import detect_stream
 from runtimes.video import VideoReader, VideoWriter, is_video
 from runtimes.workers import Workers
 from tfod.labels import LABELS_HELP, labels_of
@@ -271,51 +276,47 @@ def results_file(path):
         results.end()
 
 
-def write_one(path, image, placement, found, name, options):
+def write_one(detected, name, options):
     """A worker's task: draws and writes one image's results as folder/NAME.tsv and .jpg or .png; returns COCO results.
 
-    image: of a Batch. found: Detections. name: for the results.
+    detected: a pipeline.Detected. name: for the results.
     """
-    size = placement.height, placement.width
-    if options.folder:
-        output = options.folder / name
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_results(output.with_name(f"{output.name}.tsv"), found.boxes * placement.size, found.scores, found.classes)
-        picture = options.draw(decoded(image, path, options.load), found)
-        write_picture(output.with_name(f"{output.name}.{options.format}"), picture)
-    stem = Path(path).stem
-    image_id = int(stem) if stem.isascii() and stem.isdigit() else str(path)  # as COCO names its images
-    return options.coco_results(found, image_id, str(path), size)
+    path, placement, found = detected.path, detected.placement, detected.found
+    with naming_results_of(path):
+        if options.folder:
+            output = options.folder / name
+            output.parent.mkdir(parents=True, exist_ok=True)
+            rows = found.boxes * placement.size, found.scores, found.classes
+            write_results(output.with_name(f"{output.name}.tsv"), *rows)
+            image = options.load(path) if detected.image is None else detected.image
+            write_picture(output.with_name(f"{output.name}.{options.format}"), options.draw(image, found))
+        stem = Path(path).stem
+        image_id = int(stem) if stem.isascii() and stem.isdigit() else str(path)  # as COCO names its images
+        return options.coco_results(found, image_id, str(path), (placement.height, placement.width))
 
 
 def process(detector, images, batch_size, options, results):
     """Runs `detector` on the Images, writes the results, prints what was found and the rates; returns the status."""
     files, names = images.files, dict(zip(images.files, images.names, strict=True))
-    times, written, summary = Times(), [], Summary()
+    times, summary, keep = Times(), Summary(), bool(options.folder)
 
-    def note():
-        written.append(True)
+    def chosen(workers):
+        for item in detect_files(detector, files, batch_size, workers, times, keep, options.load):
+            found = options.chosen(item.found)
+            summary.add(item.path, found)
+            yield dataclasses.replace(item, found=found), names[item.path], options
 
-    with open_workers(detector, len(files)) as workers, progress(files, unit="image") as bar:
-
-        def work(path, image, placement, found):
-            found = options.chosen(found)
-            summary.add(path, found)
-            return Later(workers, write_one, path, image, placement, found, names[path], options, then=note)
-
-        started = time.perf_counter()
-        done = detect_files(
-            detector, files, batch_size, work, workers, times, keep_images=bool(options.folder), load=options.load
-        )
+    with open_workers(detector, len(files), batch_size) as workers, progress(files, unit="image") as bar:
+        started, items = time.perf_counter(), chosen(workers)
+        written = workers.map(write_one, items)
         try:
-            for _, entries in done:
+            for entries in written:
                 results.add(entries)
                 bar.update()
         except KeyboardInterrupt:
-            done.close()
-            workers.close()
+            written.close()
             where = f"are in {options.folder}" if options.folder else "were found"
-            print(f"stopped: the results of {len(written)} of {len(files)} images {where}", file=sys.stderr)
+            print(f"stopped: the results of {workers.finished} of {len(files)} images {where}", file=sys.stderr)
             return 130
         seconds = time.perf_counter() - started
     if not times.images:
@@ -323,7 +324,7 @@ def process(detector, images, batch_size, options, results):
     print(summary.text(options.threshold))
     print(
         f"{times.images} images in {seconds:.1f} s on {detector.runtime}: {times.images / seconds:.1f} images/s;"
-        f" per image: {stages(times)}"
+        f" per image: {stages(times, workers.seconds)}"
     )
     if times.skipped:
         print(f"{times.skipped} of {len(files)} images were skipped (see the warnings)")
@@ -346,10 +347,9 @@ def process_video(detector, source, batch_size, options, results, frames):
         output = stack.enter_context(VideoResults(options.folder, name, video.rate)) if options.folder else None
         total = min(filter(None, (frames, video.frames)), default=None)
         bar = stack.enter_context(progress(None, total=total, unit="frame"))
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        workers = stack.enter_context(Workers(0, cores=1))
 
-        def finish(item):
-            number, image, found = item
+        def finish(number, image, found):
             if output:
                 output.add(number, options.draw(image, found), found, image.shape[:2])
             return options.coco_results(found, number, source, image.shape[:2])
@@ -362,12 +362,12 @@ def process_video(detector, source, batch_size, options, results, frames):
                 yield number, image, found
 
         try:
-            for entries in in_order(pool, finish, found_in_frames(), batch_size + 2):
+            for entries in workers.map(finish, found_in_frames()):
                 results.add(entries)
                 bar.update()
         except KeyboardInterrupt:
             status = 0 if video.is_live else 130
-            pool.shutdown(cancel_futures=True)
+            workers.close()
             print(f"stopped after {output.frames if output else summary.images} frames", file=sys.stderr)
     seconds = time.perf_counter() - started
     if not summary.images:
@@ -413,15 +413,15 @@ class VideoResults:
         return self._files.__exit__(*exception)
 
 
-def stages(times):
-    """Milliseconds per image of each stage; they overlap."""
+def stages(times, work=0.0):
+    """Milliseconds per image of each stage; they overlap. work: seconds of drawing and writing."""
     ms = {
         "decode": times.decode,
         "resize": times.resize,
         "copy": times.copy,
         "network": times.network,
         "postprocess": times.postprocess,
-        "results": times.work,
+        "results": work,
     }
     return ", ".join(f"{name} {1000 * value / times.images:.2f} ms" for name, value in ms.items())
 
@@ -430,53 +430,32 @@ def benchmark(detector, files, args):
     """Prints what each stage takes, what it could do alone, and how near the whole comes to the slowest of them."""
     size = choose_batch_size(detector, args.batch_size, 1)
     repeated = list(itertools.islice(itertools.cycle(files), max(size, args.benchmark_images)))
-    with open_workers(detector, len(repeated)) as workers:
+    with open_workers(detector, len(repeated), size) as workers:
         workers.warm_up()
         load = functools.partial(load_image, **image_options(args))
-        decoder = decoder_limit(detector, repeated, size, workers, load)
-        network = network_limit(detector, repeated, size, load)
+        batcher, begun = batcher_for(detector, repeated, size, workers, load=load), time.perf_counter()
+        some = None
+        for batch in batcher:
+            some = some or (list(map(np.copy, batch.tensors)), batch.true_shapes)
+        if some is None:
+            raise UserError(f"none of the {len(files)} images could be read")
+        decoder = (len(repeated) - batcher.skipped) / (time.perf_counter() - begun)
+        network = detector.images_per_second(*some, len(repeated))
         times, begun = Times(), time.perf_counter()
-
-        def work(path, image, placement, found):
-            return found.above(args.nms_threshold)
-
-        for _ in detect_files(detector, repeated, size, work, workers, times, load=load):
-            pass
+        for item in detect_files(detector, repeated, size, workers, times, load=load):
+            item.found.above(args.nms_threshold)
         seconds = time.perf_counter() - begun
-    if not times.images:
-        raise UserError(f"none of the {len(files)} images could be read")
     whole, lower = times.images / seconds, min(decoder, network)
-    busy = times.decode + times.resize + times.copy + times.network + times.postprocess + times.work
+    busy = times.decode + times.resize + times.copy + times.network + times.postprocess
     print(f"{times.images} images of {show_inputs(args.input)}, {size} at a time, {args.engine} on {detector.runtime}")
     kind = "processes" if workers.processes else "threads"
     print(f"per image: {stages(times)}; {busy / seconds:.2f} stages at work at a time; {workers.count} {kind}")
     print(f"end to end            {whole:8.1f} images/s")
     print(f"network alone         {network:8.1f} images/s")
     print(f"decode and resize     {decoder:8.1f} images/s")
-    following = command("infer.py", "--engine", args.engine, "--input", args.input, "--output", "results")
+    following = command("infer.py", "--engine", args.engine, "--input", *args.input, "--output", "results")
     print(f"{100 * whole / lower:.0f} % of the lower limit. Nothing was written. Next: {following}")
     return 0
-
-
-def decoder_limit(detector, files, size, workers, load):
-    """Images per second that are decoded, resized and put into batches, with nothing else to do."""
-    batcher, count, begun = batcher_for(detector, files, size, workers, load=load), 0, time.perf_counter()
-    for batch in batcher:
-        count += len(batch.paths)
-        batcher.reuse(batch)
-    seconds = time.perf_counter() - begun
-    batcher.close()
-    return count / seconds
-
-
-def network_limit(detector, files, size, load):
-    """Images per second of the network alone on one batch again and again; on a GPU without copies and all else."""
-    with Workers(0) as workers:
-        batcher = ImageBatcher(files[: 4 * size], detector.metadata["resizer"], size, workers, load=load)
-        batch = next(iter(batcher), None)
-    if batch is None:
-        return float("inf")
-    return detector.images_per_second(batch.tensor, batch.true_shapes, len(files))
 
 
 if __name__ == "__main__":

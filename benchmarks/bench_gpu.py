@@ -158,7 +158,7 @@ def make_calibrator(trt, cuda, metadata, calib_input):
             batch = next(batches, None)
             if batch is None or len(batch.paths) < CALIBRATION_BATCH:
                 return None
-            inputs = network_inputs(batch.tensor, batch.true_shapes, spec)
+            inputs = network_inputs(batch.tensors, batch.true_shapes, spec)
             for name in names:
                 self.buffers.setdefault(name, cuda.mem_alloc(inputs[name].nbytes))
                 cuda.memcpy_htod(self.buffers[name], inputs[name])

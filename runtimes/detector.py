@@ -60,7 +60,7 @@ class Detector(typing.Protocol):
     spent: dict  # {stage of STAGES: seconds so far}
 
     def infer(self, batch, true_shapes=None):
-        """batch: [B, height, width, 3] RGB 0..255, B at most max_batch. Returns B Detections.
+        """batch: [B, height, width, 3] RGB 0..255, or a list of such images; B at most max_batch. Returns B Detections.
 
         true_shapes: [B, 2] height and width in pixels of the images within padded inputs
         (images.resizing.Placement.true_shape); None: they fill them. Raises ValueError for another shape or a larger batch.
@@ -69,14 +69,12 @@ class Detector(typing.Protocol):
     def start(self, batch, true_shapes=None):
         """Like infer, but returns at once; `finish` takes what this returns and gives the Detections.
 
-        At most batches_ahead at a time, finished in the order in which they were started. The batch is read until then.
+        At most batches_ahead at a time, finished in the order in which they were started. A list of images is read before
+        this returns, an array perhaps until it is finished.
         """
 
     def finish(self, ticket):
         """Waits for a batch that was started; returns its Detections."""
-
-    def page_lock(self, array):
-        """Prepares memory (whole pages) for fast copies from it; returns what is called to undo that, or None."""
 
     def images_per_second(self, batch, true_shapes=None, images=500):
         """The rate of the network alone, on a batch (see infer) again and again, of about so many images."""
@@ -135,35 +133,40 @@ def input_spec(metadata):
     )
 
 
-def network_inputs(batch, true_shapes, spec):
+def network_inputs(batch, true_shapes, spec, memory=None):
     """{input name: array}: a batch (see Detector.infer) in the network's type and layout, filled up to a fixed batch size.
 
-    What is so already (ImageBatcher with this spec) is not copied, but to be filled up.
+    memory: {input name: array} to put it into. An array that is so already is not copied, without `memory`.
     """
-    inputs = {spec.name: _arrange(batch, spec)}
+    if spec.batch is not None and len(batch) > spec.batch:
+        raise ValueError(f"the network takes at most {spec.batch} images at a time, not {len(batch)}")
+    for image in batch:
+        if np.shape(image) != (spec.height, spec.width, 3):
+            raise ValueError(f"the network takes [{spec.height}, {spec.width}, 3] images, not {list(np.shape(image))}")
+    size = spec.batch or len(batch)
+    inputs = {spec.name: _arranged(batch, size, spec, memory and memory[spec.name])}
     if spec.true_shape:
-        shapes = np.tile(np.float32([spec.height, spec.width]), (spec.batch or len(batch), 1))
+        shapes = memory[spec.true_shape] if memory else np.empty((size, 2), np.float32)
+        shapes[:] = spec.height, spec.width
         if true_shapes is not None:
             shapes[: len(batch)] = true_shapes
         inputs[spec.true_shape] = shapes
     return inputs
 
 
-def _arrange(batch, spec):
-    """[B, H, W, 3] in the network's type and layout, filled up with zeros to a fixed batch size."""
-    batch = np.asarray(batch)
-    if batch.ndim != 4 or batch.shape[1:] != (spec.height, spec.width, 3):
-        raise ValueError(f"the network takes [n, {spec.height}, {spec.width}, 3] images, not {list(batch.shape)}")
-    if spec.batch is not None and len(batch) > spec.batch:
-        raise ValueError(f"the network takes at most {spec.batch} images at a time, not {len(batch)}")
-    if spec.dtype == np.uint8 and batch.dtype != np.uint8:
-        batch = np.rint(batch)
-    batch = batch.astype(spec.dtype, copy=False)
-    if spec.batch is not None and len(batch) < spec.batch:
-        batch = np.concatenate([batch, np.zeros((spec.batch - len(batch), *batch.shape[1:]), spec.dtype)])
-    if spec.layout == "NCHW":
-        batch = batch.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(batch)
+def _arranged(batch, size, spec, memory):
+    """Images in the network's type and layout: [size, H, W, 3] or [size, 3, H, W], filled up with zeros."""
+    is_so = isinstance(batch, np.ndarray) and (spec.layout, batch.dtype, len(batch)) == ("NHWC", spec.dtype, size)
+    if memory is None and is_so:
+        return np.ascontiguousarray(batch)
+    shape = (size, spec.height, spec.width, 3)
+    if memory is None:
+        memory = np.empty(shape if spec.layout == "NHWC" else (size, 3, *shape[1:3]), spec.dtype)
+    images = memory if spec.layout == "NHWC" else memory.transpose(0, 2, 3, 1)
+    for row, image in enumerate(batch):
+        images[row] = np.rint(image) if spec.dtype == np.uint8 and image.dtype != np.uint8 else image
+    images[len(batch) :] = 0
+    return memory
 
 
 def split_detections(outputs, images):

@@ -81,15 +81,15 @@ class OrtDetector:
         return self._sessions[threads]
 
     def infer(self, batch, true_shapes=None):
-        return self._counted(*self._run(self._session("infer"), batch, true_shapes))
-
-    def _run(self, session, batch, true_shapes):
-        """(Detections of each image, {stage: seconds})."""
         inputs = network_inputs(batch, true_shapes, self.input)
+        return self._counted(*self._run(self._session("infer"), inputs, len(batch)))
+
+    def _run(self, session, inputs, images):
+        """(Detections of each of the first `images` images, {stage: seconds})."""
         begun = time.perf_counter()
         outputs = dict(zip(self._outputs, session.run(self._outputs, inputs), strict=True))
         ended = time.perf_counter()
-        found = split_detections(outputs, len(batch))
+        found = split_detections(outputs, images)
         return found, {"network": ended - begun, "postprocess": time.perf_counter() - ended}
 
     def _counted(self, found, spent):
@@ -98,13 +98,11 @@ class OrtDetector:
         return found
 
     def start(self, batch, true_shapes=None):
-        return self._pool.submit(self._run, self._session("start"), batch, true_shapes)
+        inputs = network_inputs(batch, true_shapes, self.input)
+        return self._pool.submit(self._run, self._session("start"), inputs, len(batch))
 
     def finish(self, ticket):
         return self._counted(*ticket.result())
-
-    def page_lock(self, array):
-        return None  # nothing is gained
 
     def images_per_second(self, batch, true_shapes=None, images=500):
         self.infer(batch, true_shapes)

@@ -4,7 +4,6 @@ Tensor-name API only, which TensorRT 8.5, 8.6, 10 and 11 share (TensorRT develop
 """
 
 import collections
-import ctypes
 import functools
 import json
 import math
@@ -12,12 +11,11 @@ import threading
 import time
 from pathlib import Path
 
-from commandline import UserError, warn
+from commandline import UserError
 
 import numpy as np
 
 import onnx_utils
-from runtimes.cuda_driver import cuda_driver
 from runtimes.cuda_graph import CudaGraph
 from runtimes.detector import STAGES, input_spec, network_inputs, split_detections
 
@@ -103,15 +101,15 @@ def _on_gpu(method):
 
 
 class Slot:
-    """What a batch under way needs: GPU memory, page-locked memory for its results, events."""
+    """What a batch under way needs: GPU memory, page-locked memory to copy from and to, events."""
 
-    def __init__(self, cuda, input_bytes, output_bytes):
-        """input_bytes: {name of input: bytes}; output_bytes: of all outputs together. Raises pycuda's MemoryError."""
-        self.device_inputs = {name: cuda.mem_alloc(size) for name, size in input_bytes.items()}
+    def __init__(self, cuda, inputs, output_bytes):
+        """inputs: {name: (shape, type)}; output_bytes: of all outputs together. Raises pycuda's MemoryError."""
+        self.host_inputs = {name: cuda.pagelocked_empty(*kind) for name, kind in inputs.items()}
+        self.device_inputs = {name: cuda.mem_alloc(array.nbytes) for name, array in self.host_inputs.items()}
         self.device_outputs = cuda.mem_alloc(output_bytes)
         self.host_outputs = cuda.pagelocked_empty(output_bytes, np.uint8)
         self.begun, self.copied, self.computing, self.computed, self.done = (cuda.Event() for _ in range(5))
-        self.reading = None  # host memory that is being copied
 
     def seconds(self):
         """(copying, computing) once `done` has come."""
@@ -174,8 +172,8 @@ class TrtDetector:
         self.max_batch = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
         try:
             for _ in range(SLOTS):
-                sizes = {name: self._bytes(name, self.max_batch) for name in self._inputs}
-                self._slots.append(Slot(cuda, sizes, self._places(self.max_batch)[1]))
+                inputs = {name: (self._shape(name, self.max_batch), self._types[name]) for name in self._inputs}
+                self._slots.append(Slot(cuda, inputs, self._places(self.max_batch)[1]))
         except cuda.MemoryError as error:
             raise UserError(f"--engine {self._path}: too little GPU memory; build it for a smaller --batch") from error
 
@@ -199,22 +197,6 @@ class TrtDetector:
         return {name: tuple(self._engine.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
 
     @_on_gpu
-    def page_lock(self, array):
-        # By the driver: pycuda 2026.1's register_host_memory ended in a segmentation fault, with numpy 2.4.
-        driver, address = cuda_driver(), ctypes.c_void_p(array.ctypes.data)
-        error = driver.cuMemHostRegister_v2(address, ctypes.c_size_t(array.nbytes), 0)
-        if error:  # the right to lock memory may be limited
-            warn(
-                f"memory cannot be page-locked (CUDA error {error}): copies to the GPU take longer; ulimit -l sets how much may be"
-            )
-            return None
-        return lambda: self._page_unlock(address)
-
-    @_on_gpu
-    def _page_unlock(self, address):
-        cuda_driver().cuMemHostUnregister(address)
-
-    @_on_gpu
     def infer(self, batch, true_shapes=None):
         return self.finish(self.start(batch, true_shapes))
 
@@ -222,12 +204,12 @@ class TrtDetector:
     def start(self, batch, true_shapes=None):
         if len(batch) > self.max_batch:
             raise ValueError(f"the engine takes at most {self.max_batch} images at a time, not {len(batch)}")
-        inputs = network_inputs(batch, true_shapes, self.input)
-        size = len(inputs[self.input.name])
+        size = self.input.batch or len(batch)
         number, self._turn = self._turn, (self._turn + 1) % SLOTS
         slot, cuda = self._slots[number], self._cuda
-        # From memory that is not page-locked the driver copies before it returns: right, but not beside the network.
-        slot.reading = inputs
+        # From page-locked memory copies go on beside the network; the last that were made from it have ended: see `finish`.
+        memory = {name: array[:size] for name, array in slot.host_inputs.items()}
+        inputs = network_inputs(batch, true_shapes, self.input, memory)
         slot.begun.record(self._copying_in)
         for name, array in inputs.items():
             cuda.memcpy_htod_async(slot.device_inputs[name], array, self._copying_in)
@@ -251,7 +233,6 @@ class TrtDetector:
     def finish(self, ticket):
         slot, size, images, places = ticket
         slot.done.synchronize()
-        slot.reading = None
         begun = time.perf_counter()
         memory = slot.host_outputs.copy()
         results = {}
@@ -289,7 +270,7 @@ class TrtDetector:
         """Puts images (see infer) into the first slot for `benchmark` and `profile`; returns the CUDA graph on them or None."""
         self._turn = 0
         self.infer(batch)
-        size = len(network_inputs(batch, None, self.input)[self.input.name])
+        size = self.input.batch or len(batch)
         self._bind(0, size)
         return self._cuda_graphs[0, size]
 

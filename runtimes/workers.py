@@ -4,44 +4,47 @@ Threads share Python's lock, and numpy takes and leaves it dozens of times an im
 resized 970 images/s, 15 processes 2,466 (BENCHMARKS.md).
 """
 
+import collections
 import concurrent.futures
-import dataclasses
+import ctypes
 import functools
 import itertools
-import math
-import mmap
 import multiprocessing
 import os
 import signal
 import threading
 import time
 
-import numpy as np
+from commandline import UserError
+
+import image_batcher
 
 # From this many cores on, and for this many images, it pays to start processes: each takes a second.
 PROCESSES_FROM_CORES = 4
 PROCESSES_FROM_IMAGES = 200
-MOST_THREADS = 8
-# Bytes of network input that a process is given at a time: what handing them over costs is little against them.
-TASK_BYTES = 10e6
-MOST_TASK_IMAGES = 8
+MAX_THREADS = 8
+# Images that a process is given at a time, to decode and to draw on: handing them over one by one takes this process's
+# time. And bytes of network input at a time, at most.
+TOGETHER, DRAWN_TOGETHER, TOGETHER_BYTES = 8, 4, 10e6
 
 
 class Workers:
-    """An executor (`submit`) of processes or threads, and memory that its tasks can write to. A context manager."""
+    """An executor (`submit`) of processes or threads, and what keeps the order of their results. A context manager."""
 
-    def __init__(self, images, image_bytes=0, cores=None):
+    def __init__(self, images, image_bytes=0, batch_size=1, cores=None):
         """images: how many there will be; image_bytes: of one in the network's input; cores: default, all."""
         cores = cores or os.cpu_count() or 1
-        # What a task takes, two for each worker, and the batches of the detector besides.
-        self.task_images = max(1, min(MOST_TASK_IMAGES, int(TASK_BYTES / max(1, image_bytes))))
         self.processes = cores >= PROCESSES_FROM_CORES and images >= PROCESSES_FROM_IMAGES
-        self.processes &= hasattr(os, "memfd_create")  # Linux
+        self.count = cores - 1 if self.processes else min(cores, MAX_THREADS)  # this process needs a core
+        self.together = max(1, min(TOGETHER, int(TOGETHER_BYTES / max(1, image_bytes)))) if self.processes else 1
+        self.finished, self.seconds = 0, 0.0  # items of `map` that ended well, and seconds spent on them
+        # Memory for the tasks ahead, those of a batch, and one more on either side of it.
+        slots = 2 * self.count + -(-batch_size // self.together) + 2 if self.processes and image_bytes else 0
+        context = multiprocessing.get_context("spawn")  # forked ones would share the GPU's state
+        self.memory = [context.RawArray(ctypes.c_uint8, self.together * image_bytes) for _ in range(slots)]
         if self.processes:
-            self.count = cores - 1  # this process needs one
-            self._pool = process_pool(self.count)
+            self._pool = process_pool(self.count, image_batcher.attach, (self.memory,))
         else:
-            self.count, self.task_images = min(cores, MOST_THREADS), 1
             self._pool = concurrent.futures.ThreadPoolExecutor(self.count)
         self.submit = self._pool.submit
 
@@ -49,9 +52,45 @@ class Workers:
         """Waits until the workers have started."""
         concurrent.futures.wait([self.submit(time.sleep, 0.1) for _ in range(2 * self.count)])
 
-    def memory(self, shape, dtype):
-        """New memory for tasks to write to."""
-        return Memory(shape, dtype, self.processes)
+    def in_order(self, submit, items):
+        """Yields the results of submit(item), futures, in order; two for each worker are begun before they are asked for."""
+        begun = collections.deque()
+        try:
+            for item in items:
+                begun.append(submit(item))
+                if len(begun) >= 2 * self.count:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        except concurrent.futures.BrokenExecutor as error:
+            raise UserError(
+                "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
+            ) from error
+        finally:  # what runs may read memory that goes
+            concurrent.futures.wait([future for future in begun if not future.cancel()])
+
+    def map(self, function, items):
+        """Yields function(*item) for each of the items, in order. Any error is raised here."""
+        together = DRAWN_TOGETHER if self.processes else 1
+        items = iter(items)
+        chunks = iter(lambda: list(itertools.islice(items, together)), [])
+        try:
+            for results, _ in self.in_order(functools.partial(self._begin, function), chunks):
+                yield from results
+        finally:  # what makes the items may be at work too
+            if hasattr(items, "close"):
+                items.close()
+
+    def _begin(self, function, items):
+        future = self.submit(_call_each, function, items)
+        future.add_done_callback(self._count)
+        return future
+
+    def _count(self, future):
+        if not future.cancelled() and not future.exception():
+            results, seconds = future.result()
+            self.finished += len(results)
+            self.seconds += seconds
 
     def close(self):
         self._pool.shutdown(cancel_futures=True)
@@ -63,10 +102,16 @@ class Workers:
         self.close()
 
 
-def process_pool(count):
-    """A pool of fresh processes (forked ones would share the GPU's state), started. Ctrl-C does not reach them: what waits
-    for them ends them."""
-    pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+def _call_each(function, items):
+    """A worker's task: (results, seconds)."""
+    begun = time.perf_counter()
+    return [function(*item) for item in items], time.perf_counter() - begun
+
+
+def process_pool(count, initializer=None, arguments=()):
+    """A pool of fresh processes, started. Ctrl-C does not reach them: what waits for them ends them."""
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer, arguments)
     mine = threading.current_thread() is threading.main_thread()
     # What is ignored here is ignored by what is started here, from its first instruction on.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None
@@ -77,39 +122,3 @@ def process_pool(count):
         if mine:
             signal.signal(signal.SIGINT, before)
     return pool
-
-
-class Memory:
-    """Whole pages of memory as `array`; one that is shared reaches other processes by pickle."""
-
-    _numbers = itertools.count()
-
-    def __init__(self, shape, dtype, shared):
-        self._number = next(self._numbers)
-        self._shape, self._dtype = tuple(shape), np.dtype(dtype)
-        size = math.prod(self._shape) * self._dtype.itemsize
-        # A file without a name, so that none is left behind, however this process ends.
-        self._file = os.memfd_create("images") if shared else -1
-        if shared:
-            os.ftruncate(self._file, size)
-        self.array = np.frombuffer(mmap.mmap(self._file, size), self._dtype).reshape(self._shape)
-
-    def free(self):
-        """Shares the memory no more; it goes with the last array on it."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def __reduce__(self):
-        return _attached, (self._number, os.getpid(), self._file, self._shape, self._dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Attached:
-    array: np.ndarray
-
-
-@functools.lru_cache(maxsize=128)
-def _attached(number, process, file, shape, dtype):
-    """The memory of another process that it has as that file; number: of the memory, as files' numbers come again."""
-    return _Attached(np.memmap(f"/proc/{process}/fd/{file}", dtype, "r+", shape=shape))

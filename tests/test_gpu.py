@@ -18,9 +18,8 @@ from images.decoding import load_image
 from images.resizing import preprocess
 from runtimes import open_detector, ort_graph, quantization, trt_graph
 from runtimes.detector import detect_image
-from runtimes.pipeline import detect_files
+from runtimes.pipeline import detect_files, open_workers
 from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
-from runtimes.workers import Workers
 
 pytestmark = pytest.mark.gpu
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))[:8]
@@ -250,15 +249,15 @@ def test_infer_writes_the_same_table(engine, model, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_the_pipeline_gives_each_image_its_own(engine, size):
-    """Copies, network and results of several batches at once, from page-locked memory that processes write to."""
+    """Copies, network and results of several batches at once, from memory that processes write to."""
     files = PICTURES * 30
-    with open_detector(engine("fp32")[0]) as detector, Workers(10_000, 12, cores=4) as workers:
+    with open_detector(engine("fp32")[0]) as detector, open_workers(detector, 10_000, size) as workers:
         assert workers.processes
         wanted = {path: detect_image(detector, load_image(path)) for path in PICTURES}
-        results = list(detect_files(detector, files, size, lambda *x: x[3], workers))
-    assert [path for path, _ in results] == files
-    for path, found in results:
-        report = parity.match_by_rank(wanted[path], found, tie=1e-3)
+        results = list(detect_files(detector, files, size, workers))
+    assert [item.path for item in results] == files
+    for item in results:
+        report = parity.match_by_rank(wanted[item.path], item.found, tie=1e-3)
         assert report.unmatched == 0
         assert max(report.box_difference, report.score_difference) < 1e-3
 

@@ -1,6 +1,5 @@
 """Decoding and resizing are TensorFlow's; batches keep their order, bad files are named and skipped."""
 
-import mmap
 import time
 from pathlib import Path
 
@@ -122,10 +121,10 @@ def test_batches_keep_their_order_and_skip_bad_files(tmp_path, capsys):
     with Workers(0) as workers:
         batcher = ImageBatcher(find_images(tmp_path).files, FIXED, 4, workers)
         batches = list(batcher)
-    assert [len(b.paths) for b in batches] == [4, 3, 3]
+    assert [len(b.paths) for b in batches] == [4, 4, 2]
     stems = [Path(path).stem for b in batches for path in b.paths]
     assert stems == [f"{i:02}" for i in range(11) if i != 5]
-    assert [int(x[0, 0, 0]) for b in batches for x in b.tensor] == [int(stem) for stem in stems]
+    assert [int(x[0, 0, 0]) for b in batches for x in b.tensors] == [int(stem) for stem in stems]
     assert [p.width for b in batches for p in b.placements] == [40 + int(stem) for stem in stems]
     assert batcher.skipped == 1
     warning = capsys.readouterr().err
@@ -136,34 +135,45 @@ def test_batches_keep_their_order_and_skip_bad_files(tmp_path, capsys):
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 @pytest.mark.parametrize(("resizer", "processes"), [(FIXED, False), (PADDED, False), (PADDED, True)])
-def test_images_go_straight_to_where_the_network_takes_them(tmp_path, layout, dtype, resizer, processes):
-    """Into memory of the network's type and layout, used again for later batches, bad files left out."""
+def test_batches_are_what_the_network_takes(tmp_path, layout, dtype, resizer, processes):
+    """In its type and layout, in its own memory or one that is given, bad files left out, short batches filled up."""
     for i in range(14):
         Image.fromarray(noise(20 + i, 30)).save(tmp_path / f"{i:02}.png")
     for bad in ("00", "06", "07", "12", "13"):
         (tmp_path / f"{bad}.png").write_bytes(b"")
-    spec = InputSpec("images", None, resizer["height"], resizer["width"], layout, np.dtype(dtype), None)
-    locked, unlocked = [], []
-
-    def page_lock(array):
-        assert array.ctypes.data % mmap.PAGESIZE == 0
-        locked.append(array)
-        return lambda: unlocked.append(array)
-
-    seen = []
-    with Workers(1000, 12, cores=4 if processes else 1) as workers:
-        batcher = ImageBatcher(find_images(tmp_path).files * 3, resizer, 2, workers, spec, page_lock)
+    height, width = resizer["height"], resizer["width"]
+    spec = InputSpec("images", 2, height, width, layout, np.dtype(dtype), "shapes")
+    shape = (2, height, width, 3) if layout == "NHWC" else (2, 3, height, width)
+    memory = {"images": np.full(shape, 7, dtype), "shapes": np.zeros((2, 2), np.float32)}
+    seen, bytes_of_one = [], 3 * height * width * np.dtype(dtype).itemsize
+    with Workers(1000, bytes_of_one, 2, cores=4 if processes else 1) as workers:
+        assert workers.processes == processes
+        batcher = ImageBatcher(find_images(tmp_path).files * 3, resizer, 2, workers, dtype)
         for batch in batcher:
-            arranged = network_inputs(batch.tensor, None, spec)[spec.name]
-            assert any(np.shares_memory(arranged, array) for array in locked)
-            wanted = np.stack([preprocess(load_image(path), resizer)[0] for path in batch.paths])
-            np.testing.assert_array_equal(arranged, network_inputs(wanted, None, spec)[spec.name])
+            inputs = network_inputs(batch.tensors, batch.true_shapes, spec)
+            again = network_inputs(batch.tensors, batch.true_shapes, spec, memory)
+            assert again["images"] is memory["images"]
+            wanted, placements = zip(*(preprocess(load_image(path), resizer) for path in batch.paths), strict=True)
+            wanted = np.rint(wanted) if dtype == np.uint8 else np.array(wanted)
+            for found in (inputs["images"], again["images"]):
+                assert (found.dtype, found.shape) == (np.dtype(dtype), shape)
+                images = found if layout == "NHWC" else found.transpose(0, 2, 3, 1)
+                np.testing.assert_array_equal(images[: len(wanted)], wanted)
+                assert not images[len(wanted) :].any()
+            assert again["shapes"][: len(wanted)].tolist() == [list(p.true_shape) for p in placements]
             seen += [Path(path).stem for path in batch.paths]
-            batcher.reuse(batch)
-        assert not unlocked  # a GPU may still read it
-        batcher.close()
     assert seen == ["01", "02", "03", "04", "05", "08", "09", "10", "11"] * 3
-    assert 0 < len(locked) == len(unlocked) < 10
+    assert batcher.skipped == 15
+
+
+def test_an_array_that_is_so_already_is_not_copied():
+    spec = InputSpec("images", None, 4, 5, "NHWC", np.dtype(np.float32), None)
+    batch = np.zeros((3, 4, 5, 3), np.float32)
+    assert network_inputs(batch, None, spec)["images"] is batch
+    assert not np.shares_memory(network_inputs(list(batch), None, spec)["images"], batch)
+    for wrong in (batch[:, :-1], [batch[0][:-1]]):
+        with pytest.raises(ValueError, match="the network takes"):
+            network_inputs(wrong, None, spec)
 
 
 def test_decoding_runs_ahead_with_bounded_memory(tmp_path):

@@ -99,9 +99,9 @@ def test_windows(monkeypatch, convert, tmp_path):
     """What is only on Linux is not asked for: no memfd, no sysconf, and the driver is nvcuda.dll."""
     for name in ("memfd_create", "sysconf"):
         monkeypatch.delattr(os, name)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    with workers.Workers(10_000, 12) as pool:
-        assert not pool.processes
+    with workers.Workers(10_000, 12, cores=4) as pool:
+        assert pool.processes
+        assert list(pool.map(abs, ((-i,) for i in range(50)))) == list(range(50))
     model = convert("demo", "--batch_size", "dynamic")[0]
     assert infer.main(["--engine", str(model), "--input", str(DEMO / "images"), "--output", str(tmp_path / "out")]) == 0
     monkeypatch.setattr(sys, "platform", "win32")

@@ -20,14 +20,13 @@ from conftest import DEMO, ROOT
 import image_batcher
 import infer
 from checks import parity
-from image_batcher import SharedImage, decoded
 from images import decoding
 from images.decoding import load_image
 from images.resizing import preprocess
 from runtimes import open_detector
 from runtimes.detector import detect_image
 from runtimes.ort_detector import MOST_SIDE_BY_SIDE
-from runtimes.pipeline import Later, Times, batcher_for, choose_batch_size, detect_files
+from runtimes.pipeline import Times, choose_batch_size, detect_files, naming_results_of
 from runtimes.workers import Workers
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -51,64 +50,55 @@ def threads():
         yield workers
 
 
-def is_its_own(image, path, seconds, found):
-    """A task for the workers: (whether the image is still that of the path after so many seconds, found)."""
+@pytest.fixture
+def processes(demo_detector):
+    """Workers that are processes, on however few cores."""
+    spec = demo_detector.input
+    with Workers(10_000, 3 * spec.height * spec.width * 4, 20, cores=4) as workers:
+        assert workers.processes
+        assert (workers.count, workers.together) == (3, 8)
+        yield workers
+
+
+def is_its_own(detected, seconds):
+    """A task for the workers: whether the image is still that of the path after so many seconds."""
     time.sleep(seconds)
-    return np.array_equal(decoded(image, path), load_image(path)), found
+    image = detected.image
+    return image is None or np.array_equal(image, load_image(detected.path))
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes"])
-@pytest.mark.parametrize(("limit", "value"), [("MAX_KEPT_BYTES", 1000), ("KEPT_SHARE", 1e-7)])
-def test_large_images_are_read_again(demo_detector, request, kind, limit, value, monkeypatch):
-    """Those that are too large for the memory that workers may hand on; processes have little of it."""
-    monkeypatch.setattr(image_batcher, limit, value)
-    workers = request.getfixturevalue(kind)
-
-    def work(path, image, placement, found):
-        return np.array_equal(decoded(image, path), load_image(path)), image is None
-
-    results = [result for _, result in detect_files(demo_detector, PICTURES, 3, work, workers, keep_images=True)]
-    assert results == [(True, limit == "MAX_KEPT_BYTES" or kind == "processes")] * len(PICTURES)
-
-
-def test_decoded_images_take_a_part_of_the_memory(demo_detector, processes, monkeypatch):
-    """Those read ahead half of it: as many again may be waiting to be drawn on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(image_batcher, "KEPT_SHARE", 200e6 / memory)
-    batcher = batcher_for(demo_detector, PICTURES * 20, 3, processes, keep_images=True)
-    for batch in batcher:
-        assert all(image is not None for image in batch.images)
-        batcher.reuse(batch)
-    rows = sum(block.pixels.array.size for block in batcher._blocks)
-    batcher.close()
-    assert 50e6 < rows <= 100e6
+@pytest.mark.parametrize("limit", [1000, 36_000_000])
+def test_large_images_are_not_kept(demo_detector, threads, limit, monkeypatch):
+    """Who draws on them reads them again; processes read all again."""
+    monkeypatch.setattr(image_batcher, "MAX_KEPT_BYTES", limit)
+    found = list(detect_files(demo_detector, PICTURES, 3, threads, keep_images=True))
+    assert [item.image is None for item in found] == [limit == 1000] * len(PICTURES)
+    assert all(item.image is None for item in detect_files(demo_detector, PICTURES, 3, threads))
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 20])
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-@pytest.mark.parametrize("later", [False, True])
-def test_results_come_in_order_and_are_the_images_own(demo_detector, request, size, kind, later):
+def test_results_come_in_order_and_are_the_images_own(demo_detector, request, size, kind):
     workers = request.getfixturevalue(kind)
     files = [*PICTURES, *PICTURES[::-1], PICTURES[0]]
     wanted = {path: detect_image(demo_detector, load_image(path)) for path in PICTURES}
-    seconds = itertools.cycle((0.02, 0, 0.01))
+    seconds = itertools.cycle((0.02, 0, 0.01))  # some are done sooner than those before
+    times, seen = Times(), []
 
-    def work(path, image, placement, found):
-        assert isinstance(image, SharedImage) == workers.processes
-        assert (placement.height, placement.width) == load_image(path).shape[:2]
-        # Of those that are done later, some are done sooner than the ones before.
-        task = image, path, next(seconds), found
-        return Later(workers, is_its_own, *task) if later else is_its_own(*task)
+    def items():
+        for detected in detect_files(demo_detector, files, size, workers, times, keep_images=True):
+            seen.append(detected)
+            yield detected, next(seconds)
 
-    times = Times()
-    results = list(detect_files(demo_detector, files, size, work, workers, times, keep_images=True))
-    assert [path for path, _ in results] == files
-    for path, (right, found) in results:
-        report = parity.match_by_rank(wanted[path], found)
-        assert right
-        assert (report.unmatched, report.compared) == (0, len(found.scores))
+    assert list(workers.map(is_its_own, items())) == [True] * len(files)
+    assert [item.path for item in seen] == files
+    for item in seen:
+        assert (item.placement.height, item.placement.width) == load_image(item.path).shape[:2]
+        report = parity.match_by_rank(wanted[item.path], item.found)
+        assert (report.unmatched, report.compared) == (0, len(item.found.scores))
     assert times.images == len(files)
-    assert min(times.decode, times.resize, times.network, times.postprocess, times.work) > 0
+    assert min(times.decode, times.resize, times.network, times.postprocess, workers.seconds) > 0
+    assert workers.finished == len(files)
 
 
 def test_batches_side_by_side_are_those_one_after_another(model):
@@ -137,9 +127,9 @@ def test_batches_side_by_side_are_those_one_after_another(model):
 def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
     """However slow the work is, the stages before wait for it."""
     alive, most, lock = [0], [0], threading.Lock()
-    files = PICTURES * 20
+    read = []
 
-    def task():
+    def work(path):
         with lock:
             alive[0] += 1
             most[0] = max(most[0], alive[0])
@@ -147,13 +137,12 @@ def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
         with lock:
             alive[0] -= 1
 
-    read = []
-
     def load(path):
         read.append(path)
         return load_image(path)
 
-    done = detect_files(demo_detector, files, 2, lambda *_: Later(threads, task), threads, load=load)
+    detected = detect_files(demo_detector, PICTURES * 20, 2, threads, load=load)
+    done = threads.map(work, ((item.path,) for item in detected))
     for _ in range(10):
         next(done)
     assert len(read) < 60
@@ -161,42 +150,44 @@ def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
     assert most[0] <= 2
 
 
-def fail(reason):
-    raise OSError(reason)
+def fail(path, reason):
+    with naming_results_of(path):
+        raise OSError(reason)
+
+
+def fail_on_fourth(path):
+    return fail(path, "disk full") if path == PICTURES[3] else None
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-@pytest.mark.parametrize("later", [False, True])
-def test_an_error_stops_everything_and_names_the_file(demo_detector, request, kind, later):
+def test_an_error_stops_everything_and_names_the_file(demo_detector, request, kind):
     workers = request.getfixturevalue(kind)
     before = threading.active_count()
 
-    def work(path, *_):
-        if path == PICTURES[3]:
-            return Later(workers, fail, "disk full") if later else fail("disk full")
-        return None
+    def paths(files, size):
+        return ((item.path,) for item in detect_files(demo_detector, files, size, workers))
 
     with pytest.raises(UserError, match=r"shapes_04\.jpg: .*disk full"):
-        list(detect_files(demo_detector, PICTURES * 10, 2, work, workers))
+        list(workers.map(fail_on_fourth, paths(PICTURES * 10, 2)))
     start = demo_detector.start
-    with pytest.MonkeyPatch.context() as patch:  # batches of a shape that the network does not take
-        patch.setattr(demo_detector, "start", lambda batch, true_shapes: start(batch[:, :-1], true_shapes))
+    with pytest.MonkeyPatch.context() as patch:  # images of a shape that the network does not take
+        patch.setattr(demo_detector, "start", lambda batch, shapes: start([x[:-1] for x in batch], shapes))
         with pytest.raises(UserError, match=r"the network failed on .*shapes_01\.jpg"):
-            list(detect_files(demo_detector, PICTURES[:1], 1, work, workers))
+            list(paths(PICTURES[:1], 1))
     time.sleep(0.2)
     assert threading.active_count() <= before + workers.count
-    assert len(list(detect_files(demo_detector, PICTURES[:3], 2, lambda *_: None, workers))) == 3
+    assert len(list(workers.map(fail_on_fourth, paths(PICTURES[:3], 2)))) == 3
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(path):
+    if path == PICTURES[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_the_system_ends_is_an_error(demo_detector):
-    with Workers(10_000, 12, cores=4) as workers:
-        work = lambda path, *_: Later(workers, die) if path == PICTURES[2] else None  # noqa: E731
-        with pytest.raises(UserError, match="the system ended a process"):
-            list(detect_files(demo_detector, PICTURES * 10, 2, work, workers))
+def test_a_process_that_the_system_ends_is_an_error(demo_detector, processes):
+    detected = detect_files(demo_detector, PICTURES * 10, 2, processes)
+    with pytest.raises(UserError, match="the system ended a process"):
+        list(processes.map(die, ((item.path,) for item in detected)))
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
@@ -207,9 +198,23 @@ def test_broken_images_are_skipped(demo_detector, request, kind, tmp_path, capsy
     times = Times()
     files = sorted(tmp_path.iterdir())
     workers = request.getfixturevalue(kind)
-    done = [path.name for path, _ in detect_files(demo_detector, files, 2, lambda *_: None, workers, times)]
+    done = [item.path.name for item in detect_files(demo_detector, files, 2, workers, times)]
     assert (done, times.skipped) == (["a.jpg", "c.jpg"], 1)
     assert "b.jpg: skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_many_broken_images_leave_memory_for_the_others(demo_detector, request, kind, tmp_path):
+    """A few whole ones among many that are not, as a half-copied folder has them."""
+    for i in range(400):
+        target = tmp_path / f"{i:03}.jpg"
+        target.symlink_to(PICTURES[i % 8]) if i % 40 == 0 else target.write_bytes(b"broken")
+    workers, times = request.getfixturevalue(kind), Times()
+    done = list(detect_files(demo_detector, sorted(tmp_path.iterdir()), 8, workers, times))
+    assert (len(done), times.skipped) == (10, 390)
+    for item in done:
+        wanted = detect_image(demo_detector, load_image(item.path))
+        assert parity.match_by_rank(wanted, item.found).unmatched == 0
 
 
 def test_simplejpeg_and_pillow_decode_alike(tmp_path, monkeypatch):
@@ -285,7 +290,7 @@ def test_memory_and_handles_stay_flat(demo_detector, threads):
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))
 
     marks = []
-    for count, _ in enumerate(detect_files(demo_detector, PICTURES * 200, 4, lambda *_: None, threads)):
+    for count, _ in enumerate(detect_files(demo_detector, PICTURES * 200, 4, threads)):
         if count in (400, 1599):
             marks.append(state())
     (early, early_handles), (late, late_handles) = marks

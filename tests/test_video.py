@@ -1,12 +1,10 @@
 """infer.py on videos: frames through the same detector, an annotated video, one table; what it says of others."""
 
-import concurrent.futures
 import fractions
 import itertools
 import json
 import re
 import sys
-import time
 
 from commandline import UserError
 
@@ -17,7 +15,7 @@ from conftest import DEMO
 import infer
 from images.decoding import load_image
 from runtimes.detector import detect_image
-from runtimes.stream import detect_stream, in_order
+from runtimes.stream import detect_stream
 from runtimes.video import VideoReader, VideoWriter, is_video
 
 pytest.importorskip("av", reason="videos need PyAV")
@@ -66,15 +64,6 @@ def test_an_error_in_a_frame_is_raised(detector):
     frames = iter([PICTURE, np.zeros((0, 5, 3), np.uint8), PICTURE])
     with pytest.raises(Exception, match=r"zero|empty|divide|shape|bounds"):
         list(detect_stream(detector("demo", "--batch_size", "dynamic"), frames))
-
-
-def test_results_keep_their_order():
-    def slow(i):
-        time.sleep(0.01 * (i % 3))
-        return i
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert list(in_order(pool, slow, range(20), 5)) == list(range(20))
 
 
 def test_infer_writes_a_video_and_one_table(clip, convert, tmp_path, capsys):
