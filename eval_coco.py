@@ -19,6 +19,7 @@ from pathlib import Path
 from commandline import UserError, make_folder, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import (
+    add_decoder,
     add_gpus,
     add_image_options,
     add_preprocessor,
@@ -37,6 +38,7 @@ from checks.annotations import keep_masks, open_annotations
 from checks.matching import match_categories
 from images.decoding import load_image
 from runtimes import open_detector
+from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import choose_batch_size, detect_files, open_workers
 from runtimes.workers import PROCESSES_FROM_CORES, PROCESSES_FROM_IMAGES, Workers
 from tfod.labels import LABELS_HELP, labels_of
@@ -88,6 +90,7 @@ def parse_args(argv=None):
     )
     add_image_options(parser)
     add_gpus(parser)
+    add_decoder(parser)
     add_preprocessor(parser)
     return parser.parse_args(argv)
 
@@ -176,12 +179,13 @@ def detect(detector, known, batch_size, workers, args):
     )
     results, evaluated, started = [], {}, time.perf_counter()
     load = functools.partial(load_image, **image_options(args))
+    decoder = choose_decoder(args.decoder, detector, list(known), args.exif_rotate)
     # To paste masks holds Python's lock: processes do it, on however few cores.
     pasting = Workers(PROCESSES_FROM_IMAGES, cores=max(PROCESSES_FROM_CORES, os.cpu_count() or 1)) if masks else workers
     with contextlib.nullcontext() if pasting is workers else pasting, progress(known, unit="image") as bar:
 
         def found_in_files():
-            for item in detect_files(detector, list(known), batch_size, workers, load=load):
+            for item in detect_files(detector, list(known), batch_size, workers, load=load, decoder=decoder):
                 evaluated[item.path] = known[item.path]
                 shape = item.placement.height, item.placement.width
                 yield item.found.above(args.nms_threshold), known[item.path], shape

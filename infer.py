@@ -29,6 +29,7 @@ from pathlib import Path
 from commandline import UserError, check_writable, command, make_folder, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, Images, find_images, show_inputs
 from commandline.options import (
+    add_decoder,
     add_gpus,
     add_image_options,
     add_preprocessor,
@@ -44,6 +45,7 @@ import numpy as np
 from checks import coco
 from images.decoding import load_image, simplejpeg
 from runtimes import open_detector
+from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import (
     Times,
     batcher_for,
@@ -80,6 +82,7 @@ def parse_args(argv=None):
     add("--json", metavar="FILE", help="also write all detections in COCO's results format, masks run-length encoded")
     add("--frames", type=count, metavar="N", help="stop a video or camera after N frames")
     add_gpus(parser)
+    add_decoder(parser)
     add("-l", "--labels", help=LABELS_HELP)
     add(
         "-t",
@@ -140,12 +143,9 @@ def main(argv=None):
     args = parse_args(argv)
     videos, inputs = ([x for x in args.input if is_video(x) == wanted] for wanted in (True, False))
     images = find_images(inputs, output=args.output) if inputs else Images([], [], 0)
-    if args.benchmark:
-        if not inputs:
-            raise UserError("--benchmark: name images with --input; it does not measure videos")
-        with open_detector(args.engine, args.gpus) as detector:
-            return benchmark(detector, images.files, args)
-    if not args.output and not args.json:
+    if args.benchmark and not inputs:
+        raise UserError("--benchmark: name images with --input; it does not measure videos")
+    if not (args.output or args.json or args.benchmark):
         raise UserError("--output: name a folder for the results, or a file with --json")
     if args.output:
         refuse_to_overwrite(images, args.output)
@@ -155,25 +155,35 @@ def main(argv=None):
         check_preprocessor(args.preprocessor, detector.metadata)
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
-        labels = labels_of(args.labels, detector.metadata, args.engine)
-        size = choose_batch_size(detector, args.batch_size, 1)
-        output = make_folder(args.output) if args.output else None
-        segmentation = args.detection_type == "segmentation"
-        options = Options(
-            output,
-            labels,
-            args.nms_threshold,
-            args.iou_threshold if segmentation else None,
-            args.format,
-            detector.metadata["class_offset"] if args.json else None,
-            functools.partial(load_image, **image_options(args)),
-        )
-        with results_file(args.json) as results:
-            status = 0
-            if images.files:
-                status = process(detector, images, size, options, results)
-            for video in videos:
-                status = max(status, process_video(detector, video, size, options, results, args.frames))
+        options = make_options(detector, args)
+        if args.benchmark:
+            return benchmark(detector, images, options, args)
+        return process_all(detector, images, videos, options, args)
+
+
+def make_options(detector, args):
+    """The Options of a command line for an open detector; makes the output folder."""
+    labels = labels_of(args.labels, detector.metadata, args.engine)
+    return Options(
+        make_folder(args.output) if args.output else None,
+        labels,
+        args.nms_threshold,
+        args.iou_threshold if args.detection_type == "segmentation" else None,
+        args.format,
+        detector.metadata["class_offset"] if args.json else None,
+        functools.partial(load_image, **image_options(args)),
+    )
+
+
+def process_all(detector, images, videos, options, args):
+    """Runs the detector on the Images and the videos; returns the highest status."""
+    size, status = choose_batch_size(detector, args.batch_size, 1), 0
+    with results_file(args.json) as results:
+        if images.files:
+            decoder = choose_decoder(args.decoder, detector, images.files, args.exif_rotate)
+            status = process(detector, images, size, options, results, decoder)
+        for video in videos:
+            status = max(status, process_video(detector, video, size, options, results, args.frames))
     if args.json:
         print(f"Wrote {args.json} (COCO's results format)")
     return status
@@ -295,13 +305,13 @@ def write_one(detected, name, options):
         return options.coco_results(found, image_id, str(path), (placement.height, placement.width))
 
 
-def process(detector, images, batch_size, options, results):
+def process(detector, images, batch_size, options, results, decoder=None):
     """Runs `detector` on the Images, writes the results, prints what was found and the rates; returns the status."""
     files, names = images.files, dict(zip(images.files, images.names, strict=True))
     times, summary, keep = Times(), Summary(), bool(options.folder)
 
     def chosen(workers):
-        for item in detect_files(detector, files, batch_size, workers, times, keep, options.load):
+        for item in detect_files(detector, files, batch_size, workers, times, keep, options.load, decoder):
             found = options.chosen(item.found)
             summary.add(item.path, found)
             yield dataclasses.replace(item, found=found), names[item.path], options
@@ -323,8 +333,8 @@ def process(detector, images, batch_size, options, results):
         raise UserError(f"none of the {len(files)} images could be read; nothing was written")
     print(summary.text(options.threshold))
     print(
-        f"{times.images} images in {seconds:.1f} s on {detector.runtime}: {times.images / seconds:.1f} images/s;"
-        f" per image: {stages(times, workers.seconds)}"
+        f"{times.images} images in {seconds:.1f} s on {detector.runtime}, {decoded_by(decoder, workers)}:"
+        f" {times.images / seconds:.1f} images/s; per image: {stages(times, workers.seconds)}"
     )
     if times.skipped:
         print(f"{times.skipped} of {len(files)} images were skipped (see the warnings)")
@@ -413,6 +423,13 @@ class VideoResults:
         return self._files.__exit__(*exception)
 
 
+def decoded_by(decoder, workers):
+    """Who decoded, in words."""
+    if decoder:
+        return f"decoded by {decoder.name}"
+    return f"decoded in {workers.count} {'processes' if workers.processes else 'threads'}"
+
+
 def stages(times, work=0.0):
     """Milliseconds per image of each stage; they overlap. work: seconds of drawing and writing."""
     ms = {
@@ -426,36 +443,57 @@ def stages(times, work=0.0):
     return ", ".join(f"{name} {1000 * value / times.images:.2f} ms" for name, value in ms.items())
 
 
-def benchmark(detector, files, args):
-    """Prints what each stage takes, what it could do alone, and how near the whole comes to the slowest of them."""
+def benchmark(detector, images, options, args):
+    """Prints what each stage takes, what it could do alone, and how near the whole comes to the slowest of them.
+
+    With options.folder pictures and tables are drawn and written there, the same ones again and again.
+    """
     size = choose_batch_size(detector, args.batch_size, 1)
-    repeated = list(itertools.islice(itertools.cycle(files), max(size, args.benchmark_images)))
+    names = dict(zip(images.files, images.names, strict=True))
+    repeated = list(itertools.islice(itertools.cycle(images.files), max(size, args.benchmark_images)))
+    decoder = choose_decoder(args.decoder, detector, images.files, args.exif_rotate)
     with open_workers(detector, len(repeated), size) as workers:
         workers.warm_up()
-        load = functools.partial(load_image, **image_options(args))
-        batcher, begun = batcher_for(detector, repeated, size, workers, load=load), time.perf_counter()
-        some = None
-        for batch in batcher:
-            some = some or (list(map(np.copy, batch.tensors)), batch.true_shapes)
-        if some is None:
-            raise UserError(f"none of the {len(files)} images could be read")
-        decoder = (len(repeated) - batcher.skipped) / (time.perf_counter() - begun)
-        network = detector.images_per_second(*some, len(repeated))
+        limits = {
+            "network alone": network_limit(detector, repeated, size, options.load),
+            "decode and resize": decoder_limit(detector, repeated, size, workers, options.load, decoder),
+        }
         times, begun = Times(), time.perf_counter()
-        for item in detect_files(detector, repeated, size, workers, times, load=load):
-            item.found.above(args.nms_threshold)
+        detected = detect_files(detector, repeated, size, workers, times, bool(options.folder), options.load, decoder)
+        chosen = (dataclasses.replace(item, found=options.chosen(item.found)) for item in detected)
+        done = ((item, names[item.path], options) for item in chosen)
+        for _ in workers.map(write_one, done) if options.folder else done:
+            pass
         seconds = time.perf_counter() - begun
-    whole, lower = times.images / seconds, min(decoder, network)
-    busy = times.decode + times.resize + times.copy + times.network + times.postprocess
+    if not times.images:
+        raise UserError(f"none of the {len(images.files)} images could be read")
+    if options.folder:
+        limits["draw and write"] = workers.count * times.images / workers.seconds
+    whole, slowest = times.images / seconds, min(limits, key=limits.get)
     print(f"{times.images} images of {show_inputs(args.input)}, {size} at a time, {args.engine} on {detector.runtime}")
-    kind = "processes" if workers.processes else "threads"
-    print(f"per image: {stages(times)}; {busy / seconds:.2f} stages at work at a time; {workers.count} {kind}")
-    print(f"end to end            {whole:8.1f} images/s")
-    print(f"network alone         {network:8.1f} images/s")
-    print(f"decode and resize     {decoder:8.1f} images/s")
+    print(f"{decoded_by(decoder, workers)}; per image: {stages(times, workers.seconds)}")
+    for name, rate in {"end to end": whole, **limits}.items():
+        print(f"{name:20}  {rate:8.1f} images/s")
     following = command("infer.py", "--engine", args.engine, "--input", *args.input, "--output", "results")
-    print(f"{100 * whole / lower:.0f} % of the lower limit. Nothing was written. Next: {following}")
+    written = f"Wrote pictures and tables to {options.folder}" if options.folder else "Nothing was written"
+    print(f"{100 * whole / limits[slowest]:.0f} % of the lower limit, {slowest}. {written}. Next: {following}")
     return 0
+
+
+def decoder_limit(detector, files, size, workers, load, decoder):
+    """Images per second that are decoded, resized and put into batches, with nothing else to do."""
+    batcher, begun = batcher_for(detector, files, size, workers, False, load, decoder), time.perf_counter()
+    count = sum(len(batch.paths) for batch in batcher)
+    return max(count, 1) / (time.perf_counter() - begun)
+
+
+def network_limit(detector, files, size, load):
+    """Images per second of the network alone on one batch again and again; on a GPU without copies and all else."""
+    with Workers(0) as workers:
+        batch = next(iter(batcher_for(detector, files[: 4 * size], size, workers, load=load)), None)
+        if batch is None:
+            raise UserError(f"none of the {min(len(files), 4 * size)} first images could be read")
+        return detector.images_per_second(batch.tensors, batch.true_shapes, len(files))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,16 @@ def add_gpus(parser):
     )
 
 
+def add_decoder(parser):
+    """--decoder, what decodes images for an engine."""
+    parser.add_argument(
+        "--decoder",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="what decodes and resizes images for an engine; default: the GPU where it can, with the same results",
+    )
+
+
 def add_preprocessor(parser):
     """--preprocessor, which the older tool needed: the model knows its own, and one that is not it is a mistake."""
     parser.add_argument(

@@ -156,23 +156,32 @@ def keep_aspect_size(height, width, min_dimension, max_dimension):
     return int(chosen[0]), int(chosen[1])
 
 
+def placement_of(rows, columns, resizer):
+    """The Placement of an image of rows x columns pixels in the input of a model with that resizer (of its metadata).
+
+    Raises ImageError for an image of which the resizer leaves nothing.
+    """
+    if resizer["kind"] == "fixed_shape":
+        return Placement(rows, columns, (resizer["height"], resizer["width"]))
+    shape = keep_aspect_size(rows, columns, resizer["min_dimension"], resizer["max_dimension"])
+    if not all(shape):  # TensorFlow's resizer fails on it too
+        raise ImageError(f"{columns} x {rows} pixels are too long and thin for the model's resizer")
+    return Placement(rows, columns, shape)
+
+
 def preprocess(image, resizer, out=None):
     """Brings RGB [H, W, 3] to the network's input.
 
     resizer: the dict of tfod.config.describe_resizer. out: as of resize_image. Returns (array [height, width, 3], 0..255,
     Placement). Raises ImageError for an image of which the resizer leaves nothing.
     """
-    rows, columns = image.shape[:2]
-    height, width, method = resizer["height"], resizer["width"], resizer.get("method", "bilinear")
-    out = np.empty((height, width, 3), np.float32) if out is None else out
-    if resizer["kind"] == "fixed_shape":
-        return resize_image(image, height, width, out, method), Placement(rows, columns, (height, width))
-    new_height, new_width = keep_aspect_size(rows, columns, resizer["min_dimension"], resizer["max_dimension"])
-    if not new_height or not new_width:  # TensorFlow's resizer fails on it too
-        raise ImageError(f"{columns} x {rows} pixels are too long and thin for the model's resizer")
-    padding = np.float32(resizer["pad_value"])
-    padding = np.rint(padding) if out.dtype == np.uint8 else padding
-    out[new_height:] = padding
-    out[:new_height, new_width:] = padding
-    resize_image(image, new_height, new_width, out[:new_height, :new_width], method)
-    return out, Placement(rows, columns, (new_height, new_width))
+    placement = placement_of(*image.shape[:2], resizer)
+    height, width = placement.true_shape
+    out = np.empty((resizer["height"], resizer["width"], 3), np.float32) if out is None else out
+    if resizer["kind"] != "fixed_shape":
+        padding = np.float32(resizer["pad_value"])
+        padding = np.rint(padding) if out.dtype == np.uint8 else padding
+        out[height:] = padding
+        out[:height, width:] = padding
+    resize_image(image, height, width, out[:height, :width], resizer.get("method", "bilinear"))
+    return out, placement

@@ -58,6 +58,7 @@ class Detector(typing.Protocol):
     max_batch: int | None  # images that it takes at a time, at most; None: any number
     batches_ahead: int  # batches that may be started before the first of them is finished
     spent: dict  # {stage of STAGES: seconds so far}
+    gpu: object  # the GpuContext it runs in, where it takes gpu_images.DeviceImages too; None on a processor
 
     def infer(self, batch, true_shapes=None):
         """batch: [B, height, width, 3] RGB 0..255, or a list of such images; B at most max_batch. Returns B Detections.
@@ -133,10 +134,19 @@ def input_spec(metadata):
     )
 
 
-def network_inputs(batch, true_shapes, spec, memory=None):
-    """{input name: array}: a batch (see Detector.infer) in the network's type and layout, filled up to a fixed batch size.
+def network_inputs(batch, true_shapes, spec):
+    """{input name: array}: a batch (see Detector.infer) in the network's type and layout, filled up to a fixed batch size."""
+    inputs = {spec.name: image_input(batch, spec)}
+    if spec.true_shape:
+        inputs[spec.true_shape] = shape_input(true_shapes, len(batch), spec)
+    return inputs
 
-    memory: {input name: array} to put it into. An array that is so already is not copied, without `memory`.
+
+def image_input(batch, spec, memory=None):
+    """A batch as the network's first input, [size, H, W, 3] or [size, 3, H, W], filled up with zeros to a fixed size.
+
+    memory: an array of that shape and the network's type to put it into. Without, an array that is so already is not copied.
+    Raises ValueError for images of another size, and for too many.
     """
     if spec.batch is not None and len(batch) > spec.batch:
         raise ValueError(f"the network takes at most {spec.batch} images at a time, not {len(batch)}")
@@ -144,18 +154,6 @@ def network_inputs(batch, true_shapes, spec, memory=None):
         if np.shape(image) != (spec.height, spec.width, 3):
             raise ValueError(f"the network takes [{spec.height}, {spec.width}, 3] images, not {list(np.shape(image))}")
     size = spec.batch or len(batch)
-    inputs = {spec.name: _arranged(batch, size, spec, memory and memory[spec.name])}
-    if spec.true_shape:
-        shapes = memory[spec.true_shape] if memory else np.empty((size, 2), np.float32)
-        shapes[:] = spec.height, spec.width
-        if true_shapes is not None:
-            shapes[: len(batch)] = true_shapes
-        inputs[spec.true_shape] = shapes
-    return inputs
-
-
-def _arranged(batch, size, spec, memory):
-    """Images in the network's type and layout: [size, H, W, 3] or [size, 3, H, W], filled up with zeros."""
     is_so = isinstance(batch, np.ndarray) and (spec.layout, batch.dtype, len(batch)) == ("NHWC", spec.dtype, size)
     if memory is None and is_so:
         return np.ascontiguousarray(batch)
@@ -167,6 +165,14 @@ def _arranged(batch, size, spec, memory):
         images[row] = np.rint(image) if spec.dtype == np.uint8 and image.dtype != np.uint8 else image
     images[len(batch) :] = 0
     return memory
+
+
+def shape_input(true_shapes, images, spec):
+    """The true_shape input [size, 2] float32: the whole input where nothing is said, and where the batch is filled up."""
+    shapes = np.tile(np.float32([spec.height, spec.width]), (spec.batch or images, 1))
+    if true_shapes is not None:
+        shapes[:images] = true_shapes
+    return shapes
 
 
 def split_detections(outputs, images):

@@ -21,6 +21,7 @@ class OrtDetector:
     """A detector.Detector on ONNX Runtime."""
 
     runtime = "ONNX Runtime"
+    gpu = None
 
     def __init__(self, path, model=None):
         """model: the contents of the file, or what is to run in its place; None: read it. Raises UserError."""

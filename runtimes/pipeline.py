@@ -15,6 +15,7 @@ import numpy as np
 from image_batcher import ImageBatcher
 from images.decoding import load_image
 from runtimes.detector import Detections
+from runtimes.gpu_images import GpuBatcher
 from runtimes.workers import Workers
 
 
@@ -60,20 +61,22 @@ def open_workers(detector, images, batch_size):
     return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize, batch_size)
 
 
-def batcher_for(detector, files, batch_size, workers, keep_images=False, load=load_image):
-    """An ImageBatcher of what the detector takes."""
+def batcher_for(detector, files, batch_size, workers, keep_images=False, load=load_image, decoder=None):
+    """An ImageBatcher, or with a GpuDecoder a GpuBatcher, of what the detector takes."""
     resizer, dtype = detector.metadata["resizer"], detector.input.dtype
+    if decoder:
+        return GpuBatcher(files, resizer, batch_size, decoder, load)
     return ImageBatcher(files, resizer, batch_size, workers, dtype, keep_images, load)
 
 
-def detect_files(detector, files, batch_size, workers, times=None, keep_images=False, load=load_image):
+def detect_files(detector, files, batch_size, workers, times=None, keep_images=False, load=load_image, decoder=None):
     """Yields a Detected for each image file, in order.
 
-    times: a Times to add to. keep_images, load: as of ImageBatcher. A file that cannot be read is warned about and left
+    times: a Times to add to. keep_images, load: as of ImageBatcher. decoder: of gpu_images.choose_decoder. A file that cannot be read is warned about and left
     out. Any other error, in whatever stage, is raised here. Closing the generator (Ctrl-C does) ends all stages.
     """
     times = times if times is not None else Times()
-    batcher = batcher_for(detector, files, batch_size, workers, keep_images, load)
+    batcher = batcher_for(detector, files, batch_size, workers, keep_images, load, decoder)
     running, before = collections.deque(), dict(detector.spent)  # of (Batch, ticket)
     batches = iter(batcher)
     try:

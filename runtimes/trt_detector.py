@@ -17,7 +17,8 @@ import numpy as np
 
 import onnx_utils
 from runtimes.cuda_graph import CudaGraph
-from runtimes.detector import STAGES, input_spec, network_inputs, split_detections
+from runtimes.detector import STAGES, image_input, input_spec, shape_input, split_detections
+from runtimes.gpu_images import DeviceImage, GpuResizer
 
 REBUILD = "build it here with build_engine.py"
 # Batches that may be under way: one is copied in while one is computed and one's results are copied out.
@@ -75,7 +76,7 @@ class GpuContext:
         """gpu: its number, from 0. Raises UserError where there is no such GPU."""
         if gpu >= cuda.Device.count():
             raise UserError(f"--gpus {gpu}: there are {cuda.Device.count()} GPUs here, numbered from 0")
-        self._primary = cuda.Device(gpu).retain_primary_context()
+        self.number, self._primary = gpu, cuda.Device(gpu).retain_primary_context()
 
     def __enter__(self):
         self._primary.push()
@@ -94,7 +95,7 @@ def _on_gpu(method):
 
     @functools.wraps(method)
     def called(self, *arguments, **options):
-        with self._lock, self._gpu:
+        with self._lock, self.gpu:
             return method(self, *arguments, **options)
 
     return called
@@ -109,6 +110,7 @@ class Slot:
         self.device_inputs = {name: cuda.mem_alloc(array.nbytes) for name, array in self.host_inputs.items()}
         self.device_outputs = cuda.mem_alloc(output_bytes)
         self.host_outputs = cuda.pagelocked_empty(output_bytes, np.uint8)
+        self.images = None  # DeviceImages that are being read
         self.begun, self.copied, self.computing, self.computed, self.done = (cuda.Event() for _ in range(5))
 
     def seconds(self):
@@ -136,9 +138,9 @@ class TrtDetector:
         self._path = Path(path)
         data = self._path.read_bytes()
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
-        self._lock, self._gpu = threading.RLock(), GpuContext(self._cuda, gpu)
+        self._lock, self.gpu = threading.RLock(), GpuContext(self._cuda, gpu)
         self._cuda_graphs, self._slots, self._context, self._engine = {}, [], None, None
-        self._turn = 0
+        self._turn, self._resizer = 0, None
         self.spent = dict.fromkeys(STAGES, 0.0)
         try:
             self._load(data)
@@ -207,12 +209,8 @@ class TrtDetector:
         size = self.input.batch or len(batch)
         number, self._turn = self._turn, (self._turn + 1) % SLOTS
         slot, cuda = self._slots[number], self._cuda
-        # From page-locked memory copies go on beside the network; the last that were made from it have ended: see `finish`.
-        memory = {name: array[:size] for name, array in slot.host_inputs.items()}
-        inputs = network_inputs(batch, true_shapes, self.input, memory)
         slot.begun.record(self._copying_in)
-        for name, array in inputs.items():
-            cuda.memcpy_htod_async(slot.device_inputs[name], array, self._copying_in)
+        self._put(slot, batch, true_shapes, size)
         slot.copied.record(self._copying_in)
         self._stream.wait_for_event(slot.copied)
         cuda_graph = self._cuda_graph(number, size)
@@ -229,10 +227,28 @@ class TrtDetector:
         slot.done.record(self._copying_out)
         return slot, size, len(batch), places
 
+    def _put(self, slot, batch, true_shapes, size):
+        """Queues what brings a batch of images or DeviceImages, filled up to `size`, into a slot's inputs."""
+        name, spec, copy = self.input.name, self.input, self._cuda.memcpy_htod_async
+        if isinstance(batch[0], DeviceImage):
+            slot.images = batch  # they are read until `finish`
+            self._resizer = self._resizer or GpuResizer(self.metadata["resizer"], spec)
+            for row, (image, shape) in enumerate(zip(batch, true_shapes, strict=True)):
+                place = int(slot.device_inputs[name]) + row * self._resizer.image_bytes
+                self._resizer.resize(image, shape, place, self._copying_in)
+        else:
+            # From page-locked memory copies go on beside the network; those made from it before have ended: see `finish`.
+            copy(slot.device_inputs[name], image_input(batch, spec, slot.host_inputs[name][:size]), self._copying_in)
+        if spec.true_shape:
+            shapes = slot.host_inputs[spec.true_shape][:size]
+            shapes[:] = shape_input(true_shapes, len(batch), spec)
+            copy(slot.device_inputs[spec.true_shape], shapes, self._copying_in)
+
     @_on_gpu
     def finish(self, ticket):
         slot, size, images, places = ticket
         slot.done.synchronize()
+        slot.images = None
         begun = time.perf_counter()
         memory = slot.host_outputs.copy()
         results = {}
@@ -325,10 +341,10 @@ class TrtDetector:
         return {name: ms / runs for name, ms in sorted(times.items(), key=lambda pair: -pair[1])}
 
     def close(self):
-        if self._gpu:
+        if self.gpu:
             self._free()
-            self._gpu.close()
-            self._gpu = None
+            self.gpu.close()
+            self.gpu = None
 
     @_on_gpu
     def _free(self):

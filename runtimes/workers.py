@@ -54,20 +54,7 @@ class Workers:
 
     def in_order(self, submit, items):
         """Yields the results of submit(item), futures, in order; two for each worker are begun before they are asked for."""
-        begun = collections.deque()
-        try:
-            for item in items:
-                begun.append(submit(item))
-                if len(begun) >= 2 * self.count:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
-        except concurrent.futures.BrokenExecutor as error:
-            raise UserError(
-                "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
-            ) from error
-        finally:  # what runs may read memory that goes
-            concurrent.futures.wait([future for future in begun if not future.cancel()])
+        return in_order(submit, items, 2 * self.count - 1)
 
     def map(self, function, items):
         """Yields function(*item) for each of the items, in order. Any error is raised here."""
@@ -100,6 +87,24 @@ class Workers:
 
     def __exit__(self, *_):
         self.close()
+
+
+def in_order(submit, items, ahead):
+    """Yields the results of submit(item), futures, in order; `ahead` more are begun before each is asked for."""
+    begun = collections.deque()
+    try:
+        for item in items:
+            begun.append(submit(item))
+            if len(begun) > ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    except concurrent.futures.BrokenExecutor as error:
+        raise UserError(
+            "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
+        ) from error
+    finally:  # what runs may read memory that goes
+        concurrent.futures.wait([future for future in begun if not future.cancel()])
 
 
 def _call_each(function, items):

@@ -1,5 +1,7 @@
 """Engines on an NVIDIA GPU: run with `pytest -m gpu` where there is one. CI has none; test_engine.py tests the logic there."""
 
+import concurrent.futures
+import threading
 import time
 
 from commandline import UserError
@@ -9,16 +11,18 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 from conftest import DEMO
+from PIL import Image
 
 import build_engine
 import infer
 import onnx_utils
 from checks import parity
-from images.decoding import load_image
+from images.decoding import ImageError, load_image
 from images.resizing import preprocess
 from runtimes import open_detector, ort_graph, quantization, trt_graph
-from runtimes.detector import detect_image
-from runtimes.pipeline import detect_files, open_workers
+from runtimes.detector import InputSpec, detect_image
+from runtimes.gpu_images import DeviceImage, GpuResizer, choose_decoder
+from runtimes.pipeline import Times, batcher_for, detect_files, open_workers
 from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
 
 pytestmark = pytest.mark.gpu
@@ -154,7 +158,7 @@ def test_every_batch_size_gives_the_same_again_and_again(engine, batch):
         median, worst, captured = detector.benchmark(batch[:2])
         assert 0 < median <= worst < 50
         assert captured
-        plain, _, captured = detector.benchmark(batch[:2], graph=False)
+        plain, _, captured = detector.benchmark(batch[:2], cuda_graph=False)
         assert plain >= 0.8 * median
         assert not captured
         layers = detector.profile(batch[:1])
@@ -295,3 +299,97 @@ def test_files_that_are_no_engines_of_ours(engine, folder, tmp_path):
     (tmp_path / "foreign.trt").write_bytes(bytes(builder.build_serialized_network(network, config)))
     with pytest.raises(UserError, match=r"foreign\.trt: this tool did not make it"):
         open_detector(tmp_path / "foreign.trt")
+
+
+SIZES = [(480, 640), (375, 500), (500, 333), (37, 1), (1, 91), (1080, 1920), (160, 160), (7, 5)]
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_images_are_resized_to_the_last_bit(layout, dtype, keep):
+    """The kernel against images.resizing on images of many sizes, padding included."""
+    import pycuda.driver as cuda
+
+    resizer = {"kind": "fixed_shape", "height": 160, "width": 200}
+    if keep:
+        resizer = {"kind": "keep_aspect_ratio", "height": 200, "width": 200, "min_dimension": 120, "max_dimension": 200}
+        resizer["pad_value"] = [123.7, 116.3, 103.5]
+    spec = InputSpec("images", None, resizer["height"], resizer["width"], layout, np.dtype(dtype), None)
+    cuda.init()
+    rng = np.random.default_rng(0)
+    with GpuContext(cuda):
+        gpu_resizer, stream = GpuResizer(resizer, spec), cuda.Stream()
+        memory = cuda.mem_alloc(gpu_resizer.image_bytes)
+        for size in SIZES:
+            image = rng.integers(0, 256, (*size, 3), np.uint8)
+            try:
+                wanted, placement = preprocess(image, resizer, np.empty((*spec_shape(spec), 3), dtype))
+            except ImageError:
+                assert keep
+                continue
+            pixels = cuda.to_device(image)
+            device_image = DeviceImage(int(pixels), 3 * size[1], *size, pixels)
+            gpu_resizer.resize(device_image, placement.true_shape, int(memory), stream)
+            stream.synchronize()
+            found = np.empty(spec_shape(spec, layout), dtype)
+            cuda.memcpy_dtoh(found, memory)
+            found = found if layout == "NHWC" else found.transpose(1, 2, 0)
+            np.testing.assert_array_equal(found, wanted, err_msg=str(size))
+        memory.free()
+
+
+def spec_shape(spec, layout=None):
+    shape = spec.height, spec.width
+    return shape if layout is None else (*shape, 3) if layout == "NHWC" else (3, *shape)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_decoding_on_the_gpu_gives_the_same(engine, size, tmp_path):
+    """Files of all kinds, decoded by the GPU where it can, and by processors: the same detections, in order."""
+    for i in range(60):
+        source, target = PICTURES[i % 8], tmp_path / f"{i:02}.jpg"
+        if i % 10 == 4:
+            target.write_bytes(source.read_bytes()[:5000])
+        elif i % 10 == 7:
+            Image.open(source).save(target, "PNG")
+        elif i % 10 == 9:
+            Image.open(source).save(target, progressive=True)
+        else:
+            target.symlink_to(source)
+    files = sorted(tmp_path.iterdir())
+    with open_detector(engine("fp32")[0]) as detector, open_workers(detector, 0, size) as workers:
+        decoder = choose_decoder("gpu", detector, files)
+        batcher = batcher_for(detector, files, size, workers, decoder=decoder)
+        for batch in batcher:
+            for path, image in zip(batch.paths, batch.tensors, strict=True):
+                assert (image.height, image.width) == load_image(path).shape[:2]
+        assert (batcher.skipped, 6 < batcher.by_cpu < 20) == (6, True)
+        times = [Times(), Times()]
+        wanted = list(detect_files(detector, files, size, workers, times[0]))
+        found = list(detect_files(detector, files, size, workers, times[1], decoder=decoder))
+    assert times[0].skipped == times[1].skipped == 6
+    assert [item.path for item in found] == [item.path for item in wanted]
+    for a, b in zip(wanted, found, strict=True):
+        report = parity.match_by_rank(a.found, b.found, tie=1e-3)
+        assert report.unmatched == 0
+        assert max(report.box_difference, report.score_difference) < 1e-3
+
+
+def test_any_thread_may_ask(engine, batch):
+    """An engine that one thread opened and others use, as a web server does."""
+    with open_detector(engine("fp32")[0]) as detector:
+        wanted = [detector.infer(image[None])[0] for image in batch]
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda image: detector.infer(image[None])[0], [*batch] * 10))
+        for i, b in enumerate(found):
+            report = parity.match_by_rank(wanted[i % len(batch)], b, tie=1e-3)
+            assert (report.unmatched, report.score_difference < 1e-3) == (0, True)
+        closing = threading.Thread(target=detector.close)
+        closing.start()
+        closing.join()
+
+
+def test_a_gpu_that_is_not_there(engine):
+    with pytest.raises(UserError, match="--gpus 63: there are"):
+        open_detector(engine("fp32")[0], 63)

@@ -12,7 +12,7 @@ from PIL import Image
 from image_batcher import ImageBatcher
 from images.decoding import ImageError, load_image
 from images.resizing import keep_aspect_size, preprocess, resize_image
-from runtimes.detector import InputSpec, network_inputs
+from runtimes.detector import InputSpec, image_input, network_inputs
 from runtimes.workers import Workers
 from tfod.tensorflow_import import import_tensorflow
 
@@ -144,23 +144,22 @@ def test_batches_are_what_the_network_takes(tmp_path, layout, dtype, resizer, pr
     height, width = resizer["height"], resizer["width"]
     spec = InputSpec("images", 2, height, width, layout, np.dtype(dtype), "shapes")
     shape = (2, height, width, 3) if layout == "NHWC" else (2, 3, height, width)
-    memory = {"images": np.full(shape, 7, dtype), "shapes": np.zeros((2, 2), np.float32)}
+    memory = np.full(shape, 7, dtype)
     seen, bytes_of_one = [], 3 * height * width * np.dtype(dtype).itemsize
     with Workers(1000, bytes_of_one, 2, cores=4 if processes else 1) as workers:
         assert workers.processes == processes
         batcher = ImageBatcher(find_images(tmp_path).files * 3, resizer, 2, workers, dtype)
         for batch in batcher:
             inputs = network_inputs(batch.tensors, batch.true_shapes, spec)
-            again = network_inputs(batch.tensors, batch.true_shapes, spec, memory)
-            assert again["images"] is memory["images"]
+            assert image_input(batch.tensors, spec, memory) is memory
             wanted, placements = zip(*(preprocess(load_image(path), resizer) for path in batch.paths), strict=True)
             wanted = np.rint(wanted) if dtype == np.uint8 else np.array(wanted)
-            for found in (inputs["images"], again["images"]):
+            for found in (inputs["images"], memory):
                 assert (found.dtype, found.shape) == (np.dtype(dtype), shape)
                 images = found if layout == "NHWC" else found.transpose(0, 2, 3, 1)
                 np.testing.assert_array_equal(images[: len(wanted)], wanted)
                 assert not images[len(wanted) :].any()
-            assert again["shapes"][: len(wanted)].tolist() == [list(p.true_shape) for p in placements]
+            assert inputs["shapes"][: len(wanted)].tolist() == [list(p.true_shape) for p in placements]
             seen += [Path(path).stem for path in batch.paths]
     assert seen == ["01", "02", "03", "04", "05", "08", "09", "10", "11"] * 3
     assert batcher.skipped == 15

@@ -24,7 +24,7 @@ PICTURE = DEMO / "images" / "shapes_02.jpg"
 def test_detectors_have_the_one_interface(kind):
     methods = {name: value for name, value in vars(Detector).items() if inspect.isfunction(value)}
     methods = {name: value for name, value in methods.items() if name not in ("__init__", "__subclasshook__")}
-    assert {"infer", "start", "finish", "page_lock", "images_per_second", "close", "__exit__"} <= methods.keys()
+    assert {"infer", "start", "finish", "images_per_second", "close", "__exit__"} <= methods.keys()
     for name, method in methods.items():
         theirs = inspect.signature(getattr(kind, name))
         if name != "__exit__":

@@ -1,0 +1,280 @@
+"""JPEG files decoded and resized on the GPU, straight into an engine's input: nothing but their bytes crosses the bus.
+
+nvImageCodec decodes (its hardware decoder equals libjpeg-turbo, which images.decoding uses, BENCHMARKS.md), a kernel resizes
+as images.resizing does, bit for bit. What it is not sure to decode alike goes the CPU's way, image by image.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import os
+import shutil
+import struct
+
+from commandline import UserError, warn
+
+import numpy as np
+
+from image_batcher import Batch
+from images.decoding import ImageError, load_image
+from images.resizing import placement_of
+from runtimes.workers import in_order
+
+PACKAGES = "nvidia-nvimgcodec-cu12 and nvidia-nvjpeg-cu12"
+# Images decoded at a time: the hardware takes 10,600 a second from 32 on, half as many one by one.
+DECODED_TOGETHER = 32
+READERS = 4  # threads that read files and, where need be, decode them
+LARGEST = 16_000_000  # pixels; larger ones go the CPU's way, which has limits of its own
+# One thread a pixel of the network's input. TF1's bilinear resize (images.resizing) in float32, each product and sum rounded
+# by itself: __fmul_rn and __fadd_rn are not merged into one rounding.
+KERNEL = """
+__device__ float between(float a, float b, float weight) {
+    return __fadd_rn(a, __fmul_rn(__fsub_rn(b, a), weight));
+}
+
+extern "C" __global__ void resize(const unsigned char *image, long long stride, int rows, int columns, TYPE *out,
+                                  int height, int width, int new_height, int new_width, float scale_y, float scale_x,
+                                  float pad_r, float pad_g, float pad_b) {
+    int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
+    if (x >= width || y >= height) return;
+    float pad[3] = {pad_r, pad_g, pad_b};
+    float at_y = __fmul_rn((float)y, scale_y), at_x = __fmul_rn((float)x, scale_x);
+    int top = (int)floorf(at_y), left = (int)floorf(at_x);
+    int bottom = min(top + 1, rows - 1), right = min(left + 1, columns - 1);
+    float down = __fsub_rn(at_y, (float)top), across = __fsub_rn(at_x, (float)left);
+    bool inside = y < new_height && x < new_width;
+    for (int c = 0; c < 3; c++) {
+        float value = pad[c];
+        if (inside) {
+            const unsigned char *upper = image + top * stride + c, *lower = image + bottom * stride + c;
+            value = between(between(upper[left * 3], upper[right * 3], across),
+                            between(lower[left * 3], lower[right * 3], across), down);
+        }
+        out[PLANES ? (c * height + y) * width + x : (y * width + x) * 3 + c] = ROUND(value);
+    }
+}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceImage:
+    """An RGB image in the GPU's memory, [height, width, 3] uint8."""
+
+    pointer: int
+    stride: int  # bytes from row to row
+    height: int
+    width: int
+    owner: object  # what the memory lives by
+
+
+class GpuResizer:
+    """Resizes DeviceImages into an engine's input, [H, W, 3] or [3, H, W], float32 or uint8."""
+
+    def __init__(self, resizer, spec):
+        """resizer: of the model's metadata; spec: its InputSpec. A CUDA context is current. Raises UserError without nvcc."""
+        self._resizer, self._spec = resizer, spec
+        self._pad = [np.float32(value) for value in resizer.get("pad_value", (0, 0, 0))]
+        self.image_bytes = 3 * spec.height * spec.width * spec.dtype.itemsize
+        self._kernel = _compile(spec.dtype.name, spec.layout)
+        self._grid = -(-spec.width // 32), -(-spec.height // 8)
+
+    def resize(self, image, true_shape, pointer, stream):
+        """Queues the resize of a DeviceImage to height, width (`true_shape`), to the memory at `pointer`, in a stream."""
+        height, width = map(int, true_shape)
+        scales = np.float32(image.height) / np.float32(height), np.float32(image.width) / np.float32(width)
+        sizes = image.height, image.width, pointer, self._spec.height, self._spec.width, height, width
+        arguments = image.pointer, image.stride, *sizes, *scales, *self._pad
+        self._kernel.prepared_async_call(self._grid, (32, 8, 1), stream, *arguments)
+
+
+@functools.cache
+def _compile(dtype, layout):
+    """The kernel for a type and a layout, compiled by nvcc and kept by pycuda in the user's cache folder."""
+    from pycuda.compiler import SourceModule
+
+    kind, rounding = ("float", "") if dtype == "float32" else ("unsigned char", "__float2uint_rn")
+    options = [f"-DTYPE={kind}", f"-DPLANES={int(layout == 'NCHW')}", f"-DROUND(x)={rounding}(x)"]
+    kernel = SourceModule(KERNEL, options=options, no_extern_c=True).get_function("resize")
+    kernel.prepare("PqiiPiiiifffff")
+    return kernel
+
+
+def baseline_size(data):
+    """(height, width) of a whole baseline JPEG of grey or YCbCr colours; None for any other file: that goes the CPU's way.
+
+    (ITU T.81, B.2: markers, their lengths, the frame header; Adobe's marker says that colours are RGB by transform 0.)
+    """
+    if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
+        return None
+    at, end = 2, len(data) - 9
+    while at < end and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if marker == 0xC0:
+            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+            plain = bits == 8 and components in (1, 3) and 0 < height * width <= LARGEST
+            return (height, width) if plain else None
+        if 0xC0 < marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):  # another coding; C4, C8 and CC are no frames
+            return None
+        if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15 : at + 16] == b"\0":
+            return None
+        at += 2 + length
+    return None
+
+
+class GpuDecoder:
+    """JPEGs from memory to DeviceImages."""
+
+    def __init__(self, gpu, exif_rotate=False):
+        """gpu: a trt_detector.GpuContext. Raises ImportError without nvImageCodec."""
+        import pycuda.driver as cuda
+        from nvidia import nvimgcodec
+
+        self._gpu, self._cuda, self._codec = gpu, cuda, nvimgcodec
+        self._parameters = nvimgcodec.DecodeParams(apply_exif_orientation=exif_rotate)
+        kinds = {"the JPEG hardware": "HW_GPU_ONLY", "the GPU and processors": "HYBRID_CPU_GPU"}
+        for self.name, kind in kinds.items():
+            try:
+                backend = nvimgcodec.Backend(getattr(nvimgcodec.BackendKind, kind))
+                self._decoder = nvimgcodec.Decoder(device_id=gpu.number, backends=[backend])
+                break
+            except Exception as error:  # no such hardware
+                reason = error
+        else:
+            raise UserError(f"--decoder gpu: nvImageCodec has no decoder for this GPU ({reason}); use --decoder cpu")
+        with gpu:
+            self._stream = cuda.Stream()
+
+    def decode(self, files):
+        """A DeviceImage for each file's bytes; None for those that cannot be decoded here."""
+        with self._gpu:
+            streams = [self._codec.CodeStream(data) for data in files]
+            images = self._decoder.decode(streams, params=self._parameters, cuda_stream=self._stream.handle)
+            self._stream.synchronize()
+        return [image and self._device_image(image) for image in images]
+
+    def _device_image(self, image):
+        described = image.__cuda_array_interface__
+        height, width, channels = described["shape"]
+        if channels != 3:
+            return None
+        stride = described.get("strides")
+        return DeviceImage(described["data"][0], stride[0] if stride else 3 * width, height, width, image)
+
+    def upload(self, image):
+        """A DeviceImage of an RGB array [height, width, 3] uint8."""
+        with self._gpu:
+            memory = self._cuda.to_device(np.ascontiguousarray(image))
+        return DeviceImage(int(memory), 3 * image.shape[1], *image.shape[:2], memory)
+
+
+def choose_decoder(choice, detector, files, exif_rotate=False):
+    """The GpuDecoder for an open detector and image files, or None where processors are to decode.
+
+    choice: "auto", "cpu" or "gpu", of --decoder. Warns where only a package is missing; raises UserError where "gpu" cannot
+    be.
+    """
+    reason = _why_not(detector, files)
+    if choice == "cpu" or (choice == "auto" and reason):
+        return None
+    if reason:
+        raise UserError(f"--decoder gpu: {reason}; use --decoder cpu")
+    try:
+        return GpuDecoder(detector.gpu, exif_rotate)
+    except ImportError as error:
+        missing = f"{PACKAGES} are not installed ({error}): pip install -r requirements-gpu.txt"
+        if choice == "gpu":
+            raise UserError(f"--decoder gpu: {missing}") from error
+        warn(f"processors decode the images: {missing}")
+        return None
+
+
+def _why_not(detector, files):
+    """Why the GPU cannot decode, or is not worth it; None where it can."""
+    if detector.gpu is None:
+        return f"{detector.runtime} does not run on a GPU here"
+    if detector.metadata["resizer"].get("method", "bilinear") != "bilinear":
+        return f"resize_method {detector.metadata['resizer']['method']} is done by processors alone"
+    if not shutil.which("nvcc"):
+        return "nvcc, of the CUDA toolkit, is not on the PATH: it compiles the resize"
+    jpegs = sum(str(path).lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for path in files)
+    return None if 2 * jpegs >= len(files) else "most of the images are no JPEGs"
+
+
+class GpuBatcher:
+    """As image_batcher.ImageBatcher, with DeviceImages for tensors: read by threads, decoded by the GPU, in order."""
+
+    def __init__(self, paths, resizer, batch_size, decoder, load=load_image):
+        self.paths, self.batch_size, self.skipped = paths, batch_size, 0
+        self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
+        self.by_cpu = 0  # images that were decoded by the CPU
+        self._resizer, self._decoder, self._load = resizer, decoder, load
+
+    def __iter__(self):
+        """Yields Batch after Batch, each but the last of batch_size images."""
+        batch = []
+        with (
+            concurrent.futures.ThreadPoolExecutor(READERS) as readers,
+            concurrent.futures.ThreadPoolExecutor(1) as decoding,
+        ):
+            chunks = in_order(functools.partial(readers.submit, self._read), _chunks(self.paths), READERS)
+            for chunk in in_order(functools.partial(decoding.submit, self._decode), chunks, 2):
+                for path, image in chunk:
+                    if isinstance(image, str):
+                        self.skipped += 1
+                        warn(f"{path}: skipped, {image}")
+                        continue
+                    batch.append((path, None, placement_of(image.height, image.width, self._resizer), image))
+                    if len(batch) == self.batch_size:
+                        yield Batch(*map(list, zip(*batch, strict=True)))
+                        batch = []
+            if batch:
+                yield Batch(*map(list, zip(*batch, strict=True)))
+
+    def _read(self, paths):
+        """[(path, the bytes of a baseline JPEG, or the image as the CPU decodes it, or why it cannot be read)]."""
+        chunk = []
+        for path in paths:
+            data = self._baseline(path)
+            chunk.append((path, self._by_cpu(path) if data is None else data))
+        return chunk
+
+    def _baseline(self, path):
+        """The bytes of a baseline JPEG; None for any other file, which the CPU may read or say why not."""
+        try:
+            if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
+                return None
+            with open(path, "rb") as file:
+                data = file.read()
+            size = baseline_size(data)
+            return data if size and placement_of(*size, self._resizer) else None
+        except (OSError, ImageError):
+            return None
+
+    def _by_cpu(self, path):
+        """The image as the CPU decodes it, or why it cannot be read."""
+        try:
+            image = self._load(path)
+            placement_of(*image.shape[:2], self._resizer)
+        except ImageError as error:
+            return str(error)
+        return image
+
+    def _decode(self, chunk):
+        """[(path, DeviceImage, or why it cannot be read)] of what `_read` gives."""
+        found = iter(self._decoder.decode([data for _, data in chunk if isinstance(data, bytes)]))
+        images = []
+        for path, data in chunk:
+            image = next(found) if isinstance(data, bytes) else data
+            if image is None:
+                image = self._by_cpu(path)
+            if isinstance(image, np.ndarray):
+                self.by_cpu += 1
+                image = self._decoder.upload(image)
+            images.append((path, image))
+        return images
+
+
+def _chunks(paths):
+    paths = iter(paths)
+    return iter(lambda: list(itertools.islice(paths, DECODED_TOGETHER)), [])

@@ -1,0 +1,160 @@
+"""What surrounds decoding on a GPU, without one: which files go there, order, what is left to processors."""
+
+import io
+import shutil
+import types
+from pathlib import Path
+
+from commandline import UserError
+
+import numpy as np
+import pytest
+from conftest import DEMO, need_shared
+from PIL import Image
+
+from image_batcher import ImageBatcher
+from images.decoding import ImageError, load_image
+from runtimes.gpu_images import DECODED_TOGETHER, DeviceImage, GpuBatcher, baseline_size, choose_decoder
+from runtimes.workers import Workers
+
+PICTURES = sorted((DEMO / "images").glob("*.jpg"))
+FIXED = {"kind": "fixed_shape", "height": 32, "width": 48}
+KEEP = {**{"kind": "keep_aspect_ratio", "height": 40, "width": 40}, "min_dimension": 40, "max_dimension": 40}
+
+
+def saved(mode="RGB", **options):
+    """The bytes of a JPEG of the first picture."""
+    buffer = io.BytesIO()
+    Image.open(PICTURES[0]).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "baseline"),
+    [
+        (saved(), True),
+        (saved(subsampling=0), True),
+        (saved(optimize=True, quality=30, exif=Image.Exif(), comment="\xff\xc2 no marker"), True),
+        (saved("L"), True),
+        (saved(progressive=True), False),
+        (saved("CMYK"), False),
+        (saved(keep_rgb=True), False),  # RGB, not YCbCr, as Adobe's marker says
+        (saved()[:-2], False),  # cut off
+        (saved()[:-1000], False),
+        (saved() + b"more", False),
+        (b"\xff\xd8\xff\xd9", False),
+        (b"\xff\xd8" + b"\xff" * 50 + b"\xff\xd9", False),
+        (b"\x89PNG\r\n\x1a\n", False),
+        (b"", False),
+    ],
+)
+def test_only_plain_jpegs_go_to_the_gpu(data, baseline, tmp_path):
+    if baseline:
+        (tmp_path / "a.jpg").write_bytes(data)
+        assert baseline_size(data) == load_image(tmp_path / "a.jpg").shape[:2]
+    else:
+        assert baseline_size(data) is None
+
+
+def test_sizes_are_those_of_the_photos():
+    for path in sorted(need_shared("coco", "val2017").glob("*.jpg"))[:60]:
+        size = baseline_size(path.read_bytes())
+        if size:
+            assert size == load_image(path).shape[:2]
+
+
+class StandIn:
+    """In the place of GpuDecoder: pixels stay in the processor's memory. Every third file it does not decode."""
+
+    def __init__(self):
+        self.files, self.chunks = 0, []
+
+    def decode(self, files):
+        self.chunks.append(len(files))
+        images = []
+        for data in files:
+            self.files += 1
+            images.append(
+                None if self.files % 3 == 0 else self.upload(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+            )
+        return images
+
+    def upload(self, image):
+        return DeviceImage(0, 3 * image.shape[1], *image.shape[:2], image)
+
+
+@pytest.mark.parametrize("size", [1, 5, 32, 50])
+@pytest.mark.parametrize("resizer", [FIXED, KEEP])
+def test_images_come_in_order_whoever_decodes_them(size, resizer, tmp_path, capsys):
+    """Of JPEGs, PNGs and broken files among each other: the same as ImageBatcher gives, and the same warnings."""
+    for i in range(70):
+        source, target = PICTURES[i % 8], tmp_path / f"{i:02}.jpg"
+        if i % 10 == 4:
+            target.write_bytes(source.read_bytes()[: 500 * i])  # empty, or cut off
+        elif i % 10 == 7:
+            Image.open(source).save(target, "PNG")
+        else:
+            shutil.copy(source, target)
+    files, decoder = sorted(tmp_path.iterdir()), StandIn()
+    files += [tmp_path / "absent.jpg", tmp_path]
+    batcher = GpuBatcher(files, resizer, size, decoder)
+    batches = list(batcher)
+    said = capsys.readouterr().err
+    with Workers(0) as workers:
+        plain = ImageBatcher(files, resizer | {"pad_value": [0, 0, 0]}, size, workers)
+        wanted = list(plain)
+    assert said == capsys.readouterr().err
+    assert batcher.skipped == plain.skipped >= 7
+    assert [batch.paths for batch in batches] == [batch.paths for batch in wanted]
+    assert [batch.placements for batch in batches] == [batch.placements for batch in wanted]
+    for batch in batches:
+        for path, image in zip(batch.paths, batch.tensors, strict=True):
+            np.testing.assert_array_equal(image.owner, load_image(path))
+    assert max(decoder.chunks) <= DECODED_TOGETHER
+    assert batcher.by_cpu > 7
+
+
+def test_it_reads_only_some_way_ahead():
+    read = []
+
+    def load(path):
+        read.append(path)
+        raise ImageError("not that one")
+
+    files = [Path(f"{i}.png") for i in range(10_000)]
+    pictures = iter(GpuBatcher([PICTURES[0], *files], FIXED, 1, StandIn(), load))
+    next(pictures)
+    pictures.close()
+    assert len(read) < 12 * DECODED_TOGETHER
+
+
+def detector(**changes):
+    return types.SimpleNamespace(**{"gpu": object(), "runtime": "X", "metadata": {"resizer": FIXED}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "files", "said"),
+    [
+        ({"gpu": None}, PICTURES, "X does not run on a GPU"),
+        ({"metadata": {"resizer": FIXED | {"method": "bicubic"}}}, PICTURES, "bicubic"),
+        ({}, [Path("a.png"), Path("b.png"), Path("c.jpg")], "most of the images are no JPEGs"),
+    ],
+)
+def test_where_processors_decode(changes, files, said, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
+    assert choose_decoder("auto", detector(**changes), files) is None
+    assert choose_decoder("cpu", detector(**changes), files) is None
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=said):
+        choose_decoder("gpu", detector(**changes), files)
+
+
+def test_without_the_packages_it_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
+    monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
+    assert choose_decoder("auto", detector(), PICTURES) is None
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "nvidia-nvimgcodec-cu12" in said
+    with pytest.raises(UserError, match="--decoder gpu: nvidia-nvimgcodec-cu12"):
+        choose_decoder("gpu", detector(), PICTURES)
