@@ -24,6 +24,7 @@ MAX_KEPT_BYTES = 36_000_000
 class Batch:
     """n images, in input order."""
 
+    numbers: list  # of the files, from 0
     paths: list  # of str or Path, as they were given
     images: list  # as decoded; None where they are not kept
     placements: list  # of images.resizing.Placement
@@ -56,7 +57,7 @@ class ImageBatcher:
 
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images or, of broken files, fewer."""
-        batch, used = [], []
+        batch, used, numbers = [], [], itertools.count()
         tasks = self._workers.in_order(self._submit, _chunks(self.paths, self._workers.together))
         try:
             for slot, paths, results in tasks:
@@ -67,6 +68,7 @@ class ImageBatcher:
                 else:
                     used.append(slot)
                 for path, result, tensor in zip(paths, results, tensors, strict=True):
+                    number = next(numbers)
                     if isinstance(result, str):
                         self.skipped += 1
                         warn(f"{path}: skipped, {result}")
@@ -74,7 +76,7 @@ class ImageBatcher:
                     image, placement, _, decoding, resizing = result
                     self.decode_seconds += decoding
                     self.resize_seconds += resizing
-                    batch.append((path, image, placement, tensor))
+                    batch.append((number, path, image, placement, tensor))
                     if len(batch) == self.batch_size:
                         yield Batch(*map(list, zip(*batch, strict=True)))
                         batch = []

@@ -44,7 +44,7 @@ import numpy as np
 
 from checks import coco
 from images.decoding import load_image, simplejpeg
-from runtimes import open_detector
+from runtimes import open_detectors
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import (
     Times,
@@ -54,6 +54,7 @@ from runtimes.pipeline import (
     naming_results_of,
     open_workers,
 )
+from runtimes.several_gpus import detect_on_all
 from runtimes.stream import detect_stream
 from runtimes.video import VideoReader, VideoWriter, is_video
 from runtimes.workers import Workers
@@ -81,7 +82,7 @@ def parse_args(argv=None):
     add("-o", "--output", help="folder for pictures and tables; created if need be")
     add("--json", metavar="FILE", help="also write all detections in COCO's results format, masks run-length encoded")
     add("--frames", type=count, metavar="N", help="stop a video or camera after N frames")
-    add_gpus(parser)
+    add_gpus(parser, several=True)
     add_decoder(parser)
     add("-l", "--labels", help=LABELS_HELP)
     add(
@@ -151,14 +152,16 @@ def main(argv=None):
         refuse_to_overwrite(images, args.output)
     if args.json:
         check_writable(args.json)
-    with open_detector(args.engine, args.gpus) as detector:
+    with contextlib.ExitStack() as stack:
+        detectors = [stack.enter_context(detector) for detector in open_detectors(args.engine, args.gpus)]
+        detector = detectors[0]
         check_preprocessor(args.preprocessor, detector.metadata)
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         options = make_options(detector, args)
         if args.benchmark:
-            return benchmark(detector, images, options, args)
-        return process_all(detector, images, videos, options, args)
+            return benchmark(detectors, images, options, args)
+        return process_all(detectors, images, videos, options, args)
 
 
 def make_options(detector, args):
@@ -175,15 +178,15 @@ def make_options(detector, args):
     )
 
 
-def process_all(detector, images, videos, options, args):
-    """Runs the detector on the Images and the videos; returns the highest status."""
-    size, status = choose_batch_size(detector, args.batch_size, 1), 0
+def process_all(detectors, images, videos, options, args):
+    """Runs the detectors on the Images, the first of them on the videos; returns the highest status."""
+    size, status = choose_batch_size(detectors[0], args.batch_size, 1), 0
     with results_file(args.json) as results:
         if images.files:
-            decoder = choose_decoder(args.decoder, detector, images.files, args.exif_rotate)
-            status = process(detector, images, size, options, results, decoder)
+            source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files))
+            status = process(source, images, options, results)
         for video in videos:
-            status = max(status, process_video(detector, video, size, options, results, args.frames))
+            status = max(status, process_video(detectors[0], video, size, options, results, args.frames))
     if args.json:
         print(f"Wrote {args.json} (COCO's results format)")
     return status
@@ -305,18 +308,49 @@ def write_one(detected, name, options):
         return options.coco_results(found, image_id, str(path), (placement.height, placement.width))
 
 
-def process(detector, images, batch_size, options, results, decoder=None):
-    """Runs `detector` on the Images, writes the results, prints what was found and the rates; returns the status."""
+def choose_decoders(args, detectors, files):
+    """The GpuDecoder of each detector, or None where processors decode."""
+    decoders = [choose_decoder(args.decoder, detector, files, args.exif_rotate) for detector in detectors]
+    return decoders if all(decoders) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What finds the detections in files: one detector, or several that share the files."""
+
+    detectors: list
+    batch_size: int
+    load: functools.partial  # of load_image
+    decoders: list | None  # GpuDecoders, one for each detector
+
+    def detected(self, files, workers, times, keep_images=False):
+        """Yields a pipeline.Detected for each file."""
+        if len(self.detectors) > 1:
+            return detect_on_all(self.detectors, files, self.batch_size, times, self.load, self.decoders)
+        decoder = self.decoders and self.decoders[0]
+        return detect_files(self.detectors[0], files, self.batch_size, workers, times, keep_images, self.load, decoder)
+
+    def text(self, workers):
+        """Where it runs and who decodes, in words."""
+        several = f" on {len(self.detectors)} GPUs" if len(self.detectors) > 1 else ""
+        by = f"in {workers.count} {'processes' if workers.processes else 'threads'}"
+        by = f"by {self.decoders[0].name}" if self.decoders else by
+        return f"{self.detectors[0].runtime}{several}, decoded {by}"
+
+
+def process(source, images, options, results):
+    """Runs a Source on the Images, writes the results, prints what was found and the rates; returns the status."""
     files, names = images.files, dict(zip(images.files, images.names, strict=True))
     times, summary, keep = Times(), Summary(), bool(options.folder)
 
     def chosen(workers):
-        for item in detect_files(detector, files, batch_size, workers, times, keep, options.load, decoder):
+        for item in source.detected(files, workers, times, keep):
             found = options.chosen(item.found)
             summary.add(item.path, found)
             yield dataclasses.replace(item, found=found), names[item.path], options
 
-    with open_workers(detector, len(files), batch_size) as workers, progress(files, unit="image") as bar:
+    opened = open_workers(source.detectors[0], len(files), source.batch_size)
+    with opened as workers, progress(files, unit="image") as bar:
         started, items = time.perf_counter(), chosen(workers)
         written = workers.map(write_one, items)
         try:
@@ -333,7 +367,7 @@ def process(detector, images, batch_size, options, results, decoder=None):
         raise UserError(f"none of the {len(files)} images could be read; nothing was written")
     print(summary.text(options.threshold))
     print(
-        f"{times.images} images in {seconds:.1f} s on {detector.runtime}, {decoded_by(decoder, workers)}:"
+        f"{times.images} images in {seconds:.1f} s on {source.text(workers)}:"
         f" {times.images / seconds:.1f} images/s; per image: {stages(times, workers.seconds)}"
     )
     if times.skipped:
@@ -423,13 +457,6 @@ class VideoResults:
         return self._files.__exit__(*exception)
 
 
-def decoded_by(decoder, workers):
-    """Who decoded, in words."""
-    if decoder:
-        return f"decoded by {decoder.name}"
-    return f"decoded in {workers.count} {'processes' if workers.processes else 'threads'}"
-
-
 def stages(times, work=0.0):
     """Milliseconds per image of each stage; they overlap. work: seconds of drawing and writing."""
     ms = {
@@ -443,23 +470,26 @@ def stages(times, work=0.0):
     return ", ".join(f"{name} {1000 * value / times.images:.2f} ms" for name, value in ms.items())
 
 
-def benchmark(detector, images, options, args):
+def benchmark(detectors, images, options, args):
     """Prints what each stage takes, what it could do alone, and how near the whole comes to the slowest of them.
 
     With options.folder pictures and tables are drawn and written there, the same ones again and again.
     """
-    size = choose_batch_size(detector, args.batch_size, 1)
+    detector, size = detectors[0], choose_batch_size(detectors[0], args.batch_size, 1)
     names = dict(zip(images.files, images.names, strict=True))
     repeated = list(itertools.islice(itertools.cycle(images.files), max(size, args.benchmark_images)))
-    decoder = choose_decoder(args.decoder, detector, images.files, args.exif_rotate)
+    source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files))
     with open_workers(detector, len(repeated), size) as workers:
         workers.warm_up()
+        decoder = source.decoders and source.decoders[0]
         limits = {
-            "network alone": network_limit(detector, repeated, size, options.load),
+            "network alone": len(detectors) * network_limit(detector, repeated, size, options.load),
             "decode and resize": decoder_limit(detector, repeated, size, workers, options.load, decoder),
         }
+        if decoder:
+            limits["decode and resize"] *= len(detectors)
         times, begun = Times(), time.perf_counter()
-        detected = detect_files(detector, repeated, size, workers, times, bool(options.folder), options.load, decoder)
+        detected = source.detected(repeated, workers, times, bool(options.folder))
         chosen = (dataclasses.replace(item, found=options.chosen(item.found)) for item in detected)
         done = ((item, names[item.path], options) for item in chosen)
         for _ in workers.map(write_one, done) if options.folder else done:
@@ -470,8 +500,10 @@ def benchmark(detector, images, options, args):
     if options.folder:
         limits["draw and write"] = workers.count * times.images / workers.seconds
     whole, slowest = times.images / seconds, min(limits, key=limits.get)
-    print(f"{times.images} images of {show_inputs(args.input)}, {size} at a time, {args.engine} on {detector.runtime}")
-    print(f"{decoded_by(decoder, workers)}; per image: {stages(times, workers.seconds)}")
+    print(
+        f"{times.images} images of {show_inputs(args.input)}, {size} at a time, {args.engine} on {source.text(workers)}"
+    )
+    print(f"per image: {stages(times, workers.seconds)}")
     for name, rate in {"end to end": whole, **limits}.items():
         print(f"{name:20}  {rate:8.1f} images/s")
     following = command("infer.py", "--engine", args.engine, "--input", *args.input, "--output", "results")

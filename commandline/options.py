@@ -64,11 +64,22 @@ def _number(text, kind):
         return math.nan
 
 
-def add_gpus(parser):
-    """--gpus, which GPU an engine runs on."""
-    parser.add_argument(
-        "--gpus", type=count_from_0, default=0, metavar="N", help="which GPU an engine runs on, from 0; default: 0"
-    )
+def add_gpus(parser, several=False):
+    """--gpus, which GPU an engine runs on, or which several: args.gpus is a number, or a list of them, or "all"."""
+    text = "which GPU an engine runs on, from 0; default: 0"
+    if several:
+        text = "which GPUs an engine runs on: a number from 0, several (0,1), or 'all'; default: 0"
+    parser.add_argument("--gpus", type=gpu_list if several else count_from_0, default=[0] if several else 0, help=text)
+
+
+def gpu_list(text):
+    """An option's value: GPU numbers with commas between them, or "all"."""
+    if text == "all":
+        return text
+    numbers = [count_from_0(part) for part in text.split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a GPU twice")
+    return numbers
 
 
 def add_decoder(parser):

@@ -10,7 +10,7 @@ from commandline import UserError
 
 from runtimes.detector import detect
 
-__all__ = ["detect", "open_detector"]
+__all__ = ["detect", "open_detector", "open_detectors"]
 
 # How files begin that are given by mistake: (offset, bytes, what they are).
 FOREIGN = (
@@ -50,6 +50,15 @@ def open_detector(path, gpu=0):
     from runtimes.trt_detector import TrtDetector
 
     return TrtDetector(path, gpu)
+
+
+def open_detectors(path, gpus):
+    """Opens a model on each of some GPUs: [Detector]. gpus: their numbers, or "all". One, where it runs on processors."""
+    first = open_detector(path, 0 if gpus == "all" else gpus[0])
+    if first.gpu is None:
+        return [first]
+    rest = range(1, first.gpu.count) if gpus == "all" else gpus[1:]
+    return [first, *(open_detector(path, number) for number in rest)]
 
 
 def maker(path):

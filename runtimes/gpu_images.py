@@ -212,7 +212,7 @@ class GpuBatcher:
 
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images."""
-        batch = []
+        batch, numbers = [], itertools.count()
         with (
             concurrent.futures.ThreadPoolExecutor(READERS) as readers,
             concurrent.futures.ThreadPoolExecutor(1) as decoding,
@@ -220,11 +220,12 @@ class GpuBatcher:
             chunks = in_order(functools.partial(readers.submit, self._read), _chunks(self.paths), READERS)
             for chunk in in_order(functools.partial(decoding.submit, self._decode), chunks, 2):
                 for path, image in chunk:
+                    number = next(numbers)
                     if isinstance(image, str):
                         self.skipped += 1
                         warn(f"{path}: skipped, {image}")
                         continue
-                    batch.append((path, None, placement_of(image.height, image.width, self._resizer), image))
+                    batch.append((number, path, None, placement_of(image.height, image.width, self._resizer), image))
                     if len(batch) == self.batch_size:
                         yield Batch(*map(list, zip(*batch, strict=True)))
                         batch = []

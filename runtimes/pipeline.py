@@ -31,11 +31,17 @@ class Times:
     images: int = 0
     skipped: int = 0
 
+    def add(self, other):
+        """Adds another's seconds and images."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
 
 @dataclasses.dataclass(frozen=True)
 class Detected:
     """What was found in a file."""
 
+    number: int  # of the file, from 0
     path: object  # str or Path, as it was given
     image: np.ndarray | None  # as decoded; None where it is not kept: see ImageBatcher
     placement: object  # images.resizing.Placement
@@ -55,10 +61,10 @@ def choose_batch_size(detector, asked, usual):
     return asked
 
 
-def open_workers(detector, images, batch_size):
-    """The Workers for `images` images: to decode, and for whatever is done with the detections."""
+def open_workers(detector, images, batch_size, cores=None):
+    """The Workers for `images` images: to decode, and for whatever is done with the detections. cores: default, all."""
     spec = detector.input
-    return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize, batch_size)
+    return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize, batch_size, cores)
 
 
 def batcher_for(detector, files, batch_size, workers, keep_images=False, load=load_image, decoder=None):
@@ -103,7 +109,7 @@ def _finish(detector, batch, ticket, times):
     with _naming(batch):
         found = detector.finish(ticket)
     times.images += len(found)
-    for item in zip(batch.paths, batch.images, batch.placements, found, strict=True):
+    for item in zip(batch.numbers, batch.paths, batch.images, batch.placements, found, strict=True):
         yield Detected(*item)
 
 

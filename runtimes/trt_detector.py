@@ -76,7 +76,8 @@ class GpuContext:
         """gpu: its number, from 0. Raises UserError where there is no such GPU."""
         if gpu >= cuda.Device.count():
             raise UserError(f"--gpus {gpu}: there are {cuda.Device.count()} GPUs here, numbered from 0")
-        self.number, self._primary = gpu, cuda.Device(gpu).retain_primary_context()
+        self.number, self.count = gpu, cuda.Device.count()
+        self._primary = cuda.Device(gpu).retain_primary_context()
 
     def __enter__(self):
         self._primary.push()
