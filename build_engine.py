@@ -178,7 +178,7 @@ def calibrate(args, model, metadata):
         found = []
         with OrtDetector(args.onnx, candidate) as detector:
             for batch in batches:
-                found += detector.infer(batch.tensorss, batch.true_shapes)
+                found += detector.infer(batch.tensors, batch.true_shapes)
                 if len(found) >= quantization.JUDGED_IMAGES:
                     break
         return found
