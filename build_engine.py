@@ -17,7 +17,7 @@ from pathlib import Path
 
 from commandline import UserError, check_writable, command, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, find_images, show_inputs
-from commandline.options import add_image_options, count, image_options, make_parser, size
+from commandline.options import add_gpus, add_image_options, count, image_options, make_parser, size
 
 import numpy as np
 
@@ -61,6 +61,7 @@ def parse_args(argv=None):
     add("--builder_optimization_level", type=int, choices=range(6), metavar="0..5", help="default: TensorRT's, 3")
     add("--typed_onnx", metavar="FILE", help="also write the graph in that precision, for ONNX Runtime")
     add("--no_benchmark", action="store_true", help="do not measure the engine's latency after building it")
+    add_gpus(parser)
     return parser.parse_args(argv)
 
 

@@ -101,9 +101,8 @@ class Found:
 def detect(detector, image, threshold=0.3, names=None):
     """The objects in one image that score `threshold` and more, surest first: a list of Found.
 
-    image: RGB [height, width, 3], 0..255, or the path of a file. names: of the classes; default: those in the model's file, COCO's for 90 classes.
-    Raises
-    images.decoding.ImageError for a file that cannot be read.
+    image: RGB [height, width, 3], 0..255, or the path of a file. names: of the classes; default: those in the model's
+    file, COCO's for 90 classes. Raises images.decoding.ImageError for a file that cannot be read.
     """
     pixels = load_image(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
     found = detect_image(detector, pixels).above(threshold)

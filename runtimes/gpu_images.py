@@ -165,7 +165,18 @@ class GpuDecoder:
         """A DeviceImage of an RGB array [height, width, 3] uint8."""
         with self._gpu:
             memory = self._cuda.to_device(np.ascontiguousarray(image))
-        return DeviceImage(int(memory), 3 * image.shape[1], *image.shape[:2], memory)
+        return DeviceImage(int(memory), 3 * image.shape[1], *image.shape[:2], _Uploaded(self._gpu, memory))
+
+
+class _Uploaded:
+    """GPU memory that is freed in its context by whichever thread lets it go last; pycuda by itself would leak it there."""
+
+    def __init__(self, gpu, memory):
+        self._gpu, self._memory = gpu, memory
+
+    def __del__(self):
+        with self._gpu:
+            self._memory.free()
 
 
 def choose_decoder(choice, detector, files, exif_rotate=False):

@@ -78,8 +78,9 @@ def batcher_for(detector, files, batch_size, workers, keep_images=False, load=lo
 def detect_files(detector, files, batch_size, workers, times=None, keep_images=False, load=load_image, decoder=None):
     """Yields a Detected for each image file, in order.
 
-    times: a Times to add to. keep_images, load: as of ImageBatcher. decoder: of gpu_images.choose_decoder. A file that cannot be read is warned about and left
-    out. Any other error, in whatever stage, is raised here. Closing the generator (Ctrl-C does) ends all stages.
+    times: a Times to add to. keep_images, load: as of ImageBatcher. decoder: of gpu_images.choose_decoder. A file that
+    cannot be read is warned about and left out. Any other error, in whatever stage, is raised here. Closing the generator
+    (Ctrl-C does) ends all stages.
     """
     times = times if times is not None else Times()
     batcher = batcher_for(detector, files, batch_size, workers, keep_images, load, decoder)

@@ -1,5 +1,6 @@
 """What all commands do alike: --help, --version, mistakes in one line, commands to paste."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,22 @@ def test_bad_values_are_refused_in_one_line(script, monkeypatch, capsys):
             assert raised.value.code == 2, (option, value)
             assert len(said.splitlines()) == 1, said
             assert option in said, said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_script_reads_of_args_is_an_option(script):
+    """Also on paths that need a GPU: build_engine.py once read args.gpus and had no --gpus."""
+    module = __import__(script)
+    nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text())))
+    of_args = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    ]
+    made = {node.attr for node in of_args if isinstance(node.ctx, ast.Store)}
+    read = {node.attr for node in of_args if isinstance(node.ctx, ast.Load)}
+    assert len(read) >= 5
+    assert read <= made | set(vars(module.parse_args(NEEDED[script])))
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "benchmarks/bench_cpu", "benchmarks/bench_gpu"])
