@@ -175,8 +175,9 @@ class _Uploaded:
         self._gpu, self._memory = gpu, memory
 
     def __del__(self):
-        with self._gpu:
-            self._memory.free()
+        if not self._gpu.closed:
+            with self._gpu:
+                self._memory.free()
 
 
 def choose_decoder(choice, detector, files, exif_rotate=False):

@@ -76,7 +76,7 @@ class GpuContext:
         """gpu: its number, from 0. Raises UserError where there is no such GPU."""
         if gpu >= cuda.Device.count():
             raise UserError(f"--gpus {gpu}: there are {cuda.Device.count()} GPUs here, numbered from 0")
-        self.number, self.count = gpu, cuda.Device.count()
+        self.number, self.count, self.closed = gpu, cuda.Device.count(), False
         self._primary = cuda.Device(gpu).retain_primary_context()
 
     def __enter__(self):
@@ -87,8 +87,9 @@ class GpuContext:
         self._primary.pop()
 
     def close(self):
-        """Lets the context go; what lies in it must have been freed."""
+        """Lets the context go; what lies in it must have been freed, or is freed by it."""
         self._primary.detach()
+        self.closed = True
 
 
 def _on_gpu(method):
