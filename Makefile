@@ -50,7 +50,7 @@ $(VENV)/.ready: requirements.txt requirements-runtime.txt | $(VENV)/bin/python
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+$(VENV)/.ready-dev: requirements-dev.txt requirements-video.txt requirements-openvino.txt $(VENV)/.ready
 	@echo "Installing what the tests need"
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -3,10 +3,11 @@
     python build_engine.py --onnx model.onnx --engine engine.trt
     python build_engine.py --onnx model.onnx --engine engine.trt --precision int8 --calib_input photos 'more/*.png'
     python build_engine.py --onnx dynamic.onnx --engine engine.trt --batch 1 8 32
+    python build_engine.py --onnx model.onnx --typed_onnx half.onnx --precision fp16
 
 FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6, which is given ranges
 and chooses; box decoder, score filter and NMS stay in FP32. The engine holds the model's metadata and needs no companion
-file. TensorRT 8.5, 8.6, 10 and 11.
+file. TensorRT 8.5, 8.6, 10 and 11. With --typed_onnx alone the graph is written, for which no TensorRT is needed.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-o", "--onnx", required=True, help="the model.onnx that create_onnx.py wrote")
-    add("-e", "--engine", required=True, help="the engine file to write")
+    add("-e", "--engine", help="the engine file to write")
     add("-p", "--precision", choices=["fp32", "fp16", "int8"], default="fp16", help="default: fp16")
     add("-b", "--batch", type=count, nargs=3, metavar=("MIN", "OPT", "MAX"), help="of a dynamic model; default: 1 8 8")
     add("-w", "--workspace", type=size, default=4, metavar="GB", help="memory for the layers' scratch; default: 4")
@@ -51,7 +52,10 @@ def parse_args(argv=None):
         help=f"int8: about 100 images like those to be detected in: {INPUTS}",
     )
     add_image_options(parser)
-    add("--calib_cache", help="int8: the calibration, read if it is of this model, else written; default: ENGINE.calib")
+    add(
+        "--calib_cache",
+        help="int8: the calibration, read if it is of this model, else written; default: ENGINE.calib, or that of --typed_onnx",
+    )
     add("--calib_num_images", type=count, default=100, metavar="N", help="int8: at most that many images; default: 100")
     add("--calib_batch_size", type=count, default=8, metavar="N", help="int8: images at a time; default: 8")
     add(
@@ -59,7 +63,7 @@ def parse_args(argv=None):
         help="TensorRT's measurements, kept for the next build; default: timing.cache beside the engine",
     )
     add("--builder_optimization_level", type=int, choices=range(6), metavar="0..5", help="default: TensorRT's, 3")
-    add("--typed_onnx", metavar="FILE", help="also write the graph in that precision, for ONNX Runtime")
+    add("--typed_onnx", metavar="FILE", help="write the graph in that precision, for ONNX Runtime; needs no TensorRT")
     add("--no_benchmark", action="store_true", help="do not measure the engine's latency after building it")
     add_gpus(parser)
     return parser.parse_args(argv)
@@ -67,33 +71,60 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if not (args.engine or args.typed_onnx):
+        raise UserError("--engine: name the engine to write; or, with --typed_onnx, a graph that needs no TensorRT")
     model = onnx_utils.load(args.onnx)
     metadata = onnx_utils.read_metadata(model, args.onnx)
+    if metadata["ops"] == "standard":
+        raise UserError(
+            f"--onnx {args.onnx}: it is in standard ops, without TensorRT's plugin for NMS; convert the SavedModel again"
+            " with create_onnx.py --ops tensorrt"
+        )
+    if "precision" in metadata:
+        raise UserError(f"--onnx {args.onnx}: --typed_onnx made it, in {metadata['precision']}; give what create_onnx.py wrote")
     for path in filter(None, (args.engine, args.timing_cache, args.calib_cache, args.typed_onnx)):
         check_writable(path)
     batch = batch_range(args, metadata)
     calibration = find_calibration(args, model) if args.precision == "int8" else None
-    trt, cuda = import_tensorrt(f"--engine {args.engine}")
-    strong = is_strongly_typed(trt)
+    trt, cuda = find_tensorrt(args)
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
     prepared = trt_graph.prepare(model, batch[-1])
-    told = None if strong else layer_types(args.precision, prepared, calibration)
+    metadata = {**metadata, "precision": args.precision}
+    told = layer_types(args.precision, prepared, calibration) if trt and not is_strongly_typed(trt) else None
     by_ranges = bool(told and told.ranges)
     typed = None if by_ranges and not args.typed_onnx else typed_model(args.precision, prepared, calibration)
     if args.typed_onnx:
+        onnx_utils.write_metadata(typed, metadata)
         with whole_file(args.typed_onnx) as path:
             onnx_utils.save(typed, path)
+        following = command("infer.py", "--engine", args.typed_onnx, "--input", "IMAGES", "--output", "results")
+        print(f"Wrote {args.typed_onnx} ({args.precision}, for ONNX Runtime)" + ("" if trt else f". Next: {following}"))
+    if not trt:
+        return 1 if args.engine else 0
     started = time.perf_counter()
     with GpuContext(cuda, args.gpus), whole_file(args.engine) as path:
-        path.write_bytes(
-            build(trt, args, prepared if by_ranges else typed, {**metadata, "precision": args.precision}, batch, told)
-        )
+        path.write_bytes(build(trt, args, prepared if by_ranges else typed, metadata, batch, told))
     seconds = time.perf_counter() - started
     report(args, batch, seconds)
     following = command("infer.py", "--engine", args.engine, "--input", "IMAGES", "--output", "results")
     print(f"Wrote {args.engine}. Next: {following}")
     return 0
+
+
+def find_tensorrt(args):
+    """(tensorrt, pycuda's driver module), or (None, None) where only --typed_onnx is to be written, or can be, with a warning.
+
+    Raises UserError where nothing can be."""
+    if not args.engine:
+        return None, None
+    try:
+        return import_tensorrt(f"--engine {args.engine}")
+    except UserError as error:
+        if not args.typed_onnx:
+            raise
+        warn(f"{error}. No engine is built; only {args.typed_onnx} is written")
+        return None, None
 
 
 def batch_range(args, metadata):
@@ -146,7 +177,7 @@ def layer_types(wanted, model, calibration):
 
 def find_calibration(args, model):
     """The cached calibration, or None where it is to be made. Raises UserError if that cannot be."""
-    args.calib_cache = args.calib_cache or f"{args.engine}.calib"
+    args.calib_cache = args.calib_cache or f"{args.engine or args.typed_onnx}.calib"
     found, reason = quantization.read_cache(args.calib_cache, model)
     if found:
         print(f"Using the calibration in {args.calib_cache}")

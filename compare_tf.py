@@ -24,6 +24,7 @@ from commandline.options import (
     add_gpus,
     add_image_options,
     add_preprocessor,
+    add_runtime,
     check_preprocessor,
     count,
     count_from_0,
@@ -78,6 +79,7 @@ def parse_args(argv=None):
     add("--pictures", type=count_from_0, default=24, metavar="N", help="pictures shown in the report; default: 24")
     add_image_options(parser)
     add_gpus(parser)
+    add_runtime(parser)
     add_preprocessor(parser)
     return parser.parse_args(argv)
 
@@ -215,7 +217,7 @@ def main(argv=None):
     images = find_images(args.input, output=args.output)
     files = images.files[: args.num_images]
     folder = find_saved_model(args.saved_model)
-    with open_detector(args.engine, args.gpus) as detector:
+    with open_detector(args.engine, args.gpus, args.runtime) as detector:
         metadata = detector.metadata
         check_preprocessor(args.preprocessor, metadata)
         masks = args.detection_type == "segmentation"
@@ -226,7 +228,7 @@ def main(argv=None):
         # What scores less the engine was told to leave out.
         args.least = max(args.nms_threshold, metadata["score_threshold"])
         output = make_folder(args.output)
-        args.runtime = detector.runtime
+        args.ran_on = detector.runtime
         with SavedModel(folder) as saved_model:
             try:
                 comparisons, times = run_both(saved_model, detector, files, args)
@@ -391,7 +393,7 @@ def draw_all(comparisons, pictures, truth, names, metadata, args, folder):
         annotated = truth and comparison.path in truth.known
         panels, seen_width = {}, PAGE_WIDTH / (3 if annotated else 2)
         for side, found, unmatched in zip(
-            ("TensorFlow", args.runtime), (comparison.theirs, comparison.ours), comparison.unmatched, strict=True
+            ("TensorFlow", args.ran_on), (comparison.theirs, comparison.ours), comparison.unmatched, strict=True
         ):
             count = int((found.scores >= args.least).sum())
             title = f"{side}: {count} detection{'s' if count != 1 else ''}" + (
@@ -466,7 +468,7 @@ def write_report(path, args, metadata, numbers, comparisons, folder, pictures, t
         report.verdict(numbers["verdict"] == "PASSED", text),
         report.section("Numbers", report.table(("", ""), rows(numbers), "numbers")),
         report.section("By score", report.table(columns, bands, "bands")),
-        report.section("Score and overlap", report.plots(scatter(comparisons, args.runtime), histogram(comparisons))),
+        report.section("Score and overlap", report.plots(scatter(comparisons, args.ran_on), histogram(comparisons))),
         *([side_by_side_part] if figures else []),
     ]
     subtitle = f"{metadata['source']}: {args.saved_model} against {args.engine} on {show_inputs(args.input)}"

@@ -1,7 +1,8 @@
-"""Converts a TensorFlow Object Detection API SavedModel to model.onnx, for TensorRT and ONNX Runtime.
+"""Converts a TensorFlow Object Detection API SavedModel to model.onnx, for TensorRT or for any runtime.
 
     python create_onnx.py --saved_model ssd_mobilenet_v2_fpnlite_320x320_coco17_tpu-8 --onnx model.onnx
     python create_onnx.py --saved_model exported/saved_model --onnx model.onnx --batch_size dynamic --input_type uint8
+    python create_onnx.py --saved_model exported/saved_model --onnx model.onnx --ops standard
 
 The stock export is enough: no re-export, no TFOD. What the network computes after its heads (box decoder, score
 converter, non-maximum suppression) is written anew from pipeline.config, then checked against TensorFlow.
@@ -24,6 +25,7 @@ import onnx_graphsurgeon as gs
 import onnx_utils
 from checks.conversion import BUILT_IN, check_conversion, check_override
 from images.decoding import ImageError, load_image
+from runtimes import standard_graph
 from tfod.config import describe_resizer, read_pipeline_config
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import find_labels, read_labels
@@ -46,6 +48,14 @@ def parse_args(argv=None):
         default=1,
         metavar="N",
         help="images per batch, or 'dynamic': any number, chosen when the engine runs; default: 1",
+    )
+    add(
+        "--ops",
+        choices=onnx_utils.OPS,
+        default="tensorrt",
+        help="tensorrt: NMS is TensorRT's plugin EfficientNMS_TRT, which other runtimes do not load, but this project's scripts"
+        " do; standard: ONNX's own ops alone, for ONNX Runtime, OpenVINO and others, not for build_engine.py;"
+        " default: tensorrt",
     )
     add(
         "--input_type",
@@ -155,7 +165,7 @@ def make(folder, config, options, args, pictures, step):
             with whole_file(args.tf2onnx) as path:
                 onnx_utils.save(gs.export_onnx(model.network.graph), path)
         step("writing the file")
-        written = write_model(model, options)
+        written = write(model, options, args.ops)
         onnx.checker.check_model(written)
         with whole_file(args.onnx) as path:
             onnx_utils.save(written, path)
@@ -184,6 +194,12 @@ def make(folder, config, options, args, pictures, step):
     return 0 if passed else 1
 
 
+def write(model, options, ops, raw=False):
+    """The ONNX model of a Model, as convert.write_model makes it, in `ops` (onnx_utils.OPS)."""
+    written = write_model(model, options, raw)
+    return standard_graph.standard_file(written) if ops == "standard" else written
+
+
 def find_class_names(path, folder, config):
     """The names of --labels, or of a file beside the SavedModel; None where there are none."""
     count = max(config.ssd.num_classes, config.faster_rcnn.num_classes)
@@ -209,17 +225,17 @@ def read_pictures(path):
 def check(saved_model, model, written, options, args, pictures):
     """Compares what was written with TensorFlow; returns the Verdicts."""
     where = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {args.check_image}" if pictures else BUILT_IN
-    reference = written if options == options.by_config else write_model(model, options.by_config)
+    reference = written if options == options.by_config else write(model, options.by_config, args.ops)
     verdicts = [
         check_conversion(
-            saved_model, args.onnx, reference, lambda: write_model(model, options.by_config, raw=True), pictures, where
+            saved_model, args.onnx, reference, lambda: write(model, options.by_config, args.ops, True), pictures, where
         )
     ]
     metadata = onnx_utils.read_metadata(written, args.onnx)
     threshold = metadata["score_threshold"]
     if threshold != metadata["config_score_threshold"]:
         option = META_ARCHITECTURES[model.kind].THRESHOLD_OPTION
-        reference = write_model(model, dataclasses.replace(options, **{option: None}))
+        reference = write(model, dataclasses.replace(options, **{option: None}), args.ops)
         least = max(threshold, metadata["config_score_threshold"])
         text = f"--{option} {threshold:g}"
         verdicts.append(check_override(args.onnx, written, reference, text, least, pictures, where))

@@ -23,6 +23,7 @@ from commandline.options import (
     add_gpus,
     add_image_options,
     add_preprocessor,
+    add_runtime,
     check_preprocessor,
     count,
     count_from_0,
@@ -90,6 +91,7 @@ def parse_args(argv=None):
     )
     add_image_options(parser)
     add_gpus(parser)
+    add_runtime(parser)
     add_decoder(parser)
     add_preprocessor(parser)
     return parser.parse_args(argv)
@@ -107,7 +109,7 @@ def main(argv=None):
         raise UserError(
             f"--annotations {args.annotations} knows none of the {len(files)} images in {show_inputs(args.input)}; give theirs"
         )
-    with open_detector(args.engine, args.gpus) as detector:
+    with open_detector(args.engine, args.gpus, args.runtime) as detector:
         metadata = detector.metadata
         check_model(metadata, args)
         if args.detection_type == "segmentation":

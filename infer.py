@@ -33,6 +33,7 @@ from commandline.options import (
     add_gpus,
     add_image_options,
     add_preprocessor,
+    add_runtime,
     check_preprocessor,
     count,
     image_options,
@@ -83,6 +84,7 @@ def parse_args(argv=None):
     add("--json", metavar="FILE", help="also write all detections in COCO's results format, masks run-length encoded")
     add("--frames", type=count, metavar="N", help="stop a video or camera after N frames")
     add_gpus(parser, several=True)
+    add_runtime(parser)
     add_decoder(parser)
     add("-l", "--labels", help=LABELS_HELP)
     add(
@@ -153,7 +155,7 @@ def main(argv=None):
     if args.json:
         check_writable(args.json)
     with contextlib.ExitStack() as stack:
-        detectors = [stack.enter_context(detector) for detector in open_detectors(args.engine, args.gpus)]
+        detectors = [stack.enter_context(detector) for detector in open_detectors(args.engine, args.gpus, args.runtime)]
         detector = detectors[0]
         check_preprocessor(args.preprocessor, detector.metadata)
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):

@@ -16,6 +16,8 @@ from onnx_graphsurgeon.logger import G_LOGGER
 G_LOGGER.severity = G_LOGGER.ERROR
 OPSET = 17
 METADATA_KEY = "tfod_tensorrt"
+# What a file is made of: TensorRT's plugin for NMS besides ONNX's own ops, or those alone.
+OPS = ("tensorrt", "standard")
 # What tf2onnx adds to names.
 COUNTER = re.compile(r"__\d+")
 # The ONNX checker skips nodes of a domain that the file declares and does not know; TensorRT's parser finds plugins by
@@ -96,7 +98,14 @@ def read_metadata(model, path):
     """Returns the metadata dict of an ONNX model; raises UserError if create_onnx.py did not make the file."""
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
-            return json.loads(entry.value)
+            metadata = {"ops": "tensorrt", **json.loads(entry.value)}  # older files do not say
+            if metadata["ops"] not in OPS:
+                known = " or ".join(OPS)
+                raise UserError(
+                    f"{path}: its metadata say ops {metadata['ops']!r}, not {known}: a newer version made it; convert the"
+                    " SavedModel with this one"
+                )
+            return metadata
     raise UserError(
         f"{path} was not made by this tool's create_onnx.py (no metadata in it); convert the SavedModel with it"
     )

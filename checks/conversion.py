@@ -9,7 +9,7 @@ import onnxruntime
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import ort_graph
+from runtimes import standard_graph
 from runtimes.detector import detect_image, network_inputs
 from runtimes.ort_detector import OrtDetector
 
@@ -90,7 +90,7 @@ def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUI
 
 def compare_raw(saved_model, model, pictures, metadata, spec):
     """A parity.Report on raw_detection_boxes and raw_detection_scores. model: the ONNX model that gives them."""
-    data = ort_graph.prepare(model).SerializeToString()
+    data = standard_graph.prepare(model).SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     reports = []
     for picture in pictures:

@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Packages that are not in requirements-runtime.txt.
 REQUIREMENTS = {"tensorflow": "requirements.txt", "tf2onnx": "requirements.txt"}
-REQUIREMENTS |= {"av": "requirements-video.txt", "tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
+REQUIREMENTS |= {"av": "requirements-video.txt", "openvino": "requirements-openvino.txt"}
+REQUIREMENTS |= {"tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
 
 
 class UserError(Exception):

@@ -82,6 +82,17 @@ def gpu_list(text):
     return numbers
 
 
+def add_runtime(parser):
+    """--runtime, what runs an ONNX file."""
+    parser.add_argument(
+        "--runtime",
+        choices=["auto", "onnxruntime", "openvino", "cuda"],
+        default="auto",
+        help="what runs a model.onnx; cuda: ONNX Runtime on the GPU, which the project has never run; default: auto, OpenVINO"
+        " where it is installed and measured to be faster for such models, else ONNX Runtime",
+    )
+
+
 def add_decoder(parser):
     """--decoder, what decodes images for an engine."""
     parser.add_argument(

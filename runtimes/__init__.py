@@ -4,14 +4,18 @@ Any thread may call `infer` and `detect` of an open detector: an engine takes th
 beside one another. `start` and `finish` belong to one thread.
 """
 
+import importlib.util
 from pathlib import Path
 
-from commandline import UserError
+from commandline import UserError, warn
 
+import onnx_utils
 from runtimes.detector import detect
 
 __all__ = ["detect", "open_detector", "open_detectors"]
 
+# The meta-architectures that OpenVINO is clearly faster at (BENCHMARKS.md).
+FASTER_ON_OPENVINO = {"faster_rcnn"}
 # How files begin that are given by mistake: (offset, bytes, what they are).
 FOREIGN = (
     (0, b"\xff\xd8\xff", "a JPEG image"),
@@ -31,9 +35,10 @@ ONNX_BEGINS = b"\x08"
 ENGINE_BEGINS = b"ftrt"
 
 
-def open_detector(path, gpu=0):
-    """Opens an ONNX file of create_onnx.py (on ONNX Runtime) or an engine of build_engine.py (on TensorRT): what the file
-    holds decides, not its name. gpu: which GPU an engine runs on. Raises UserError, naming the file, where that cannot be."""
+def open_detector(path, gpu=0, runtime="auto"):
+    """Opens an ONNX file of create_onnx.py, or an engine of build_engine.py (on TensorRT): what the file holds decides, not
+    its name. gpu: which GPU it runs on, where it runs on one. runtime: what an ONNX file runs on, of options.add_runtime.
+    Raises UserError, naming the file or the option, where that cannot be."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--engine {path}: it is a folder; give the model.onnx or engine.trt in it")
@@ -44,17 +49,39 @@ def open_detector(path, gpu=0):
     if what := foreign(begin):
         raise UserError(f"--engine {path}: it is {what}, not a model; make one with {maker(path)}")
     if begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS)):
-        from runtimes.ort_detector import OrtDetector
-
-        return OrtDetector(path)
+        return open_onnx(path, gpu, runtime)
+    if runtime != "auto":
+        raise UserError(f"--runtime {runtime}: {path} is no ONNX file, and engines run on TensorRT; leave the option out")
     from runtimes.trt_detector import TrtDetector
 
     return TrtDetector(path, gpu)
 
 
-def open_detectors(path, gpus):
+def open_onnx(path, gpu, runtime):
+    """Opens an ONNX file on a runtime: see open_detector."""
+    from runtimes.openvino_detector import OpenVinoDetector
+    from runtimes.ort_detector import OrtDetector
+
+    model = onnx_utils.load(path)
+    if runtime == "auto":
+        runtime = faster_runtime(onnx_utils.read_metadata(model, path))
+    if runtime == "openvino":
+        return OpenVinoDetector(path, model)
+    if runtime == "cuda":
+        warn("--runtime cuda: nobody has run this project on ONNX Runtime's CUDA provider yet; see compare_tf.py")
+        return OrtDetector(path, model, gpu)
+    return OrtDetector(path, model)
+
+
+def faster_runtime(metadata):
+    """The installed runtime that is faster for a model with this metadata: as measured (BENCHMARKS.md)."""
+    faster = metadata["meta_architecture"] in FASTER_ON_OPENVINO and importlib.util.find_spec("openvino")
+    return "openvino" if faster else "onnxruntime"
+
+
+def open_detectors(path, gpus, runtime="auto"):
     """Opens a model on each of some GPUs: [Detector]. gpus: their numbers, or "all". One, where it runs on processors."""
-    first = open_detector(path, 0 if gpus == "all" else gpus[0])
+    first = open_detector(path, 0 if gpus == "all" else gpus[0], runtime)
     if first.gpu is None:
         return [first]
     rest = range(1, first.gpu.count) if gpus == "all" else gpus[1:]

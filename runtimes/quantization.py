@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_utils import ordered_nodes
-from runtimes import ort_graph
+from runtimes import standard_graph
 from runtimes.precision import WEIGHTED, float32_nodes
 from tfod.boxes import box_iou
 
@@ -45,7 +45,7 @@ def calibrate(model, batches):
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.save(ort_graph.prepare(model), path)
+        onnx.save(standard_graph.prepare(model), path)
         calibrator = create_calibrator(
             path,
             sorted(QUANTIZED),

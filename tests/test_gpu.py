@@ -19,7 +19,7 @@ import onnx_utils
 from checks import parity
 from images.decoding import ImageError, load_image
 from images.resizing import preprocess
-from runtimes import open_detector, ort_graph, quantization, trt_graph
+from runtimes import open_detector, standard_graph, quantization, trt_graph
 from runtimes.detector import InputSpec, detect_image
 from runtimes.gpu_images import DeviceImage, GpuResizer, choose_decoder
 from runtimes.pipeline import Times, batcher_for, detect_files, open_workers
@@ -194,7 +194,7 @@ def test_the_plugin_takes_so_many_images():
         "boxes": np.concatenate([corner, corner + 0.3], axis=2).astype(np.float32),
         "scores": rng.random((most, 3, 1)).astype(np.float32),
     }
-    session = onnxruntime.InferenceSession(ort_graph.prepare(gs.export_onnx(graph)).SerializeToString())
+    session = onnxruntime.InferenceSession(standard_graph.prepare(gs.export_onnx(graph)).SerializeToString())
     found = run_plan(trt, logger, plan, feed)
     for tensor, wanted in zip(graph.outputs, session.run(None, feed), strict=True):
         np.testing.assert_allclose(found[tensor.name], wanted, atol=1e-6, err_msg=tensor.name)

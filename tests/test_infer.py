@@ -20,7 +20,7 @@ from test_convert import command
 import infer
 import onnx_utils
 from images.decoding import load_image
-from runtimes import ort_graph
+from runtimes import standard_graph
 from visualize import _place, class_colour, draw_detections
 
 LABELS = DEMO_MODEL / "labels.txt"
@@ -237,7 +237,7 @@ def test_drawing_scales_with_the_image_and_colours_are_stable():
 def test_the_stand_in_is_not_left_in_the_file(convert):
     model = onnx_utils.load(convert("demo")[0])
     before = model.SerializeToString()
-    ort_graph.prepare(model)
+    standard_graph.prepare(model)
     assert model.SerializeToString() == before
 
 

@@ -37,7 +37,7 @@ def imports(path):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    # `from runtimes import ort_graph` is about runtimes.ort_graph, `from runtimes import open_detector` about runtimes.
+    # `from runtimes import standard_graph` is about runtimes.standard_graph, `from runtimes import open_detector` about runtimes.
     return {
         name for name in found if name in MODULES and not any(x.startswith(f"{name}.") and x in MODULES for x in found)
     }

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 
 import onnx_utils
-from runtimes import ort_graph, trt_graph
+from runtimes import standard_graph, trt_graph
 from tfod import faster_rcnn, nms
 
 
@@ -43,7 +43,7 @@ def run(boxes, scores, most=None, **settings):
     ops = onnx_utils.OpBuilder(graph, "test")
     graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(ops, a, b, **settings)
     model = gs.export_onnx(graph)
-    model = ort_graph.prepare(trt_graph.prepare(model, most) if most else model)
+    model = standard_graph.prepare(trt_graph.prepare(model, most) if most else model)
     onnx.checker.check_model(model)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"boxes": boxes, "scores": scores})
@@ -123,7 +123,7 @@ def test_nothing_above_the_threshold():
 
 def evaluate(graph, **feeds):
     """The outputs of a graphsurgeon graph on ONNX Runtime."""
-    model = ort_graph.prepare(gs.export_onnx(graph.cleanup().toposort()))
+    model = standard_graph.prepare(gs.export_onnx(graph.cleanup().toposort()))
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 

@@ -17,7 +17,7 @@ import onnx_utils
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import open_detector, ort_graph, trt_graph
+from runtimes import open_detector, standard_graph, trt_graph
 from runtimes.detector import detect_image
 from tfod import faster_rcnn
 from tfod.saved_model import SavedModel
@@ -163,7 +163,7 @@ def test_crops_are_tensorflows_in_both_ops(zero_outside):
     tf = import_tensorflow()
     image = np.repeat([0, 1], 40)
     wanted = tf.image.crop_and_resize(features.transpose(0, 2, 3, 1), boxes.reshape(-1, 4), image, [7, 7]).numpy()
-    prepared = ort_graph.prepare(model)
+    prepared = standard_graph.prepare(model)
     assert {node.op_type for node in prepared.graph.node} & {"GridSample", "RoiAlign"} == {"RoiAlign"}
     for form in (model, prepared):
         session = onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -224,7 +224,7 @@ def test_crops_are_pooled_before_they_are_transposed(size, window, pool_stride, 
     assert samples.shape == (2, 5, 10 * sampled, sampled)
     for a, b in zip(wanted, found, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    for a, b in zip(wanted, run(ort_graph.prepare(prepared).SerializeToString()).run(None, feed), strict=True):
+    for a, b in zip(wanted, run(standard_graph.prepare(prepared).SerializeToString()).run(None, feed), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -248,7 +248,7 @@ def test_a_sample_beyond_the_border_by_its_last_bit(zero_outside):
     graph.outputs = [faster_rcnn.crop_features(ops, *graph.inputs, 400, 7, (6, 9, 1), zero_outside)]
     model = gs.export_onnx(graph.cleanup().toposort())
     model.ir_version = 8
-    for form in (model, ort_graph.prepare(model)):
+    for form in (model, standard_graph.prepare(model)):
         session = onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
         (crops,) = session.run(None, {"features": features, "boxes": boxes[None]})
         np.testing.assert_allclose(crops[:, 0, -1, 0], theirs if zero_outside else 1, atol=1e-5)

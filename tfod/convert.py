@@ -137,6 +137,7 @@ def describe(model, options):
         "architecture": model.config.feature_extractor.type,
         "meta_architecture": model.kind,
         "version": VERSION,
+        "ops": "tensorrt",  # of onnx_utils.OPS
         "source": folder.resolve().parent.name if folder.name == "saved_model" else folder.name,
         "num_classes": model.config.num_classes,
         "labels": options.labels,

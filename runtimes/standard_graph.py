@@ -1,4 +1,4 @@
-"""The graph that ONNX Runtime gets: EfficientNMS_TRT in standard ops, crops in the op that it is fastest at.
+"""A converted model in standard ops, for every runtime but TensorRT: EfficientNMS_TRT by ONNX's own, crops by RoiAlign.
 
 Shapes: B batch, N boxes, C classes or channels, M detections kept. Boxes are [ymin, xmin, ymax, xmax].
 """
@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_utils import PLUGIN_DOMAIN, PLUGIN_MAX_PAIRS, OpBuilder, replace_tensor
+from onnx_utils import PLUGIN_DOMAIN, PLUGIN_MAX_PAIRS, OpBuilder, read_metadata, replace_tensor, write_metadata
 
 
 def is_half_quantized(model):
@@ -17,8 +17,16 @@ def is_half_quantized(model):
     return any(tensor.name in quantized and tensor.data_type == half for tensor in model.graph.initializer)
 
 
+def standard_file(model):
+    """Returns a converted model in standard ops as a file of its own (create_onnx.py --ops standard): metadata included."""
+    result = prepare(model)
+    result.producer_name = model.producer_name
+    write_metadata(result, {**read_metadata(model, "the model"), "ops": "standard"})
+    return result
+
+
 def prepare(model):
-    """Returns a copy of a converted model for ONNX Runtime: the same results, in standard ONNX."""
+    """Returns a copy of a converted model in standard ops: the same inputs, outputs and results, without metadata."""
     graph = gs.import_onnx(model)
     _replace_plugins(graph)
     _replace_crops(graph)
@@ -33,7 +41,7 @@ def _replace_plugins(graph):
         results = _standard_nms(OpBuilder(graph, f"nms_{number}"), node)
         for old, new in zip(list(node.outputs), results, strict=True):
             new.shape = old.shape
-            replace_tensor(graph, old, new)
+            _take_place(graph, old, new)
         node.outputs.clear()
 
 
@@ -52,7 +60,13 @@ def _replace_crops(graph):
         (crops,) = transpose.outputs[0].outputs  # the Reshape to [B * count, C, size, size]
         count, size = reshape.inputs[1].values[2:4]
         result = _roi_align(OpBuilder(graph, f"crop_{number}"), node, int(count), int(size))
-        replace_tensor(graph, crops.outputs[0], result)
+        _take_place(graph, crops.outputs[0], result)
+
+
+def _take_place(graph, old, new):
+    """Whatever reads `old` reads `new` instead, under its name, which --debug may have made an output's."""
+    replace_tensor(graph, old, new)
+    old.name, new.name = f"{old.name}/replaced", old.name
 
 
 def _roi_align(ops, node, count, size):

@@ -1,0 +1,123 @@
+"""A model.onnx on a runtime for ONNX files: what all of them have in common. See detector.Detector.
+
+OrtDetector and OpenVinoDetector say how the file is loaded there.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import time
+
+from commandline import UserError
+
+import onnx_utils
+from runtimes import standard_graph
+from runtimes.detector import STAGES, input_spec, network_inputs, split_detections
+
+# Batches that are computed at the same time, at most.
+MOST_SIDE_BY_SIDE = 4
+# For so long at most the network's own rate is measured.
+RATE_SECONDS = 20
+
+
+class OnnxDetector:
+    """A detector.Detector on the runtime that `_load` loads the model into."""
+
+    runtime: str
+    gpu = None
+
+    def __init__(self, path, model=None):
+        """model: the contents of the file, or what is to run in its place; None: read it. Raises UserError."""
+        model = model or onnx_utils.load(path)
+        self.metadata = onnx_utils.read_metadata(model, path)
+        self.input = input_spec(self.metadata)
+        self.max_batch = self.input.batch
+        self.spent = dict.fromkeys(STAGES, 0.0)
+        self._outputs = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
+        self._outputs += ["detection_masks"] if self.metadata.get("mask_size") else []
+        # The intermediate results of a two-stage model take gigabytes.
+        most = min(MOST_SIDE_BY_SIDE, os.cpu_count() or 1)
+        self._callers = {"infer": 1, "start": most if self.metadata["meta_architecture"] == "ssd" else 1}
+        self.batches_ahead = self._callers["start"] + 1
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._callers["start"])
+        self._networks = {}
+        self._path = path
+        self._half_quantized = standard_graph.is_half_quantized(model)
+        with self._naming_file():
+            standard = model if self.metadata["ops"] == "standard" else standard_graph.prepare(model)
+            self._data = standard.SerializeToString()
+        self._network("infer")
+
+    def _load(self, data, callers):
+        """Loads a serialised ONNX model; returns a function {input name: array} -> arrays of `self._outputs`.
+
+        callers: threads that will call it at the same time; 1: one, which gets all cores, or a few that take turns.
+        """
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _naming_file(self):
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # the runtimes' exception classes are not public
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"{self._path} does not run on {self.runtime} ({reason}); make it again with create_onnx.py"
+            ) from error
+
+    def _network(self, use):
+        """The loaded model for `infer`, on all cores, or for `start`, on few: there, batches run side by side.
+
+        A batch on two cores waits for the slower one whenever something else is done on it, decoding say.
+        """
+        callers = self._callers[use]
+        if callers not in self._networks:
+            with self._naming_file():
+                self._networks[callers] = self._load(self._data, callers)
+            if self._networks.keys() == set(self._callers.values()):
+                self._data = None
+        return self._networks[callers]
+
+    def infer(self, batch, true_shapes=None):
+        inputs = network_inputs(batch, true_shapes, self.input)
+        return self._counted(*self._run(self._network("infer"), inputs, len(batch)))
+
+    def _run(self, network, inputs, images):
+        """(Detections of each of the first `images` images, {stage: seconds})."""
+        begun = time.perf_counter()
+        outputs = dict(zip(self._outputs, network(inputs), strict=True))
+        ended = time.perf_counter()
+        found = split_detections(outputs, images)
+        return found, {"network": ended - begun, "postprocess": time.perf_counter() - ended}
+
+    def _counted(self, found, spent):
+        for stage, seconds in spent.items():
+            self.spent[stage] += seconds
+        return found
+
+    def start(self, batch, true_shapes=None):
+        inputs = network_inputs(batch, true_shapes, self.input)
+        return self._pool.submit(self._run, self._network("start"), inputs, len(batch))
+
+    def finish(self, ticket):
+        return self._counted(*ticket.result())
+
+    def images_per_second(self, batch, true_shapes=None, images=500):
+        self.infer(batch, true_shapes)
+        begun, done = time.perf_counter(), 0
+        while done == 0 or (done < images and time.perf_counter() - begun < RATE_SECONDS):
+            self.infer(batch, true_shapes)
+            done += len(batch)
+        return done / (time.perf_counter() - begun)
+
+    def close(self):
+        self._pool.shutdown(cancel_futures=True)
+        self._networks = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
