@@ -81,7 +81,9 @@ def main(argv=None):
             " with create_onnx.py --ops tensorrt"
         )
     if "precision" in metadata:
-        raise UserError(f"--onnx {args.onnx}: --typed_onnx made it, in {metadata['precision']}; give what create_onnx.py wrote")
+        raise UserError(
+            f"--onnx {args.onnx}: --typed_onnx made it, in {metadata['precision']}; give what create_onnx.py wrote"
+        )
     for path in filter(None, (args.engine, args.timing_cache, args.calib_cache, args.typed_onnx)):
         check_writable(path)
     batch = batch_range(args, metadata)

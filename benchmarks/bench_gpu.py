@@ -178,7 +178,7 @@ def main(argv=None):
     folder = make_folder(args.output)
     if not Path(args.onnx).is_file():
         raise UserError(f"--onnx {args.onnx}: no such file; make it with create_onnx.py --batch_size dynamic")
-    with open_detector(args.onnx) as detector:
+    with open_detector(args.onnx, runtime="onnxruntime") as detector:
         files = find_images(args.input).files[: args.images]
         reference = {path: detect_image(detector, load_image(path)) for path in files}
     rows = {}

@@ -4,7 +4,6 @@ Any thread may call `infer` and `detect` of an open detector: an engine takes th
 beside one another. `start` and `finish` belong to one thread.
 """
 
-import importlib.util
 from pathlib import Path
 
 from commandline import UserError, warn
@@ -14,8 +13,6 @@ from runtimes.detector import detect
 
 __all__ = ["detect", "open_detector", "open_detectors"]
 
-# The meta-architectures that OpenVINO is clearly faster at (BENCHMARKS.md).
-FASTER_ON_OPENVINO = {"faster_rcnn"}
 # How files begin that are given by mistake: (offset, bytes, what they are).
 FOREIGN = (
     (0, b"\xff\xd8\xff", "a JPEG image"),
@@ -51,7 +48,9 @@ def open_detector(path, gpu=0, runtime="auto"):
     if begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS)):
         return open_onnx(path, gpu, runtime)
     if runtime != "auto":
-        raise UserError(f"--runtime {runtime}: {path} is no ONNX file, and engines run on TensorRT; leave the option out")
+        raise UserError(
+            f"--runtime {runtime}: {path} is no ONNX file, and engines run on TensorRT; leave the option out"
+        )
     from runtimes.trt_detector import TrtDetector
 
     return TrtDetector(path, gpu)
@@ -74,9 +73,15 @@ def open_onnx(path, gpu, runtime):
 
 
 def faster_runtime(metadata):
-    """The installed runtime that is faster for a model with this metadata: as measured (BENCHMARKS.md)."""
-    faster = metadata["meta_architecture"] in FASTER_ON_OPENVINO and importlib.util.find_spec("openvino")
-    return "openvino" if faster else "onnxruntime"
+    """The installed runtime for a model with this metadata: OpenVINO where it was clearly faster (BENCHMARKS.md) and crops
+    do not go by the last bit of a box (faster_rcnn.crop_features), which OpenVINO rounds otherwise than TensorFlow."""
+    if metadata["meta_architecture"] != "faster_rcnn" or metadata.get("zero_outside", True):
+        return "onnxruntime"
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        return "onnxruntime"
+    return "openvino"
 
 
 def open_detectors(path, gpus, runtime="auto"):

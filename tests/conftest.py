@@ -105,11 +105,11 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def detector(convert):
-    """detector(key, *options) -> an open detector on the converted model."""
+    """detector(key, *options) -> the converted model, open on ONNX Runtime."""
 
     @functools.cache
     def run(key, *options):
-        return open_detector(convert(key, *options)[0])
+        return open_detector(convert(key, *options)[0], runtime="onnxruntime")
 
     return run
 

@@ -19,7 +19,7 @@ import onnx_utils
 from checks import parity
 from images.decoding import ImageError, load_image
 from images.resizing import preprocess
-from runtimes import open_detector, standard_graph, quantization, trt_graph
+from runtimes import open_detector, quantization, standard_graph, trt_graph
 from runtimes.detector import InputSpec, detect_image
 from runtimes.gpu_images import DeviceImage, GpuResizer, choose_decoder
 from runtimes.pipeline import Times, batcher_for, detect_files, open_workers

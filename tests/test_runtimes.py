@@ -14,13 +14,14 @@ from conftest import DEMO, ROOT
 from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.detector import Detector, detect_image
+from runtimes.openvino_detector import OpenVinoDetector
 from runtimes.ort_detector import OrtDetector
 from runtimes.trt_detector import TrtDetector
 
 PICTURE = DEMO / "images" / "shapes_02.jpg"
 
 
-@pytest.mark.parametrize("kind", [OrtDetector, TrtDetector])
+@pytest.mark.parametrize("kind", [OrtDetector, OpenVinoDetector, TrtDetector])
 def test_detectors_have_the_one_interface(kind):
     methods = {name: value for name, value in vars(Detector).items() if inspect.isfunction(value)}
     methods = {name: value for name, value in methods.items() if name not in ("__init__", "__subclasshook__")}
@@ -29,7 +30,7 @@ def test_detectors_have_the_one_interface(kind):
         theirs = inspect.signature(getattr(kind, name))
         if name != "__exit__":
             assert list(theirs.parameters) == list(inspect.signature(method).parameters), name
-    source = inspect.getsource(kind)
+    source = "".join(map(inspect.getsource, inspect.getmro(kind)[:-1]))
     for name in Detector.__annotations__:
         assert f"self.{name} = " in source or f"\n    {name} = " in source, name
 

@@ -20,7 +20,7 @@ import onnx_utils
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import faster_runtime, open_detector
+from runtimes import open_detector
 from runtimes.detector import network_inputs, split_detections
 from runtimes.openvino_detector import OpenVinoDetector
 from runtimes.ort_detector import OrtDetector
@@ -40,7 +40,7 @@ MODELS = {
     "FPNLite": ("convert", "fpnlite", DYNAMIC, 1e-5),
     "Faster R-CNN 640": ("convert", "faster_rcnn_640", (), 1e-3),
 }
-LARGE = {"Faster R-CNN 640"}
+LARGE = {"FPNLite", "Faster R-CNN 640"}
 NAMES = [pytest.param(name, marks=[pytest.mark.zoo] if name in LARGE else []) for name in MODELS]
 
 
@@ -81,12 +81,15 @@ def test_any_runtime_loads_the_file_and_finds_the_same(name, both_files):
         wanted = detector.infer(batch, shapes)
     feed, outputs = network_inputs(batch, shapes, spec), [output.name for output in onnx.load(ours).graph.output]
     assert all(len(found.scores) >= 3 for found in wanted)
+    # Crops at the image's border go by the last bit of a box (faster_rcnn.crop_features); OpenVINO's multiply-adds round once.
+    may_differ = 0.1 if detector.metadata.get("zero_outside") else 0
     for run, tolerance in ((run_onnxruntime, 1e-6), (run_openvino, MODELS[name][-1])):
         found = split_detections(dict(zip(outputs, run(str(standard), feed), strict=True)), size)
-        for theirs, mine in zip(wanted, found, strict=True):
-            report = parity.match_by_rank(theirs, mine, tolerance)
-            assert (report.unmatched, report.compared) == (0, len(theirs.scores)), run
-            assert max(report.box_difference, report.score_difference, report.mask_difference) <= tolerance, run
+        reports = [parity.match_by_rank(*sides, tolerance) for sides in zip(wanted, found, strict=True)]
+        report, total = parity.join(reports), sum(len(image.scores) for image in wanted)
+        assert report.unmatched <= (2 * total * may_differ if run is run_openvino else 0), run
+        assert report.compared >= total * (1 - may_differ), run
+        assert max(report.box_difference, report.score_difference, report.mask_difference) <= tolerance, run
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,9 +120,8 @@ def test_the_check_runs_what_was_written(convert, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     path, printed = convert("demo", *STANDARD, "--first_nms_threshold", "0.5")
     assert printed.count("PASSED") == 2
-    assert len(opened) == 3
     model = onnx_utils.load(path)
-    assert {node.op_type for node in model.graph.node} in opened
+    assert [ops for ops in opened if len(ops) > 5] == [{node.op_type for node in model.graph.node}] * 3
     plugin = onnx_utils.load(convert("demo")[0])
     onnx_utils.write_metadata(plugin, onnx_utils.read_metadata(model, path))
     with pytest.raises(UserError, match="does not run on ONNX Runtime"):
@@ -128,11 +130,10 @@ def test_the_check_runs_what_was_written(convert, monkeypatch):
 
 def test_outputs_of_debug_keep_their_names(convert):
     """Those of the plugin that is no longer there too."""
-    plain = onnx.load(convert("demo")[0])
-    (plugin,) = [node for node in plain.graph.node if node.op_type == "EfficientNMS_TRT"]
+    (plugin,) = [node for node in onnx.load(convert("demo")[0]).graph.node if node.op_type == "EfficientNMS_TRT"]
     outputs = []
     for ops in ((), STANDARD):
-        model = onnx.load(convert("demo", *ops, "--debug", plugin.name)[0])
+        model = onnx.load(convert("demo", *ops, "--debug", plugin.name, "--no_check")[0])
         outputs.append([output.name for output in model.graph.output])
     assert outputs[0] == outputs[1]
     assert plugin.output[0] in outputs[0]
@@ -191,7 +192,9 @@ def test_openvino_is_asked_for_float32(convert, monkeypatch):
 @pytest.mark.parametrize("kind", [OrtDetector, OpenVinoDetector])
 def test_threads_do_not_get_each_others_results(kind, convert):
     """`infer` from several threads, and batches that are started side by side."""
-    images = [preprocess(load_image(path), {"kind": "fixed_shape", "height": 160, "width": 160})[0] for path in PICTURES]
+    images = [
+        preprocess(load_image(path), {"kind": "fixed_shape", "height": 160, "width": 160})[0] for path in PICTURES
+    ]
     with kind(convert("demo")[0]) as detector:
         wanted = [detector.infer(image[None])[0] for image in images]
         assert len({found.scores[0] for found in wanted}) == len(images)
@@ -207,10 +210,19 @@ def test_threads_do_not_get_each_others_results(kind, convert):
 
 def test_which_runtime_auto_is(convert, exported, tmp_path):
     """The one that was measured to be faster, where it is installed; a missing one is only missed where it is named."""
-    with open_detector(convert("demo")[0]) as ssd, open_detector(exported("faster")[1]) as two_stage:
-        assert (ssd.runtime, two_stage.runtime) == ("ONNX Runtime", "OpenVINO")
-        assert faster_runtime(two_stage.metadata) == "openvino"
-    common = ["--engine", exported("faster")[1], "--input", PICTURES[0], "--output", tmp_path / "out"]
+    model = onnx_utils.load(exported("faster")[1])
+    metadata = onnx_utils.read_metadata(model, "model")
+    assert metadata["zero_outside"]
+    onnx_utils.write_metadata(model, {**metadata, "zero_outside": False})
+    onnx_utils.save(model, tmp_path / "model.onnx")
+    for path, runtime in (
+        (convert("demo")[0], "ONNX Runtime"),
+        (exported("faster")[1], "ONNX Runtime"),
+        (tmp_path / "model.onnx", "OpenVINO"),
+    ):
+        with open_detector(path) as detector:
+            assert detector.runtime == runtime
+    common = ["--engine", tmp_path / "model.onnx", "--input", PICTURES[0], "--output", tmp_path / "out"]
     status, printed, errors = run_without(["openvino"], tmp_path / "block", "infer.py", *common)
     assert (status, errors) == (0, "")
     assert "on ONNX Runtime, decoded" in printed
