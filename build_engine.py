@@ -63,7 +63,11 @@ def parse_args(argv=None):
         help="TensorRT's measurements, kept for the next build; default: timing.cache beside the engine",
     )
     add("--builder_optimization_level", type=int, choices=range(6), metavar="0..5", help="default: TensorRT's, 3")
-    add("--typed_onnx", metavar="FILE", help="write the graph in that precision, for ONNX Runtime; needs no TensorRT")
+    add(
+        "--typed_onnx",
+        metavar="FILE",
+        help="write the graph in that precision, which infer.py runs on ONNX Runtime; without --engine it needs no TensorRT",
+    )
     add("--no_benchmark", action="store_true", help="do not measure the engine's latency after building it")
     add_gpus(parser)
     return parser.parse_args(argv)
@@ -73,17 +77,7 @@ def main(argv=None):
     args = parse_args(argv)
     if not (args.engine or args.typed_onnx):
         raise UserError("--engine: name the engine to write; or, with --typed_onnx, a graph that needs no TensorRT")
-    model = onnx_utils.load(args.onnx)
-    metadata = onnx_utils.read_metadata(model, args.onnx)
-    if metadata["ops"] == "standard":
-        raise UserError(
-            f"--onnx {args.onnx}: it is in standard ops, without TensorRT's plugin for NMS; convert the SavedModel again"
-            " with create_onnx.py --ops tensorrt"
-        )
-    if "precision" in metadata:
-        raise UserError(
-            f"--onnx {args.onnx}: --typed_onnx made it, in {metadata['precision']}; give what create_onnx.py wrote"
-        )
+    model, metadata = read_model(args.onnx)
     for path in filter(None, (args.engine, args.timing_cache, args.calib_cache, args.typed_onnx)):
         check_writable(path)
     batch = batch_range(args, metadata)
@@ -114,10 +108,26 @@ def main(argv=None):
     return 0
 
 
-def find_tensorrt(args):
-    """(tensorrt, pycuda's driver module), or (None, None) where only --typed_onnx is to be written, or can be, with a warning.
+def read_model(path):
+    """(contents, metadata) of an ONNX file. Raises UserError for one that engines are not built of."""
+    model = onnx_utils.load(path)
+    metadata = onnx_utils.read_metadata(model, path)
+    if metadata["ops"] == "standard":
+        raise UserError(
+            f"--onnx {path}: it is in standard ops, without TensorRT's plugin for NMS; convert the SavedModel again with"
+            " create_onnx.py --ops tensorrt"
+        )
+    if "precision" in metadata:
+        raise UserError(
+            f"--onnx {path}: --typed_onnx made it, in {metadata['precision']}; give what create_onnx.py wrote"
+        )
+    return model, metadata
 
-    Raises UserError where nothing can be."""
+
+def find_tensorrt(args):
+    """(tensorrt, pycuda's driver module); (None, None) where --typed_onnx alone is wanted, or possible, which is warned of.
+
+    Raises UserError where there is nothing to write then."""
     if not args.engine:
         return None, None
     try:

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -491,6 +492,8 @@ def test_mistakes_are_one_line(convert, tmp_path):
         (("--onnx", fixed, "--engine", foreign / "engine.trt"), "cannot create the folder"),
         (("--onnx", fixed, "--engine", engine, "--batch", 1, 2, 4), "--batch_size dynamic"),
         (("--onnx", free, "--engine", engine, "--batch", 4, 2, 8), "--batch 4 2 8"),
+        (("--onnx", free), "--engine: name the engine"),
+        (("--onnx", free, "--typed_onnx", foreign / "typed.onnx"), "cannot create the folder"),
         (("--onnx", free, "--engine", engine, "--precision", "int8"), "--calib_input"),
         (
             ("--onnx", free, "--engine", engine, "--precision", "int8", "--calib_input", tmp_path / "none"),
@@ -511,6 +514,44 @@ def test_without_tensorrt_it_says_what_to_install(convert, tmp_path):
     (tmp_path / "engine.trt").write_bytes(b"not an engine")
     with pytest.raises(UserError, match=r"engine\.trt: "):
         open_detector(tmp_path / "engine.trt")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+def test_the_typed_graph_needs_no_tensorrt(kind, convert, detector, int8_demo, tmp_path):
+    """It alone is written, in the precision that it says of itself, and finds what the model does."""
+    path = tmp_path / "typed.onnx"
+    options = ["--calib_cache", int8_demo[-1].calib_cache] if kind == "int8" else []
+    model = convert("demo", "--batch_size", "dynamic")[0]
+    status, text = command("--onnx", model, "--typed_onnx", path, "--precision", kind, *options)
+    assert status == 0, text
+    assert f"Wrote {path} ({kind}" in text
+    assert "infer.py --engine" in text
+    assert [file.name for file in tmp_path.iterdir()] == ["typed.onnx"]
+    typed = onnx_utils.load(path)
+    assert onnx_utils.read_metadata(typed, path)["precision"] == kind
+    assert types_by_op(typed)["Conv"] == {"float32" if kind == "fp32" else "float16"}
+    assert any(node.op_type == "QuantizeLinear" for node in typed.graph.node) == (kind == "int8")
+    pictures = [load_image(picture) for picture in sorted((DEMO / "images").glob("*.jpg"))[4:]]
+    reference = [detect_image(detector("demo", "--batch_size", "dynamic"), picture) for picture in pictures]
+    with open_detector(path) as opened:
+        apart = quantization.disagreement(reference, [detect_image(opened, picture) for picture in pictures])
+    least, most = {"fp32": (0, 1e-5), "fp16": (1e-5, 0.02), "int8": (1e-3, 2 * quantization.TOLERATED)}[kind]
+    assert least <= apart <= most
+    status, text = command("--onnx", path, "--typed_onnx", tmp_path / "again.onnx")
+    assert (status, "typed.onnx: --typed_onnx made it" in text) == (2, True), text
+
+
+def test_without_tensorrt_the_typed_graph_is_written_all_the_same(convert, tmp_path):
+    if find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed")
+    typed, engine = tmp_path / "typed.onnx", tmp_path / "engine.trt"
+    status, text = command("--onnx", convert("demo")[0], "--engine", engine, "--typed_onnx", typed)
+    warning, wrote = text.strip().splitlines()[::-1]  # stdout comes first here
+    assert status == 1
+    assert warning.startswith(f"warning: --engine {engine}: TensorRT cannot be imported")
+    assert warning.endswith(f"No engine is built; only {typed} is written")
+    assert f"Wrote {typed} (fp16" in wrote
+    assert [file.name for file in tmp_path.iterdir()] == ["typed.onnx"]
 
 
 def test_help_has_examples():
