@@ -73,8 +73,9 @@ def open_onnx(path, gpu, runtime):
 
 
 def faster_runtime(metadata):
-    """The installed runtime for a model with this metadata: OpenVINO where it was clearly faster (BENCHMARKS.md) and crops
-    do not go by the last bit of a box (faster_rcnn.crop_features), which OpenVINO rounds otherwise than TensorFlow."""
+    """The installed runtime for a model with this metadata: OpenVINO where it was clearly faster (BENCHMARKS.md), but for
+    models whose crops go by the last bit of a box (faster_rcnn.crop_features): there two runtimes differ in a detection
+    or two, and the converter's check ran on ONNX Runtime."""
     if metadata["meta_architecture"] != "faster_rcnn" or metadata.get("zero_outside", True):
         return "onnxruntime"
     try:
@@ -86,6 +87,8 @@ def faster_runtime(metadata):
 
 def open_detectors(path, gpus, runtime="auto"):
     """Opens a model on each of some GPUs: [Detector]. gpus: their numbers, or "all". One, where it runs on processors."""
+    if runtime == "cuda" and (gpus == "all" or len(gpus) > 1):
+        raise UserError("--gpus: --runtime cuda runs on one GPU; name one")
     first = open_detector(path, 0 if gpus == "all" else gpus[0], runtime)
     if first.gpu is None:
         return [first]
