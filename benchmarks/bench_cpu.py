@@ -1,10 +1,11 @@
 """Times TensorFlow's SavedModel against the converted model on ONNX Runtime and OpenVINO, on this machine's processor.
 
     python benchmarks/bench_cpu.py --saved_model MODEL --engine model.onnx --input photos
-    python benchmarks/bench_cpu.py --saved_model MODEL --engine model.onnx --input photos --rounds 50
+    taskset -c 0 python benchmarks/bench_cpu.py --saved_model MODEL --engine model.onnx --input photos --rounds 50
 
 From the decoded image to detections, all sides' resizing included; they take turns, image by image, so that whatever else
-the machine does slows all. Prints medians, and minima, which other work on the machine disturbs least (BENCHMARKS.md).
+the machine does slows all. Prints medians and minima, and the least processor time: on one core, where no thread waits
+spinning for another, other work disturbs that least (BENCHMARKS.md).
 """
 
 import contextlib
@@ -47,20 +48,22 @@ def main(argv=None):
         detectors = [stack.enter_context(open_detector(args.engine, runtime=runtime)) for runtime in runtimes]
         sides = {"TensorFlow": stack.enter_context(SavedModel(find_saved_model(args.saved_model))).detect}
         sides |= {detector.runtime: functools.partial(detect_image, detector) for detector in detectors}
-        times = {name: [] for name in sides}
+        times, busy = ({name: [] for name in sides} for _ in range(2))
         for image, detect in itertools.product(images[:3], sides.values()):
             detect(image)  # warm up
         for _, image in zip(progress(range(args.rounds)), itertools.cycle(images), strict=False):
             for name, detect in sides.items():
                 time.sleep(0.02)  # the threads of the one before wait for more work, spinning, for a while
-                begun = time.perf_counter()
+                begun = time.perf_counter(), time.process_time()
                 detect(image)
-                times[name].append(1000 * (time.perf_counter() - begun))
+                times[name].append(1000 * (time.perf_counter() - begun[0]))
+                busy[name].append(1000 * (time.process_time() - begun[1]))
     print(f"{detectors[0].metadata['source']}, ms an image, and how many times as fast as TensorFlow")
-    middle, least = ({name: f(values) for name, values in times.items()} for f in (statistics.median, min))
-    for name in sides:
-        ratios = (side["TensorFlow"] / side[name] for side in (middle, least))
-        print("{:13} median {:8.1f}, minimum {:8.1f}: {:.2f}, {:.2f}".format(name, middle[name], least[name], *ratios))
+    columns = {name: (statistics.median(times[name]), min(times[name]), min(busy[name])) for name in sides}
+    for name, values in columns.items():
+        ratios = (theirs / ours for theirs, ours in zip(columns["TensorFlow"], values, strict=True))
+        numbers = "median {:.1f}, minimum {:.1f}, processor {:.1f}; {:.2f}, {:.2f}, {:.2f}".format(*values, *ratios)
+        print(f"{name:13} {numbers}")
     return 0
 
 

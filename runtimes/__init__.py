@@ -67,8 +67,9 @@ def open_onnx(path, gpu, runtime):
     if runtime == "openvino":
         return OpenVinoDetector(path, model)
     if runtime == "cuda":
-        warn("--runtime cuda: nobody has run this project on ONNX Runtime's CUDA provider yet; see compare_tf.py")
-        return OrtDetector(path, model, gpu)
+        detector = OrtDetector(path, model, gpu)
+        warn("--runtime cuda: this project has never been run on ONNX Runtime's CUDA provider; try compare_tf.py first")
+        return detector
     return OrtDetector(path, model)
 
 

@@ -27,6 +27,7 @@ class OrtDetector(OnnxDetector):
                     f"--runtime cuda: ONNX Runtime {onnxruntime.__version__} here has no CUDA provider; pip install"
                     " onnxruntime-gpu in place of onnxruntime"
                 )
+            onnxruntime.set_default_logger_severity(4)  # where it does not start, the message in _load says so
         super().__init__(path, model)
 
     def _load(self, data, callers):
