@@ -9,7 +9,7 @@ import onnxruntime
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from onnx_utils import PLUGIN_MAX_PAIRS, read_metadata
+from onnx_utils import PLUGIN_MAX_PAIRS, TENSORRT_MAX_TOP_K, read_metadata
 from runtimes import ort_graph, trt_graph
 from runtimes.detector import detect_image, network_inputs
 from runtimes.ort_detector import OrtDetector
@@ -134,12 +134,12 @@ def plugin_may_fall_short(model):
     return plugin and PAIRS_EACH * read_metadata(model, "the model")["max_detections"] > PLUGIN_MAX_PAIRS
 
 
-def plugin_shortfall(path, model, batch, pictures=None, where=BUILT_IN):
+def plugin_shortfall(path, model, batch, pictures=None, where=BUILT_IN, pairs=PLUGIN_MAX_PAIRS):
     """What an engine of the converted model for batches of `batch` leaves out, of what ONNX Runtime finds, as a sentence.
 
-    None if that is nothing. The graph is TensorRT's own, the plugin stands in standard ops with its limit of pairs.
+    None if that is nothing. The graph is TensorRT's own, the plugin stands in standard ops with its limit of `pairs`.
     """
-    engine = ort_graph.prepare(trt_graph.prepare(model, batch), PLUGIN_MAX_PAIRS)
+    engine = ort_graph.prepare(trt_graph.prepare(model, batch), pairs)
     engine.metadata_props.extend(model.metadata_props)
     everything, missing = 0, []
     with OrtDetector(path, model) as all_pairs, OrtDetector(path, engine) as best_pairs:
@@ -150,7 +150,7 @@ def plugin_shortfall(path, model, batch, pictures=None, where=BUILT_IN):
     if not missing:
         return None
     return (
-        f"TensorRT's EfficientNMS_TRT looks at the best {PLUGIN_MAX_PAIRS:,} pairs of box and class alone: an engine for"
-        f" batches of {batch} leaves out {len(missing):,} of the {everything:,} detections in {where}, from a score of"
-        f" {max(missing):.2g} down; ONNX Runtime finds them all"
+        f"TensorRT's NMS looks at the best {pairs:,} pairs of box and class, and gives {TENSORRT_MAX_TOP_K:,} boxes at most: an"
+        f" engine for batches of {batch} leaves out {len(missing):,} of the {everything:,} detections in {where}, from a score"
+        f" of {max(missing):.2g} down; ONNX Runtime finds them all"
     )
