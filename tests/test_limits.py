@@ -93,7 +93,7 @@ def same_as_tensorflow(saved_model, model, image, settings):
 @zoo
 def test_thousands_are_found_and_what_tensorrt_leaves_out_is_said(convert, saved_model, coco_images, tmp_path):
     config = config_with(tmp_path, model_folder("total_1000"), 4500, 4500)
-    path, printed = convert("total_1000", "--pipeline_config", config, "--no_check")
+    path, _ = convert("total_1000", "--pipeline_config", config, "--no_check")
     model = open_detector(path)
     for image in coco_images[:2]:
         same_as_tensorflow(saved_model("total_1000"), model, load_image(image), nms.NmsSettings(1e-8, 0.6, 4500, 4500))

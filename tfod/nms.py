@@ -13,8 +13,8 @@ import onnx_utils
 from onnx_utils import TENSORRT_MAX_TOP_K
 from tfod.boxes import clip_boxes
 
-# Of the boxes that suppression sees, the best by score: so many for each detection, and this many at least (README, "How
-# many candidates").
+# Of the boxes that suppression sees, the best by score: so many for each detection, and this many at least (docs/how-it-
+# works.md, "How many candidates").
 CANDIDATES_EACH, FEWEST_CANDIDATES = 10, 1500
 # Detections taken beyond max_total_detections, in place of those that clipping leaves without area (at most 2 of 100 were
 # seen): this many at least, and one in so many.
