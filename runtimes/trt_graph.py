@@ -80,7 +80,7 @@ def _images_of_classes(node):
     """How many images nms_of_each_class makes of each for the plugin `node`; 1 where it is not of that."""
     scores = node.inputs[1]
     before = scores.inputs[0].inputs[0].shape if scores.inputs and scores.inputs[0].op == "Reshape" else None
-    return before[1] if before and scores.shape[1:] == [before[2], 1] else 1
+    return before[1] if before and len(before) == 3 and scores.shape[1:] == [before[2], 1] else 1
 
 
 def _in_parts(ops, node, together):

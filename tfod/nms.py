@@ -140,7 +140,7 @@ def _suppress_by_class(ops, boxes, scores, settings, threshold):
     Returns boxes [B, L, 4], scores and classes (int32) [B, L], best first, unused slots zero.
     """
     count, classes = scores.shape[1:]
-    limit = settings.max_per_class
+    limit = min(settings.max_per_class, count)
     scores = ops.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, K]
     kept = candidates(limit, count)
     rows = None
