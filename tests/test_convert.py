@@ -149,7 +149,6 @@ VARIANTS = {
     "400 of 400": demo.Export(per_class=400, total=400),
     "150 of 500": demo.Export(per_class=150, total=500),
     "class-agnostic": demo.Export(rule="use_class_agnostic_nms", per_class=7),
-    "combined": demo.Export(rule="use_combined_nms", per_class=15),
     "nearest": demo.Export(method="NEAREST_NEIGHBOR"),
     "bicubic": demo.Export(method="BICUBIC", keep_aspect=True),
     "area": demo.Export(method="AREA"),
@@ -189,7 +188,7 @@ def test_what_the_config_says_is_what_is_computed(name, network, tmp_path):
             assert report.box_difference <= 1e-4
             assert report.score_difference <= 1e-4
             seen += report.compared
-            if not variant.rule or variant.rule == "use_combined_nms":
+            if not variant.rule:
                 assert np.bincount(ours.classes).max() <= variant.per_class
     assert seen >= min(30, variant.total) * len(PICTURES)
 

@@ -290,6 +290,44 @@ def same_as_tfod(found, boxes, scores, settings):
             assert not rest[i, used:].any()
 
 
+def as_tensorrt(model):
+    """The graph that TensorRT gets, with the plugin's limit of pairs; nothing in it sorts more than TensorRT does."""
+    model = trt_graph.prepare(model, 1)
+    sorts = [node for node in gs.import_onnx(model).nodes if node.op == "TopK"]
+    assert sorts
+    assert max(int(node.inputs[1].values[0]) for node in sorts) <= onnx_utils.TENSORRT_MAX_TOP_K
+    return ort_graph.prepare(model, onnx_utils.PLUGIN_MAX_PAIRS)
+
+
+def test_more_than_tensorrt_sorts_of_many_classes():
+    """Of 1,000 of each of six classes TensorRT sorts 3,840: the best, and none of them twice."""
+    settings = nms.NmsSettings(1e-8, 0.6, 1000, 4500)
+    boxes, scores = crowded_case(6, 1, 3000, 6, sure=None, spread=0.1)
+    found, cut = (suppressed(boxes, scores, settings, *form) for form in ((), (as_tensorrt,)))
+    same_as_tfod(found, boxes, scores, settings)
+    used = cut.number[0, 0]
+    assert 3000 < used <= onnx_utils.TENSORRT_MAX_TOP_K
+    np.testing.assert_array_equal(cut.boxes[0, :used], found.boxes[0, :used])
+
+
+def test_a_box_has_its_best_class_alone_where_all_suppress_all():
+    """The plugin's pairs are not spent on others."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    scores = gs.Variable("scores", np.float32, ["B", 50, 4])
+    graph.inputs, graph.outputs = [scores], []
+    settings = nms.NmsSettings(1e-8, 0.6, 9, 9, class_agnostic=True)
+    boxes = onnx_utils.OpBuilder(graph, "boxes").add("Slice", scores, np.int64([0]), np.int64([4]), np.int64([2]))
+    boxes.shape = [None, 50, 4]
+    nms.add_nms(onnx_utils.OpBuilder(graph, "test"), boxes, scores, settings)
+    (node,) = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
+    assert node.attrs["class_agnostic"] == 1
+    graph.outputs = [node.inputs[1]]
+    values = np.random.default_rng(0).random((2, 50, 4)).astype(np.float32)
+    (seen,) = evaluate(graph, scores=values)
+    np.testing.assert_array_equal(seen.argmax(axis=2), values.argmax(axis=2))
+    assert (np.count_nonzero(seen, axis=2) == 1).all()
+
+
 @pytest.mark.parametrize("total", [2000, 4500])
 def test_thousands_of_detections(total):
     """Rice grains: more than the plugin looks at, and more than TensorRT sorts."""
@@ -299,7 +337,7 @@ def test_thousands_of_detections(total):
     assert found.number[0, 0] > 0.9 * total
     same_as_tfod(found, boxes, scores, settings)
     # In TensorRT: the first are the same, what is cut off is the end.
-    cut = suppressed(boxes, scores, settings, lambda model: ort_graph.prepare(trt_graph.prepare(model, 1), 4096))
+    cut = suppressed(boxes, scores, settings, as_tensorrt)
     used = cut.number[0, 0]
     assert 1500 < used <= min(total, onnx_utils.TENSORRT_MAX_TOP_K)
     np.testing.assert_array_equal(cut.boxes[0, :used], found.boxes[0, :used])
@@ -313,7 +351,7 @@ def test_thousands_of_detections(total):
 def test_tensorrt_gets_the_same(name, most):
     limit, total, kind = LIMITED[name]
     settings = nms.NmsSettings(0.1, 0.6, limit, total, **kind)
-    boxes, scores = crowded_case(7, 2, 60, 40, sure=0 if limit < total else None)
+    boxes, scores = crowded_case(7, 2, 60, 40, sure=0 if limit < total else None, spread=6)
     graphs = []
 
     def prepare(model):
