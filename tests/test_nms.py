@@ -303,7 +303,8 @@ def test_more_than_tensorrt_sorts_of_many_classes():
     """Of 1,000 of each of six classes TensorRT sorts 3,840: the best, and none of them twice."""
     settings = nms.NmsSettings(1e-8, 0.6, 1000, 4500)
     boxes, scores = crowded_case(6, 1, 3000, 6, sure=None, spread=0.1)
-    boxes = boxes * np.float32(0.92) + np.float32(0.05)  # all within the image
+    boxes = boxes * np.float32(0.92) + np.float32(0.05)  # within the image
+    boxes[:, ::100] += 2  # but for these
     found, cut = (suppressed(boxes, scores, settings, *form) for form in ((), (as_tensorrt,)))
     same_as_tfod(found, boxes, scores, settings)
     used = cut.number[0, 0]
@@ -353,6 +354,7 @@ def test_tensorrt_gets_the_same(name, most):
     limit, total, kind = LIMITED[name]
     settings = nms.NmsSettings(0.1, 0.6, limit, total, **kind)
     boxes, scores = crowded_case(7, 2, 60, 40, sure=0 if limit < total else None, spread=6)
+    boxes[:, 1::2] = boxes[:, ::2] + np.float32(0.002)  # pairs that suppress each other, of whatever class
     graphs = []
 
     def prepare(model):
