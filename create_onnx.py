@@ -16,14 +16,20 @@ from pathlib import Path
 
 from commandline import UserError, check_writable, command, run, steps, warn, whole_file
 from commandline.inputs import find_images
-from commandline.options import count, make_parser, score
+from commandline.options import add_image_options, count, image_options, make_parser, score
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 import onnx_utils
-from checks.conversion import BUILT_IN, check_conversion, check_override
+from checks.conversion import (
+    BUILT_IN,
+    check_conversion,
+    check_override,
+    plugin_may_fall_short,
+    plugin_shortfall,
+)
 from images.decoding import ImageError, load_image
 from runtimes import standard_graph
 from tfod.config import describe_resizer, read_pipeline_config
@@ -33,6 +39,7 @@ from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model
 
 # What a fixed batch may be. Its activations take some ten times the bytes of its input.
 MOST_IMAGES, MOST_INPUT_BYTES = 4096, 2e9
+UNCHECKED = "an engine may leave out the weakest of so many detections; the check, without --no_check, says which"
 
 
 def parse_args(argv=None):
@@ -104,6 +111,7 @@ def parse_args(argv=None):
         metavar="PATH",
         help="image or folder of images for the check; default: three built-in pictures",
     )
+    add_image_options(parser)
     add("--no_check", action="store_true", help="do not compare the file with TensorFlow after writing it")
     return parser.parse_args(argv)
 
@@ -142,7 +150,7 @@ def main(argv=None):
     check_batch_size(args, describe_resizer(getattr(config, config.WhichOneof("one_of")).image_resizer))
     for path in filter(None, (args.onnx, args.tf2onnx)):
         check_writable(path)
-    pictures = read_pictures(args.check_image) if args.check_image else None
+    pictures = read_pictures(args) if args.check_image else None
     if args.second_nms_threshold is not None and config.HasField("ssd"):
         warn("--second_nms_threshold has no effect: an SSD model has one NMS, set with --first_nms_threshold")
     labels = find_class_names(args.labels, folder, config)
@@ -173,7 +181,7 @@ def make(folder, config, options, args, pictures, step):
         print(f"Converted in {time.perf_counter() - started:.1f} s: {len(written.graph.node)} nodes")
         step("checking it against TensorFlow")
         try:
-            verdicts = [] if args.no_check else check(saved_model, model, written, options, args, pictures)
+            verdicts, remark = check(saved_model, model, written, options, args, pictures)
         except KeyboardInterrupt:
             step("")
             print(f"stopped: {args.onnx} is written, but not checked", file=sys.stderr)
@@ -181,6 +189,8 @@ def make(folder, config, options, args, pictures, step):
     step("")
     for verdict in verdicts:
         print(verdict)
+    if remark:
+        warn(remark)
     if model.kind == "faster_rcnn" and options.first_nms_threshold is not None:
         first = options.first_nms_threshold
         print(f"--first_nms_threshold {first:g} changes the proposals: that threshold itself is not checked")
@@ -211,19 +221,22 @@ def find_class_names(path, folder, config):
     return names
 
 
-def read_pictures(path):
+def read_pictures(args):
     """The images of --check_image, as RGB arrays."""
     pictures = []
-    for file in find_images(path, "--check_image").files:
+    for file in find_images(args.check_image, "--check_image").files:
         try:
-            pictures.append(load_image(file))
+            pictures.append(load_image(file, **image_options(args)))
         except ImageError as error:
             raise UserError(f"--check_image {file}: {error}; name another image") from error
     return pictures
 
 
 def check(saved_model, model, written, options, args, pictures):
-    """Compares what was written with TensorFlow; returns the Verdicts."""
+    """Compares what was written with TensorFlow; returns the Verdicts, and what to know of an engine made of it, or None."""
+    short = plugin_may_fall_short(written)
+    if args.no_check:
+        return [], UNCHECKED if short else None
     where = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {args.check_image}" if pictures else BUILT_IN
     reference = written if options == options.by_config else write(model, options.by_config, args.ops)
     verdicts = [
@@ -239,7 +252,9 @@ def check(saved_model, model, written, options, args, pictures):
         least = max(threshold, metadata["config_score_threshold"])
         text = f"--{option} {threshold:g}"
         verdicts.append(check_override(args.onnx, written, reference, text, least, pictures, where))
-    return verdicts
+    if short:
+        return verdicts, plugin_shortfall(args.onnx, written, options.batch_size or 1, pictures, where)
+    return verdicts, None
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ COUNTER = re.compile(r"__\d+")
 PLUGIN_DOMAIN = "TRT"
 # EfficientNMS_TRT sorts all (box, class) pairs and walks the best 4,096 only (EfficientNMS plugin, NmsImpl parameters).
 PLUGIN_MAX_PAIRS = 4096
+# TensorRT's TopK gives so many at most (its operator reference).
+TENSORRT_MAX_TOP_K = 3840
 
 
 class OpBuilder:
@@ -111,10 +113,10 @@ def read_metadata(model, path):
     )
 
 
-def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes):
+def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes, class_agnostic=False):
     """Adds an EfficientNMS_TRT node (version 1) on boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C], all float32.
 
-    Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores [B, M], classes [B, M] i32).
+    class_agnostic: a box suppresses those of other classes too. Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores [B, M], classes [B, M] i32).
     """
     return ops.add(
         "EfficientNMS_TRT",
@@ -131,8 +133,22 @@ def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_out
         background_class=-1,
         score_activation=0,
         box_coding=0,
-        class_agnostic=0,
+        class_agnostic=int(class_agnostic),
     )
+
+
+def nms_of_each_class(ops, boxes, scores, shape, *, score_threshold, iou_threshold, limit):
+    """An EfficientNMS_TRT node that takes each class as an image of its own, and leaves `limit` boxes of it at most.
+
+    boxes [B, C, N, 4] and scores [B, C, N]; shape: (C, N). Returns boxes [B, C * limit, 4] and scores [B, C * limit].
+    """
+    classes, count = shape
+    boxes.shape, scores.shape = [None, classes, count, 4], [None, classes, count]
+    boxes, scores = ops.reshape(boxes, [-1, count, 4]), ops.reshape(scores, [-1, count, 1])
+    boxes.shape, scores.shape = [None, count, 4], [None, count, 1]
+    limits = {"score_threshold": score_threshold, "iou_threshold": iou_threshold, "max_output_boxes": limit}
+    _, boxes, scores, _ = efficient_nms(ops, boxes, scores, **limits)
+    return ops.reshape(boxes, [-1, classes * limit, 4]), ops.reshape(scores, [-1, classes * limit])
 
 
 def fold_batch_norms(graph):

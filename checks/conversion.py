@@ -9,7 +9,8 @@ import onnxruntime
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import standard_graph
+from onnx_utils import PLUGIN_MAX_PAIRS, TENSORRT_MAX_TOP_K, read_metadata
+from runtimes import standard_graph, trt_graph
 from runtimes.detector import detect_image, network_inputs
 from runtimes.ort_detector import OrtDetector
 
@@ -18,6 +19,8 @@ from runtimes.ort_detector import OrtDetector
 TOLERANCE = 2e-3
 # Fewer detections than this prove little: then all that they are chosen from is compared.
 ENOUGH = 10
+# Pairs of box and class that suppression sees for a detection: where the plugin has fewer, it may leave out some.
+PAIRS_EACH = 10
 PHOTOS = Path(__file__).resolve().parent / "photos"
 BUILT_IN = "3 built-in pictures"
 
@@ -122,4 +125,32 @@ def check_override(path, written, reference, option, threshold, pictures=None, w
         "PASSED" if same else "FAILED",
         f"{option} leaves {report.compared} of these {before} detections in {where}: "
         + (f"those that score {threshold:g} and more" if same else f"not those that score {threshold:g} and more"),
+    )
+
+
+def plugin_may_fall_short(model):
+    """Whether a converted model is asked for more detections than EfficientNMS_TRT finds for certain."""
+    plugin = any(node.op_type == "EfficientNMS_TRT" for node in model.graph.node)
+    return plugin and PAIRS_EACH * read_metadata(model, "the model")["max_detections"] > PLUGIN_MAX_PAIRS
+
+
+def plugin_shortfall(path, model, batch, pictures=None, where=BUILT_IN, pairs=PLUGIN_MAX_PAIRS):
+    """What an engine of the converted model for batches of `batch` leaves out, of what ONNX Runtime finds, as a sentence.
+
+    None if that is nothing. The graph is TensorRT's own, the plugin stands in standard ops with its limit of `pairs`.
+    """
+    engine = standard_graph.prepare(trt_graph.prepare(model, batch), pairs)
+    engine.metadata_props.extend(model.metadata_props)
+    everything, missing = 0, []
+    with OrtDetector(path, model) as all_pairs, OrtDetector(path, engine) as best_pairs:
+        for picture in pictures or built_in_pictures():
+            ours, theirs = detect_image(all_pairs, picture), detect_image(best_pairs, picture)
+            everything += len(ours.scores)
+            missing.extend(ours.scores[~parity.has_equal(ours, theirs)])
+    if not missing:
+        return None
+    return (
+        f"TensorRT's NMS looks at the best {pairs:,} pairs of box and class, and gives {TENSORRT_MAX_TOP_K:,} boxes at most: an"
+        f" engine for batches of {batch} leaves out {len(missing):,} of the {everything:,} detections in {where}, from a score"
+        f" of {max(missing):.2g} down; ONNX Runtime finds them all"
     )

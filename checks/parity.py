@@ -107,6 +107,15 @@ def match_by_rank(theirs, ours, tie=1e-4):
     return Report(pairs, len(unmatched), box_difference, score_difference, mask_difference)
 
 
+def has_equal(these, others, far=1e-4):
+    """Which of the Detections `these` are among `others`: [N] bool."""
+    equal = these.classes[:, None] == others.classes[None]
+    sides = [(these.scores, others.scores), *zip(these.boxes.T, others.boxes.T, strict=True)]
+    for this, other in sides:  # one after the other: there may be thousands on both sides
+        equal &= np.abs(this[:, None] - other[None]) <= far
+    return equal.any(axis=1)
+
+
 def match_raw(theirs, ours, far):
     """A Report on all (boxes [N, 4], scores [N, columns]) that detections are chosen from, before NMS.
 

@@ -44,9 +44,12 @@ class Export:
     scales: tuple = BOX_SCALES
     score_threshold: float = 1e-8
     per_class: int = MAX_DETECTIONS
+    total: int = MAX_DETECTIONS
+    rule: str = ""  # of suppression: use_class_agnostic_nms, use_combined_nms, or each class by itself
     keep_aspect: bool = False  # resize to fit, pad, instead of stretching
     method: str = "BILINEAR"  # or NEAREST_NEIGHBOR, BICUBIC, AREA
-    dtype: str = "uint8"  # of the input: uint8 (image_tensor) or float32 (float_image_tensor)
+    # The exporter's input_type: image_tensor, float_image_tensor, encoded_image_string_tensor or tf_example.
+    input_type: str = "image_tensor"
 
 
 def draw_scene(rng, width, height, tries=None):
@@ -251,7 +254,9 @@ def train(tf, network, data, steps, batch=32):
 
 def exported_module(tf, network, anchors, export):
     """The detector as TFOD's exporter_lib_v2 and ssd_meta_arch write it: resize in a loop, decode, per-class NMS."""
-    batch = 1 if export.dtype == "uint8" else None
+    encoded = export.input_type in ("encoded_image_string_tensor", "tf_example")
+    dtype = "float32" if export.input_type == "float_image_tensor" else "uint8"
+    signature = tf.TensorSpec([1 if dtype == "uint8" else None, None, None, 3], dtype, name="input_tensor")
     converters = {"SIGMOID": tf.sigmoid, "SOFTMAX": tf.nn.softmax, "IDENTITY": tf.identity}
 
     def preprocess(image):
@@ -263,6 +268,12 @@ def exported_module(tf, network, anchors, export):
         image = tf.compat.v1.image.resize_images(image, size, getattr(tf.compat.v1.image.ResizeMethod, export.method))
         return tf.image.pad_to_bounding_box(image, 0, 0, SIZE, SIZE), size
 
+    def decode_image(text):
+        if export.input_type == "tf_example":
+            fields = {"image/encoded": tf.io.FixedLenFeature((), tf.string, "")}
+            text = tf.io.parse_single_example(text, fields)["image/encoded"]
+        return tf.image.decode_image(text, channels=3, expand_animations=False)
+
     def detect(boxes, scores, true_size):
         window = tf.cast(true_size, tf.float32) / SIZE  # height, width of the image within the padded input
         return postprocess(tf, boxes, scores, window, export)
@@ -273,15 +284,18 @@ def exported_module(tf, network, anchors, export):
             # The variables alone: a tracked Keras model would save all of its own functions beside the signature.
             self.parameters = [variable.value for variable in network.variables]
 
-        @tf.function(input_signature=[tf.TensorSpec([batch, None, None, 3], export.dtype, name="input_tensor")])
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="input_tensor") if encoded else signature])
         def __call__(self, input_tensor):
+            if encoded:  # exporter_lib_v2.DetectionFromEncodedImageModule, DetectionFromTFExampleModule
+                spec = tf.TensorSpec([None, None, 3], tf.uint8)
+                input_tensor = tf.map_fn(decode_image, input_tensor, fn_output_signature=spec)
             spec = (tf.TensorSpec([SIZE, SIZE, 3], tf.float32), tf.TensorSpec([2], tf.int32))
             images, sizes = tf.map_fn(preprocess, input_tensor, fn_output_signature=spec)
             encodings, logits = network(images, training=False)
             boxes = decode(tf, tf.squeeze(encodings, axis=2), tf.constant(anchors), export.scales)
             scores = converters[export.converter](logits)
-            spec = {key: tf.TensorSpec([MAX_DETECTIONS], tf.float32) for key in ("scores", "classes")}
-            spec |= {"boxes": tf.TensorSpec([MAX_DETECTIONS, 4], tf.float32), "num": tf.TensorSpec([], tf.float32)}
+            spec = {key: tf.TensorSpec([export.total], tf.float32) for key in ("scores", "classes")}
+            spec |= {"boxes": tf.TensorSpec([export.total, 4], tf.float32), "num": tf.TensorSpec([], tf.float32)}
             found = tf.map_fn(lambda x: detect(*x), (boxes, scores[:, :, 1:], sizes), fn_output_signature=spec)
             return {
                 "detection_boxes": found["boxes"],
@@ -313,24 +327,37 @@ def postprocess(tf, boxes, scores, window, export):
 
     window: [2] height and width of the image within the input, normalised: boxes are clipped to it, then scaled by it.
     """
+    if export.rule == "use_combined_nms":
+        limits = export.per_class, export.total, IOU_THRESHOLD, export.score_threshold
+        found = tf.image.combined_non_max_suppression(boxes[None, :, None], scores[None], *limits)
+        rows, kept, labels = (x[0] for x in found[:3])
+        used = tf.range(export.total) < found.valid_detections[0]
+        labels = tf.where(used, labels + 1, 0.0)
+        return {"boxes": rows, "scores": kept, "classes": labels, "num": tf.cast(found.valid_detections[0], tf.float32)}
     rows, labels, kept = [], [], []
     for label in range(len(CLASSES)):
+        values, most = scores[:, label], export.per_class
+        if export.rule == "use_class_agnostic_nms":  # once for all classes: each box has its best alone
+            values, most = tf.reduce_max(scores, axis=1), export.total
         picked, values = tf.image.non_max_suppression_with_scores(
-            boxes, scores[:, label], export.per_class, IOU_THRESHOLD, export.score_threshold
+            boxes, values, most, IOU_THRESHOLD, export.score_threshold
         )
         rows.append(tf.gather(boxes, picked))
         kept.append(values)
+        if export.rule == "use_class_agnostic_nms":
+            labels.append(tf.cast(tf.gather(tf.argmax(scores, axis=1), picked) + 1, tf.float32))
+            break
         labels.append(tf.fill(tf.shape(picked), float(label + 1)))
     kept, order = tf.nn.top_k(tf.concat(kept, 0), k=tf.size(tf.concat(kept, 0)))
     rows, labels = tf.gather(tf.concat(rows, 0), order), tf.gather(tf.concat(labels, 0), order)
     rows = tf.clip_by_value(rows, 0.0, tf.tile(window, [2]))
     solid = (rows[:, 2] - rows[:, 0]) * (rows[:, 3] - rows[:, 1]) > 0
-    rows, labels, kept = (tf.boolean_mask(x, solid)[:MAX_DETECTIONS] for x in (rows, labels, kept))
-    missing = MAX_DETECTIONS - tf.size(kept)
+    rows, labels, kept = (tf.boolean_mask(x, solid)[: export.total] for x in (rows, labels, kept))
+    missing = export.total - tf.size(kept)
     return {
-        "boxes": tf.ensure_shape(tf.pad(rows / tf.tile(window, [2]), [[0, missing], [0, 0]]), [MAX_DETECTIONS, 4]),
-        "scores": tf.ensure_shape(tf.pad(kept, [[0, missing]]), [MAX_DETECTIONS]),
-        "classes": tf.ensure_shape(tf.pad(labels, [[0, missing]]), [MAX_DETECTIONS]),
+        "boxes": tf.ensure_shape(tf.pad(rows / tf.tile(window, [2]), [[0, missing], [0, 0]]), [export.total, 4]),
+        "scores": tf.ensure_shape(tf.pad(kept, [[0, missing]]), [export.total]),
+        "classes": tf.ensure_shape(tf.pad(labels, [[0, missing]]), [export.total]),
         "num": tf.cast(tf.size(kept), tf.float32),
     }
 
@@ -342,6 +369,7 @@ def pipeline_config(export):
     if export.keep_aspect:
         limits = f"min_dimension: {SIZE} max_dimension: {SIZE} pad_to_max_dimension: true{method}"
         resizer = f"keep_aspect_ratio_resizer {{ {limits} }}"
+    rule = f"\n        {export.rule}: true" if export.rule else ""
     scales = zip(("y", "x", "height", "width"), export.scales, strict=True)
     scales = "\n        ".join(f"{name}_scale: {value}" for name, value in scales)
     return f"""model {{
@@ -365,7 +393,7 @@ def pipeline_config(export):
         score_threshold: {export.score_threshold}
         iou_threshold: {IOU_THRESHOLD}
         max_detections_per_class: {export.per_class}
-        max_total_detections: {MAX_DETECTIONS}
+        max_total_detections: {export.total}{rule}
       }}
       score_converter: {export.converter}
     }}

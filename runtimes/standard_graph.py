@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_utils import PLUGIN_DOMAIN, PLUGIN_MAX_PAIRS, OpBuilder, read_metadata, replace_tensor, write_metadata
+from onnx_utils import PLUGIN_DOMAIN, OpBuilder, read_metadata, replace_tensor, write_metadata
 
 
 def is_half_quantized(model):
@@ -25,20 +25,24 @@ def standard_file(model):
     return result
 
 
-def prepare(model):
-    """Returns a copy of a converted model in standard ops: the same inputs, outputs and results, without metadata."""
+def prepare(model, pairs=None):
+    """Returns a copy of a converted model in standard ops: the same inputs, outputs and results, without metadata.
+
+    pairs: of box and class, the best of each image, that suppression looks at; None: all. PLUGIN_MAX_PAIRS: what TensorRT
+    finds.
+    """
     graph = gs.import_onnx(model)
-    _replace_plugins(graph)
+    _replace_plugins(graph, pairs)
     _replace_crops(graph)
     graph.cleanup().toposort()
     graph.import_domains = [domain for domain in graph.import_domains or [] if domain.domain != PLUGIN_DOMAIN]
     return gs.export_onnx(graph)
 
 
-def _replace_plugins(graph):
-    """Every EfficientNMS_TRT node in standard ops, with the plugin's exact semantics."""
+def _replace_plugins(graph, pairs):
+    """Every EfficientNMS_TRT node in standard ops, with the plugin's semantics; pairs: see prepare."""
     for number, node in enumerate([n for n in graph.nodes if n.op == "EfficientNMS_TRT"]):
-        results = _standard_nms(OpBuilder(graph, f"nms_{number}"), node)
+        results = _standard_nms(OpBuilder(graph, f"nms_{number}"), node, pairs)
         for old, new in zip(list(node.outputs), results, strict=True):
             new.shape = old.shape
             _take_place(graph, old, new)
@@ -117,14 +121,23 @@ def _image_of_each(ops, features, count):
     return ops.reshape(ops.add("Expand", numbers, np.int64([1, count])), [-1])
 
 
-def _standard_nms(ops, node):
+def _standard_nms(ops, node, pairs):
     """EfficientNMS_TRT in standard ops: for any batch, boxes shared by the classes or one per class."""
     boxes, scores = node.inputs  # [B, N, 4] or [B, N, C, 4]; [B, N, C]
     kept, threshold = int(node.attrs["max_output_boxes"]), np.float32(node.attrs["score_threshold"])
+    only = None  # the class of each box, where it can have no other
+    if node.attrs["class_agnostic"]:
+        only = ops.add("ArgMax", scores, dtype=np.int64, axis=2, keepdims=1)  # [B, N, 1]
+        scores = ops.add("ReduceMax", scores, axes=[2], keepdims=1)
+        if len(boxes.shape) == 4:
+            boxes = ops.add("GatherND", boxes, only, batch_dims=2)
+            boxes.shape = [None, None, 4]
     scores = ops.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, N]
     shape = ops.add("Shape", scores, dtype=np.int64)
-    flat = _best_pairs(ops, ops.reshape(scores, [0, -1]))
-    scores = ops.add("Reshape", flat, shape)
+    flat = ops.reshape(scores, [0, -1])
+    if pairs:
+        flat = _best_pairs(ops, flat, pairs)
+        scores = ops.add("Reshape", flat, shape)
 
     # ONNX suppresses at IoU > threshold and keeps score > threshold, the plugin at >= both: one step of float32 apart.
     limits = (
@@ -132,7 +145,7 @@ def _standard_nms(ops, node):
         np.nextafter(np.float32([node.attrs["iou_threshold"]]), np.float32(0)),
         np.nextafter(np.float32([threshold]), np.float32(-1)),
     )
-    per_class = "Transpose" if len(boxes.shape) == 4 else None
+    per_class = len(boxes.shape) == 4
     if per_class:
         boxes = ops.add("Transpose", boxes, perm=[0, 2, 1, 3])  # [B, C, N, 4]
         columns = ops.slice(shape, 0, 2, 3)
@@ -160,6 +173,8 @@ def _standard_nms(ops, node):
         chosen = ops.add("GatherND", node.inputs[0], pair, batch_dims=1)
     else:
         chosen = ops.gather_rows(boxes, rows)
+    if only is not None:
+        classes = ops.add("Squeeze", ops.gather_rows(only, rows), np.int64([2]))
     chosen = ops.add("Where", ops.add("Unsqueeze", valid, np.int64([2])), chosen, np.float32(0), dtype=np.float32)
     number = ops.add("ReduceSum", ops.cast(valid, np.int32), np.int64([1]), keepdims=1)
     scores = ops.add("Where", valid, best, np.float32(0), dtype=np.float32)
@@ -167,10 +182,10 @@ def _standard_nms(ops, node):
     return number, chosen, scores, classes
 
 
-def _best_pairs(ops, flat):
-    """flat [B, pairs] with all but the plugin's best 4,096 scores of each image set to -1."""
+def _best_pairs(ops, flat, pairs):
+    """flat [B, C * N] with all but the best `pairs` scores of each image set to -1."""
     count = ops.slice(ops.add("Shape", flat, dtype=np.int64), 0, 1, 2)
-    most = ops.add("Min", count, np.array([PLUGIN_MAX_PAIRS], np.int64))
+    most = ops.add("Min", count, np.array([pairs], np.int64))
     best, _ = ops.add("TopK", flat, most, outputs=2, dtype=(np.float32, np.int64), axis=-1, sorted=1)
     least = ops.slice(best, 1, -1, np.iinfo(np.int64).max)  # [B, 1]
     return ops.add("Where", ops.add("GreaterOrEqual", flat, least, dtype=bool), flat, np.float32(-1), dtype=np.float32)

@@ -6,6 +6,7 @@ Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. B
 import numpy as np
 import onnx_graphsurgeon as gs
 
+import onnx_utils
 from onnx_utils import OpBuilder, efficient_nms, replace_tensor
 from runtimes.precision import typed_graph
 
@@ -20,15 +21,19 @@ def prepare(model, most):
     one another: as many groups of them as it can take are given to it as images of their own.
     """
     graph = typed_graph(model)
+    together = max(1, PLUGIN_MAX_IMAGES // most)  # images that each of the batch may become
     for number, node in enumerate([node for node in graph.nodes if node.op == "EfficientNMS_TRT"]):
-        _, count, classes = node.inputs[1].shape
-        size = -(-classes // max(1, PLUGIN_MAX_IMAGES // most))
-        if size < classes:
-            results = _in_groups(OpBuilder(graph, f"suppression_{number}"), node, count, classes, size)
+        ops, (_, count, classes) = OpBuilder(graph, f"suppression_{number}"), node.inputs[1].shape
+        size = -(-classes // together)
+        if _images_of_classes(node) > together:
+            _in_parts(ops, node, together)
+        elif size < classes and not node.attrs["class_agnostic"]:
+            results = _in_groups(ops, node, count, classes, size)
             for old, new in zip(list(node.outputs), results, strict=True):
                 new.shape = old.shape
                 replace_tensor(graph, old, new)
             node.outputs.clear()
+    _shorten_top_ks(graph)
     _drop_idle_pools(graph)
     _pool_crops_first(graph)
     result = gs.export_onnx(graph.cleanup().toposort())
@@ -69,6 +74,46 @@ def _in_groups(ops, node, count, classes, size):
     labels = ops.add("Where", found, ops.gather_rows(labels, rows), np.int32(0), dtype=np.int32)
     number = ops.add("ReduceSum", ops.cast(found, np.int32), np.int64([1]), keepdims=1)
     return number, boxes, scores, labels
+
+
+def _images_of_classes(node):
+    """How many images nms_of_each_class makes of each for the plugin `node`; 1 where it is not of that."""
+    scores = node.inputs[1]
+    before = scores.inputs[0].inputs[0].shape if scores.inputs and scores.inputs[0].op == "Reshape" else None
+    return before[1] if before and len(before) == 3 and scores.shape[1:] == [before[2], 1] else 1
+
+
+def _in_parts(ops, node, together):
+    """Gives the images that nms_of_each_class makes of classes to several plugins, `together` of a batch's image to each."""
+    boxes, scores = (tensor.inputs[0].inputs[0] for tensor in node.inputs)
+    (_, classes, count), limit = scores.shape, node.attrs["max_output_boxes"]
+    limits = {name: node.attrs[name] for name in ("score_threshold", "iou_threshold")}
+    parts = []
+    for first in range(0, classes, together):
+        last = min(first + together, classes)
+        part = (ops.slice(x, 1, first, last) for x in (boxes, scores))
+        parts.append(onnx_utils.nms_of_each_class(ops, *part, (last - first, count), limit=limit, **limits))
+    for old, new in zip(node.outputs[1:3], zip(*parts, strict=True), strict=True):
+        (reshape,) = old.outputs
+        replace_tensor(ops.graph, reshape.outputs[0], ops.add("Concat", *new, axis=1))
+        reshape.inputs.clear()
+    node.outputs.clear()
+
+
+def _shorten_top_ks(graph):
+    """TopKs of more than TensorRT takes: what they leave out has the value 0, by which nms knows that nothing is there."""
+    for node in [node for node in graph.nodes if node.op == "TopK"]:
+        missing = int(node.inputs[1].values[0]) - onnx_utils.TENSORRT_MAX_TOP_K
+        if missing > 0:
+            ops = OpBuilder(graph, f"{node.name}/shortened")
+            values, rows = node.outputs
+            best, places = ops.top_k(node.inputs[0], onnx_utils.TENSORRT_MAX_TOP_K)
+            padding = np.zeros(2 * len(values.shape or [0, 0]), np.int64)
+            padding[-1] = missing
+            places = ops.cast(ops.add("Pad", ops.cast(places, np.float32), padding, np.float32(0)), np.int64)
+            replace_tensor(graph, values, ops.add("Pad", best, padding, np.float32(0)))
+            replace_tensor(graph, rows, places)
+            node.outputs.clear()
 
 
 def _drop_idle_pools(graph):

@@ -33,6 +33,15 @@ ZOO = {
     "faster_rcnn_1333": "faster_rcnn_resnet50_v1_800x1333_coco17_gpu-8",
     "mask_rcnn": "mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8",
 }
+# FPNLite as users export it: other limits of suppression, other forms of it, images that the model decodes itself.
+USERS = {
+    "limit_2_of_4": "ssd_mobilenet_v2_fpnlite_limit_2_of_4",
+    "total_1000": "ssd_mobilenet_v2_fpnlite_total_1000",
+    "class_agnostic": "fpnlite_classagnostic",
+    "combined_nms": "fpnlite_combined_nms",
+    "static_shapes": "fpnlite_static_shapes",
+    "encoded": "fpnlite_encoded_image_string_tensor",
+}
 # Two-stage models of the project's own, by what they vary.
 EXPORTS = {
     "mask": tiny.Export(),
@@ -58,12 +67,13 @@ def model_folder(key):
     if key == "demo":
         return DEMO_MODEL
     script = need_shared("models", "materialize.py")
-    folder = MODELS / ZOO[key]
+    name = {**ZOO, **USERS}[key]
+    folder = MODELS / name
     if not (folder / "saved_model" / "variables" / "variables.index").exists():
         spec = importlib.util.spec_from_file_location("materialize", script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.materialize(ZOO[key], folder)
+        module.materialize(name, folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from tfod.config import ENUMS, FIELDS, MESSAGES, describe_resizer, read_pipeline
 DEMO_TEXT = (DEMO_MODEL / "pipeline.config").read_text()
 MASK_TEXT = tiny.pipeline_config(tiny.Export())
 FIXED = "fixed_shape_resizer {\n        height: 160\n        width: 160\n      }"
+IOU = "iou_threshold: 0.6"
 KEEP = "keep_aspect_ratio_resizer { min_dimension: 800 max_dimension: 1333 pad_to_max_dimension: true }"
 
 
@@ -228,9 +229,15 @@ def test_two_models_and_two_resizers_are_merged_as_tfod_does(tmp_path, capsys):
         ("ssd {", "faster_rcnn {\n    number_of_stages: 1", "region proposal network alone"),
         ("ssd {", "faster_rcnn {\n    context_config { }", "Context R-CNN"),
         ("faster_rcnn_box_coder {", "keypoint_box_coder {", "keypoint_box_coder"),
-        ("iou_threshold: 0.6", "iou_threshold: 0.6 soft_nms_sigma: 0.5", "soft-NMS"),
-        ("iou_threshold: 0.6", "iou_threshold: 0.6 use_class_agnostic_nms: true", "use_class_agnostic_nms"),
-        ("iou_threshold: 0.6", "iou_threshold: 0.6 use_combined_nms: true", "use_combined_nms"),
+        (IOU, f"{IOU} soft_nms_sigma: 0.5", "soft-NMS"),
+        (IOU, f"{IOU} use_class_agnostic_nms: true max_classes_per_detection: 2", "max_classes_per_detection above 1"),
+        (
+            IOU,
+            f"{IOU} use_combined_nms: true use_class_agnostic_nms: true",
+            "use_combined_nms with use_class_agnostic_nms",
+        ),
+        (IOU, f"{IOU} use_combined_nms: true use_static_shapes: true", "use_combined_nms with use_static_shapes"),
+        (IOU, f"{IOU} use_static_shapes: true use_partitioned_nms: true", "use_partitioned_nms"),
         ("fixed_shape_resizer {", "conditional_shape_resizer {", "conditional_shape_resizer"),
         ("height: 160", "height: 160 convert_to_grayscale: true", "convert_to_grayscale"),
         ("score_converter: SIGMOID", "score_converter: SIGMOID calibration_config { }", "calibration_config"),
@@ -239,6 +246,29 @@ def test_two_models_and_two_resizers_are_merged_as_tfod_does(tmp_path, capsys):
 )
 def test_refuses_by_name(tmp_path, old, new, named):
     assert named in refusal(tmp_path, changed(old, new))
+
+
+@pytest.mark.parametrize("name", ["use_static_shapes", "use_class_agnostic_nms", "use_combined_nms"])
+def test_other_forms_of_suppression_are_read(tmp_path, name):
+    nms = read(tmp_path, changed(IOU, f"{IOU} {name}: true")).ssd.post_processing.batch_non_max_suppression
+    assert getattr(nms, name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("first_stage_max", "use_static_shapes: true use_static_shapes_for_eval: true first_stage_max", "for_eval"),
+        ("max_total_detections", "use_combined_nms: true max_total_detections", "use_combined_nms of a second stage"),
+        ("max_total_detections", "use_static_shapes: true max_total_detections", "use_static_shapes with masks"),
+    ],
+)
+def test_two_stages_refuse_by_name(tmp_path, old, new, named):
+    assert named in refusal(tmp_path, changed(old, new, MASK_TEXT))
+
+
+def test_combined_suppression_of_padded_images_is_refused(tmp_path):
+    text = changed(FIXED, KEEP, changed(IOU, f"{IOU} use_combined_nms: true"))
+    assert "use_combined_nms with padding" in refusal(tmp_path, text)
 
 
 def test_boxes_of_the_padded_image_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Engines on an NVIDIA GPU: run with `pytest -m gpu` where there is one. CI has none; test_engine.py tests the logic there."""
 
 import concurrent.futures
+import re
 import threading
 import time
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
-from conftest import DEMO
+from conftest import DEMO, DEMO_MODEL
 from PIL import Image
 
 import build_engine
@@ -126,10 +127,37 @@ def test_two_stages_are_onnx_runtimes(name, tolerated, exported, folder):
     assert max(parity.match_by_rank(*pair, tie=1e-3).mask_difference for pair in pairs) < 1e-2
 
 
-def build_without_tf32(model, path):
+LIMITS = {
+    "2 of 4": "max_detections_per_class: 2 max_total_detections: 4",
+    "more than TensorRT sorts": "max_detections_per_class: 4500 max_total_detections: 4500",
+    "class-agnostic": "max_total_detections: 100 use_class_agnostic_nms: true",
+    "combined": "max_detections_per_class: 30 max_total_detections: 100 use_combined_nms: true",
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_of_nms_are_onnx_runtimes(name, convert, folder, batch, tmp_path):
+    """For batches of 200, five classes as images of their own are more than one plugin takes."""
+    text = (DEMO_MODEL / "pipeline.config").read_text()
+    text = re.sub(r"max_detections_per_class: 100\s+max_total_detections: 100", LIMITS[name], text)
+    assert LIMITS[name] in text
+    (tmp_path / "pipeline.config").write_text(text)
+    options = ["--batch_size", "dynamic", "--no_check", "--pipeline_config", str(tmp_path / "pipeline.config")]
+    model, engine = convert("demo", *options)[0], folder / f"{name.replace(' ', '_')}.trt"
+    build_without_tf32(model, engine, "--batch", "1", "4", "200")
+    with open_detector(model) as reference, open_detector(engine) as detector:
+        for wanted, found in zip(reference.infer(batch), detector.infer(batch), strict=True):
+            report = parity.match_by_rank(wanted, found, tie=1e-3)
+            assert report.unmatched == 0
+            assert report.compared == len(wanted.scores) > 0
+            assert max(report.box_difference, report.score_difference) < 1e-3
+
+
+def build_without_tf32(model, path, *more):
     import tensorrt as trt
 
     options = ["--onnx", str(model), "--engine", str(path), "--precision", "fp32", "--builder_optimization_level", "1"]
+    options += more
     args = build_engine.parse_args(options)
     content = onnx_utils.load(model)
     metadata = onnx_utils.read_metadata(content, model)

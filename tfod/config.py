@@ -38,7 +38,8 @@ SCHEMA = {
     " second_stage_balance_fraction second_stage_batch_size second_stage_classification_loss"
     " second_stage_classification_loss_weight second_stage_localization_loss_weight"
     " second_stage_mask_prediction_loss_weight use_matmul_crop_and_resize use_matmul_gather_in_matcher"
-    " use_partitioned_nms_in_first_stage use_static_balanced_label_sampler use_static_shapes use_static_shapes_for_eval",
+    " use_static_shapes:bool=false use_static_shapes_for_eval:bool=false use_partitioned_nms_in_first_stage"
+    " use_static_balanced_label_sampler",
     "CenterNet": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor post_processing:PostProcessing"
     " compute_heatmap_sparse deepmac_mask_estimation densepose_estimation_task keypoint_estimation_task"
     " keypoint_label_map_path mask_estimation_task object_center_params object_detection_task output_prediction_dict"
@@ -202,9 +203,7 @@ def _refuse_unsupported(model, path):
     """
 
     def refuse(what):
-        raise UserError(
-            f"{path}: {what} is not supported; this tool converts SSD and Faster R-CNN with hard per-class NMS"
-        )
+        raise UserError(f"{path}: {what} is not supported; this tool converts SSD and Faster R-CNN with hard NMS")
 
     meta = model.WhichOneof("one_of")
     if meta == "center_net":
@@ -273,6 +272,13 @@ def _refuse_two_stage(faster_rcnn, refuse):
         refuse("a region proposal network alone (number_of_stages: 1)")
     if faster_rcnn.use_combined_nms_in_first_stage:
         refuse("use_combined_nms_in_first_stage")
+    if faster_rcnn.use_static_shapes and faster_rcnn.use_static_shapes_for_eval:
+        refuse("use_static_shapes_for_eval (suppression of proposals as a loop)")
+    nms = faster_rcnn.second_stage_post_processing.batch_non_max_suppression
+    if nms.use_combined_nms:
+        refuse("use_combined_nms of a second stage")
+    if nms.use_static_shapes and predictor.mask_rcnn_box_predictor.predict_instance_masks:
+        refuse("use_static_shapes with masks")
     if faster_rcnn.HasField("context_config"):
         refuse("Context R-CNN (context_config)")
     if predictor.HasField("rfcn_box_predictor"):
@@ -304,9 +310,16 @@ def _refuse_post_processing(post, resizer, refuse):
     nms = post.batch_non_max_suppression
     if resizer.HasField("keep_aspect_ratio_resizer") and not nms.change_coordinate_frame:
         refuse("change_coordinate_frame: false with padding (boxes relative to the padded image)")
-    for name in ("use_class_agnostic_nms", "use_combined_nms", "use_static_shapes", "use_partitioned_nms"):
-        if getattr(nms, name):
-            refuse(f"{name} in batch_non_max_suppression")
+    if nms.use_partitioned_nms:
+        refuse("use_partitioned_nms in batch_non_max_suppression")
+    if nms.use_class_agnostic_nms and nms.max_classes_per_detection > 1:
+        refuse("max_classes_per_detection above 1 with use_class_agnostic_nms")
+    if nms.use_combined_nms:
+        for name in ("use_class_agnostic_nms", "use_static_shapes"):
+            if getattr(nms, name):
+                refuse(f"use_combined_nms with {name}")
+        if resizer.HasField("keep_aspect_ratio_resizer"):
+            refuse("use_combined_nms with padding")
     if nms.soft_nms_sigma > 0:
         refuse("soft-NMS (soft_nms_sigma in batch_non_max_suppression)")
     if post.HasField("calibration_config"):

@@ -16,7 +16,7 @@ from tfod.boxes import centre_and_size, clip_boxes, decode_boxes, find_box_decod
 from tfod.config import wrong_config
 from tfod.graph import before_reshaping, node_name
 from tfod.heads import ScoreHead, check_converter, find_score_head
-from tfod.nms import NmsSettings, add_nms, among_largest, find_nms_nodes, nms_settings
+from tfod.nms import CANDIDATES_EACH, NmsSettings, add_nms, among_largest, find_nms_nodes, nms_settings
 
 # The option that overrides the detections' score threshold.
 THRESHOLD_OPTION = "second_nms_threshold"
@@ -229,9 +229,10 @@ def add_proposals(ops, objectness, encodings, anchors, scales, settings, window)
     background, foreground = (ops.slice(objectness, 2, i, i + 1) for i in (0, 1))
     logits = ops.add("Sub", foreground, background)  # [B, N, 1]
     scores = ops.add("Sigmoid", logits)  # a softmax of two
-    left_out = len(anchors) > 2 * PLUGIN_MAX_PAIRS
+    seen = max(PLUGIN_MAX_PAIRS, CANDIDATES_EACH * settings.max_total)
+    left_out = len(anchors) > 2 * seen
     if left_out:
-        among_best = among_largest(ops, logits, PLUGIN_MAX_PAIRS)
+        among_best = among_largest(ops, logits, seen)
         scores = ops.add("Where", among_best, scores, np.float32(0), dtype=np.float32)
     boxes = decode_boxes(ops, encodings, centre_and_size(anchors)[None], scales)
     boxes.shape, scores.shape = [None, len(anchors), 4], [None, len(anchors), 1]
@@ -279,7 +280,9 @@ def _class_scores(ops, network, valid, head, config):
     scores = head.convert(ops, ops.reshape(network.outputs["logits"], [-1, count, columns]))
     scores = ops.slice(scores, 2, 1, columns)  # without the background
     valid = ops.add("Unsqueeze", valid, np.int64([2]))
-    return ops.add("Where", valid, scores, np.float32(0), dtype=np.float32)
+    scores = ops.add("Where", valid, scores, np.float32(0), dtype=np.float32)
+    scores.shape = [None, count, columns - 1]
+    return scores
 
 
 def _refined_boxes(ops, network, proposals, scales, config):

@@ -24,9 +24,9 @@ SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank"}
 class FrozenGraph:
     """A GraphDef without variables and function calls. Tensors are named as in TensorFlow ("node" or "node:1")."""
 
-    def __init__(self, graph_def, image, outputs):
-        """image: name of the input tensor. outputs: {signature key: node name}."""
-        self.graph_def, self.image, self.outputs = graph_def, image, outputs
+    def __init__(self, graph_def, image, outputs, feed):
+        """image: name of the input tensor. outputs: {signature key: node name}. feed(RGB [H, W, 3]) -> the input's value."""
+        self.graph_def, self.image, self.outputs, self.feed = graph_def, image, outputs, feed
         self.nodes = {node.name: node for node in graph_def.node}
         self._consumers = None
 
@@ -80,6 +80,10 @@ class FrozenGraph:
                 seen.add(name)
                 todo.extend(self.consumers(name))
         return seen
+
+    def is_float(self, tensor, attribute="dtype"):
+        """Whether an attribute of the node that makes `tensor` is the type float32."""
+        return self.nodes[node_name(tensor)].attr[attribute].type == import_tensorflow().float32.as_datatype_enum
 
     def static_shape(self, tensor):
         """The shape TensorFlow recorded for a node's first output, -1 where open; [] if it recorded none."""

@@ -10,12 +10,15 @@ import typing
 import numpy as np
 
 import onnx_utils
+from onnx_utils import TENSORRT_MAX_TOP_K
 from tfod.boxes import clip_boxes
 
-# Detections taken from the plugin beyond max_total_detections, in place of those that finish_nms drops: boxes without
-# area after clipping (at most 2 an image were seen), and those over max_detections_per_class where it limits.
-SPARE = 28
-SPARE_WITH_CLASS_LIMIT = 900
+# Of the boxes that suppression sees, the best by score: so many for each detection, and this many at least (docs/how-it-
+# works.md, "How many candidates").
+CANDIDATES_EACH, FEWEST_CANDIDATES = 10, 1500
+# Detections taken beyond max_total_detections, in place of those that clipping leaves without area (at most 2 of 100 were
+# seen): this many at least, and one in so many.
+SPARE, SPARE_SHARE = 28, 16
 # EfficientNMS: below this threshold it takes all scores to its sort, above it only those that pass.
 DENSE_BELOW = 0.007
 # Levels that `among_largest` tells apart at a time, and how far below the largest they reach.
@@ -29,14 +32,24 @@ class NmsSettings:
 
     score_threshold: float
     iou_threshold: float
-    max_per_class: int  # detections of one class
+    max_per_class: int  # detections of one class; of no account to class_agnostic
     max_total: int  # detections of all classes together
+    class_agnostic: bool = False  # each box has its best class alone, and suppresses boxes of any
+    drops_empty: bool = True  # boxes that clipping leaves without area are no detections
 
     @property
-    def plugin_outputs(self):
-        """How many boxes to take from the plugin so that, of them, finish_nms finds `max_total` to keep."""
-        spare = SPARE if self.max_per_class >= self.max_total else SPARE_WITH_CLASS_LIMIT
-        return self.max_total + spare
+    def limits_classes(self):
+        """Whether max_per_class leaves out what max_total would not."""
+        return self.max_per_class < self.max_total and not self.class_agnostic
+
+    @property
+    def slots(self):
+        """How many boxes to take from suppression so that, of them, finish_nms finds `max_total` to keep.
+
+        Class-agnostic TFOD counts to max_total before it drops boxes, and has the fewer.
+        """
+        spare = self.drops_empty and not self.class_agnostic
+        return self.max_total + (max(SPARE, self.max_total // SPARE_SHARE) if spare else 0)
 
 
 class NmsResult(typing.NamedTuple):
@@ -49,9 +62,29 @@ class NmsResult(typing.NamedTuple):
 
 
 def nms_settings(post_processing, score_threshold):
-    """The NmsSettings of a config's post_processing message, with that score threshold."""
+    """The NmsSettings of a config's post_processing message, with that score threshold.
+
+    use_combined_nms: TensorFlow's op CombinedNonMaxSuppression, which keeps boxes without area. use_static_shapes changes
+    how TFOD computes the same.
+    """
     nms = post_processing.batch_non_max_suppression
-    return NmsSettings(score_threshold, nms.iou_threshold, nms.max_detections_per_class, nms.max_total_detections)
+    return NmsSettings(
+        score_threshold,
+        nms.iou_threshold,
+        nms.max_detections_per_class,
+        nms.max_total_detections,
+        class_agnostic=nms.use_class_agnostic_nms,
+        drops_empty=not nms.use_combined_nms,
+    )
+
+
+def candidates(detections, available):
+    """How many of the `available` boxes, the best, suppression is to see to find so many `detections`.
+
+    All, where they would be more than TensorRT sorts.
+    """
+    wanted = max(FEWEST_CANDIDATES, CANDIDATES_EACH * detections)
+    return min(wanted, available) if wanted <= TENSORRT_MAX_TOP_K else available
 
 
 def find_nms_nodes(frozen, tensor):
@@ -64,23 +97,83 @@ def add_nms(ops, boxes, scores, settings, window=None, mostly_zero=False):
 
     mostly_zero: whether most scores are 0. Returns an NmsResult; see finish_nms.
     """
+    if settings.class_agnostic:
+        scores, mostly_zero = _best_class_alone(ops, scores), True
     # TensorFlow keeps what scores more than the threshold, the plugin what scores as much: a score of 0 is none.
     threshold = max(settings.score_threshold, float(np.finfo(np.float32).tiny))
     # Below DENSE_BELOW the plugin sorts all scores, also those under the threshold. A power of two changes no digit of them.
     factor = 2.0 ** max(0, math.ceil(math.log2(DENSE_BELOW / threshold))) if mostly_zero else 1.0
     if factor > 1:
+        shape = scores.shape
         scores, threshold = ops.add("Mul", scores, np.float32(factor)), threshold * factor
-    _, boxes, scores, classes = onnx_utils.efficient_nms(
-        ops,
-        boxes,
-        scores,
-        score_threshold=threshold,
-        iou_threshold=settings.iou_threshold,
-        max_output_boxes=settings.plugin_outputs,
-    )
+        scores.shape = shape
+    if settings.limits_classes:
+        boxes, scores, classes = _suppress_by_class(ops, boxes, scores, settings, threshold)
+    else:
+        _, boxes, scores, classes = onnx_utils.efficient_nms(
+            ops,
+            boxes,
+            scores,
+            score_threshold=threshold,
+            iou_threshold=settings.iou_threshold,
+            max_output_boxes=settings.slots,
+            class_agnostic=settings.class_agnostic,
+        )
     if factor > 1:
         scores = ops.add("Mul", scores, np.float32(1 / factor))
     return finish_nms(ops, boxes, scores, classes, settings, window)
+
+
+def _best_class_alone(ops, scores):
+    """scores [B, K, C] with 0 for all classes of a box but the best (post_processing.class_agnostic_non_max_suppression)."""
+    best = ops.add("ArgMax", scores, dtype=np.int64, axis=2, keepdims=1)
+    numbers = np.arange(scores.shape[2], dtype=np.int64)[None, None]
+    alone = ops.add("Where", ops.add("Equal", best, numbers, dtype=bool), scores, np.float32(0), dtype=np.float32)
+    alone.shape = scores.shape
+    return alone
+
+
+def _suppress_by_class(ops, boxes, scores, settings, threshold):
+    """Suppression of each class by itself: `max_per_class` of each at most, though all the best boxes be of one class.
+
+    The plugin knows no such limit but that of an image: each class is an image of its own to it. Takes what add_nms takes.
+    Returns boxes [B, L, 4], scores and classes (int32) [B, L], best first, unused slots zero.
+    """
+    count, classes = scores.shape[1:]
+    limit = min(settings.max_per_class, count)
+    scores = ops.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, K]
+    kept = candidates(limit, count)
+    rows = None
+    if kept < count:
+        scores, rows = ops.top_k(scores, kept)
+    if len(boxes.shape) == 4:
+        boxes = ops.add("Transpose", boxes, perm=[0, 2, 1, 3])  # [B, C, K, 4]
+        if rows is not None:
+            boxes = ops.add("GatherND", boxes, ops.add("Unsqueeze", rows, np.int64([3])), batch_dims=2)
+    elif rows is not None:
+        boxes = ops.reshape(ops.gather_rows(boxes, ops.reshape(rows, [0, classes * kept])), [0, classes, kept, 4])
+    else:
+        boxes = ops.add("Expand", ops.add("Unsqueeze", boxes, np.int64([1])), np.int64([1, classes, 1, 1]))
+    boxes, scores = onnx_utils.nms_of_each_class(
+        ops,
+        boxes,
+        scores,
+        (classes, kept),
+        score_threshold=threshold,
+        iou_threshold=settings.iou_threshold,
+        limit=limit,
+    )
+    found = classes * limit
+    if found < settings.max_total:
+        missing = settings.max_total - found
+        boxes = ops.add("Pad", boxes, np.int64([0, 0, 0, 0, missing, 0]), np.float32(0))
+        scores = ops.add("Pad", scores, np.int64([0, 0, 0, missing]), np.float32(0))
+        found = settings.max_total
+    scores, slots = ops.top_k(scores, min(found, settings.slots))
+    labels = np.minimum(np.arange(found, dtype=np.int32) // limit, classes - 1)
+    boxes, labels = ops.gather_rows(boxes, slots), ops.add("Gather", labels, slots, axis=0)
+    boxes.shape = [None, min(found, settings.slots), 4]
+    return boxes, scores, labels
 
 
 def finish_nms(ops, boxes, scores, classes, settings, window=None):
@@ -89,17 +182,12 @@ def finish_nms(ops, boxes, scores, classes, settings, window=None):
     boxes [B, L, 4], scores and classes [B, L], best first, unused slots zero. At most `max_per_class` of a class; clip to the
     window; drop the boxes that clipping left without area; the best M. Returns an NmsResult.
     """
+    slots = boxes.shape[1]
     boxes = clip_boxes(ops, boxes, window)
-    size = ops.add("Sub", ops.slice(boxes, 2, 2, 4), ops.slice(boxes, 2, 0, 2))
-    valid = ops.add("Greater", ops.add("ReduceProd", size, axes=[2], keepdims=0), np.float32(0), dtype=bool)
-    if settings.max_per_class < settings.plugin_outputs:
-        within = _within_class_limit(ops, classes, settings.plugin_outputs, settings.max_per_class)
-        valid = ops.add("And", valid, within, dtype=bool)
-    # The valid ones to the front, in their order: a key that falls with the place, 0 for the invalid.
-    places = np.arange(settings.plugin_outputs, 0, -1, dtype=np.float32)[None]
-    key, rows = ops.top_k(ops.add("Where", valid, places, np.float32(0), dtype=np.float32), settings.max_total)
-    used = ops.add("Greater", key, np.float32(0), dtype=bool)
-    boxes, scores, classes = (ops.gather_rows(x, rows) for x in (boxes, scores, classes))
+    if settings.drops_empty:
+        boxes, scores, classes, used = _drop_empty(ops, boxes, scores, classes, settings, slots)
+    else:
+        used = ops.add("Greater", scores, np.float32(0), dtype=bool)
     boxes = ops.add("Where", ops.add("Unsqueeze", used, np.int64([2])), boxes, np.float32(0), dtype=np.float32)
     scores = ops.add("Where", used, scores, np.float32(0), dtype=np.float32)
     classes = ops.add("Where", used, classes, np.int32(0), dtype=np.int32)
@@ -107,12 +195,37 @@ def finish_nms(ops, boxes, scores, classes, settings, window=None):
     return NmsResult(number, boxes, scores, classes)
 
 
+def _drop_empty(ops, boxes, scores, classes, settings, slots):
+    """Of L slots, the first M that hold a box with area, in their order: (boxes, scores, classes, used [B, M] bool).
+
+    Of no class more than max_per_class, counted with those without area, as TFOD does.
+    """
+    size = ops.add("Sub", ops.slice(boxes, 2, 2, 4), ops.slice(boxes, 2, 0, 2))
+    valid = ops.add("Greater", ops.add("ReduceProd", size, axes=[2], keepdims=0), np.float32(0), dtype=bool)
+    if settings.max_per_class < slots and not (settings.limits_classes or settings.class_agnostic):
+        valid = ops.add("And", valid, _within_class_limit(ops, classes, slots, settings.max_per_class), dtype=bool)
+    if slots > TENSORRT_MAX_TOP_K:  # what TensorRT does not sort is without score (trt_graph)
+        valid = ops.add("And", valid, ops.add("Greater", scores, np.float32(0), dtype=bool), dtype=bool)
+    # The valid ones to the front, in their order: a key that falls with the place, 0 for the invalid.
+    places = np.arange(slots, 0, -1, dtype=np.float32)[None]
+    key, rows = ops.top_k(ops.add("Where", valid, places, np.float32(0), dtype=np.float32), settings.max_total)
+    used = ops.add("Greater", key, np.float32(0), dtype=bool)
+    return *(ops.gather_rows(x, rows) for x in (boxes, scores, classes)), used
+
+
 def _within_class_limit(ops, classes, slots, limit):
-    """classes [B, L] -> [B, L] bool: fewer than `limit` of the same class stand before this one."""
-    rows, columns = (ops.add("Unsqueeze", classes, np.int64([axis])) for axis in (2, 1))
-    same = ops.cast(ops.add("Equal", rows, columns, dtype=bool), np.float32)  # [B, L, L]
-    before = ops.add("Mul", same, np.tri(slots, k=-1, dtype=np.float32)[None])
-    return ops.add("Less", ops.add("ReduceSum", before, np.int64([2]), keepdims=0), np.float32(limit), dtype=bool)
+    """classes [B, L] -> [B, L] bool: fewer than `limit` of the same class stand before this one.
+
+    The first `limit` are within it, whatever they are: only the rest, the spare ones, are counted.
+    """
+    spare = ops.add("Unsqueeze", ops.slice(classes, 1, limit, slots), np.int64([2]))  # [B, L - limit, 1]
+    same = ops.add("Equal", spare, ops.add("Unsqueeze", classes, np.int64([1])), dtype=bool)
+    place = np.arange(slots, dtype=np.int32)
+    before = ops.add("Less", place[None, None], place[None, limit:, None], dtype=bool)
+    before = ops.cast(ops.add("And", same, before, dtype=bool), np.float32)
+    count = ops.add("ReduceSum", before, np.int64([2]), keepdims=0)
+    count = ops.add("Pad", count, np.int64([0, limit, 0, 0]), np.float32(0))
+    return ops.add("Less", count, np.float32(limit), dtype=bool)
 
 
 def among_largest(ops, values, count):

@@ -10,8 +10,6 @@ import onnx_graphsurgeon as gs
 import onnx_utils
 from images import resizing
 from tfod.config import wrong_config
-from tfod.graph import node_name
-from tfod.tensorflow_import import import_tensorflow
 
 
 def find_preprocessed_images(frozen):
@@ -24,7 +22,7 @@ def find_preprocessed_images(frozen):
     found = [
         name
         for name, op in frozen.ancestors(scores).items()
-        if op == "TensorListStack" and len(frozen.static_shape(name)) == 4
+        if op == "TensorListStack" and len(frozen.static_shape(name)) == 4 and frozen.is_float(name, "element_dtype")
     ]
     if len(found) != 1:
         raise UserError(
@@ -50,15 +48,13 @@ def probe_preprocessing(frozen, images, resizer):
     normalising: its padding of 0 is the raw 127.5 of a MobileNet; Faster R-CNN before.) Raises UserError if the
     preprocessing is not of that form.
     """
-    dtype = frozen.nodes[node_name(frozen.image)].attr["dtype"].type
-    dtype = import_tensorflow().dtypes.as_dtype(dtype).as_numpy_dtype
     subgraph = frozen.extract([images], control=True)
     padded = resizer["kind"] == "keep_aspect_ratio"
     height = resizer["min_dimension"] if padded else resizer["height"]
     width = resizer["width"]
 
     def preprocess(image):
-        return frozen.run([images], subgraph, {frozen.image: image[None].astype(dtype)})[0][0].astype(np.float64)
+        return frozen.run([images], subgraph, {frozen.image: frozen.feed(image)})[0][0].astype(np.float64)
 
     shape = (height, width, 3)
     offset = preprocess(np.zeros(shape))[0, 0]

@@ -4,12 +4,14 @@ TFOD need not be installed. The SavedModel is loaded through TF1's loader: `tf.s
 a Python object and alone takes as long as loading, freezing and inlining do here (BENCHMARKS.md).
 """
 
+import io
 import shlex
 from pathlib import Path
 
 from commandline import UserError
 
 import numpy as np
+from PIL import Image
 
 from tfod.graph import FrozenGraph
 from tfod.tensorflow_import import first_line, import_tensorflow, silenced
@@ -106,11 +108,16 @@ class SavedModel:
             raise UserError(f"{wrong}it has {len(signature.inputs)} inputs, not one image tensor; re-export it")
         info = next(iter(signature.inputs.values()))
         self.input = info.name
-        self.input_dtype = np.dtype(import_tensorflow().dtypes.as_dtype(info.dtype).as_numpy_dtype)
-        if self.input_dtype not in (np.uint8, np.float32) or len(info.tensor_shape.dim) != 4:
+        dtype = np.dtype(import_tensorflow().dtypes.as_dtype(info.dtype).as_numpy_dtype)
+        if dtype.kind == "O" and len(info.tensor_shape.dim) == 1:
+            self._encode = _encode_example if self._parses_examples() else encode_png
+        elif dtype in (np.uint8, np.float32) and len(info.tensor_shape.dim) == 4:
+            self._encode = None
+        else:
             raise UserError(
-                f"{wrong}its input is not an image_tensor or float_image_tensor; re-export with --input_type image_tensor"
+                f"{wrong}its input is neither an image nor encoded images; re-export with --input_type image_tensor"
             )
+        self.input_dtype = dtype
         self.outputs = {key: value.name for key, value in signature.outputs.items()}
 
     @property
@@ -118,14 +125,26 @@ class SavedModel:
         """Whether it gives raw_detection_boxes and raw_detection_scores."""
         return self.outputs.keys() >= set(self.RAW)
 
+    def _parses_examples(self):
+        """Whether the export's input is a tf.train.Example (--input_type tf_example), not an encoded image."""
+        graph = self._graph.as_graph_def()
+        nodes = [graph.node, *(function.node_def for function in graph.library.function)]
+        return any(node.op.startswith("Parse") and "Example" in node.op for part in nodes for node in part)
+
+    def feed(self, image):
+        """The value of the input for one RGB image [H, W, 3], 0..255: the pixels, or their encoded form, without loss."""
+        if self._encode:
+            return np.array([self._encode(np.asarray(image).astype(np.uint8))], object)
+        return np.asarray(image)[None].astype(self.input_dtype)
+
     def detect(self, image):
-        """Runs the untouched model on one RGB image [H, W, 3], 0..255 (uint8, or float32 for a float export).
+        """Runs the untouched model on one RGB image [H, W, 3], 0..255 (uint8, or float32 for a float export; an export
+        that decodes images gets it as a PNG).
 
         Returns {output name: array without the batch dimension} for all outputs of the signature: detection_boxes [M, 4]
         yxyx normalised to the image, detection_scores [M], detection_classes [M] (1-based, float), ...
         """
-        feed = {self.input: np.asarray(image)[None].astype(self.input_dtype)}
-        results = self._session.run(self.outputs, feed)
+        results = self._session.run(self.outputs, {self.input: self.feed(image)})
         return {key: value[0] for key, value in results.items()}
 
     def freeze(self):
@@ -139,7 +158,7 @@ class SavedModel:
             frozen = tf.compat.v1.graph_util.convert_variables_to_constants(
                 self._session, self._graph.as_graph_def(), list(names.values())
             )
-        return FrozenGraph(_inline_functions(frozen, list(names.values())), self.input, names)
+        return FrozenGraph(_inline_functions(frozen, list(names.values())), self.input, names, self.feed)
 
     def close(self):
         self._session.close()
@@ -149,6 +168,21 @@ class SavedModel:
 
     def __exit__(self, *_):
         self.close()
+
+
+def encode_png(image):
+    """RGB [H, W, 3] uint8 as the bytes of a PNG file."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG", compress_level=1)
+    return data.getvalue()
+
+
+def _encode_example(image):
+    """RGB [H, W, 3] uint8 as a tf.train.Example, with the fields that TFOD's TfExampleDecoder reads an image from."""
+    tf = import_tensorflow()
+    fields = {"image/encoded": encode_png(image), "image/format": b"png"}
+    feature = {key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value])) for key, value in fields.items()}
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
 def _inline_functions(graph_def, outputs):

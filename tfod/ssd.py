@@ -12,11 +12,8 @@ from onnx_utils import OpBuilder
 from tfod.boxes import centre_and_size, decode_boxes, find_box_decoder, to_window
 from tfod.config import wrong_config
 from tfod.heads import ScoreHead, check_converter, find_score_head
-from tfod.nms import add_nms, find_nms_nodes, nms_settings
+from tfod.nms import add_nms, candidates, find_nms_nodes, nms_settings
 
-# Of an SSD's anchors, only the best by their best class go into NMS: the 1,500 best (box, class) pairs are certainly
-# among theirs, and the 100 detections of an image come from far fewer (README, "How many candidates").
-CANDIDATES = 1500
 # The option that overrides the detections' score threshold.
 THRESHOLD_OPTION = "first_nms_threshold"
 
@@ -101,11 +98,18 @@ def add_detections(network, parts, config, metadata, window):
     ops = OpBuilder(network.graph, "postprocessing")
     logits, encodings = _predictions(ops, network)
     columns = network.shapes["logits"][-1] if config.add_background_class else None
-    scores, rows = _best_anchors(ops, logits, columns, parts)
-    reference = ops.add("Gather", centre_and_size(parts.anchors), rows, axis=0)  # [B, K, 4]
-    boxes = decode_boxes(ops, ops.gather_rows(encodings, rows), reference, _box_scales(config))
-    boxes.shape = [None, min(CANDIDATES, len(parts.anchors)), 4]
-    found = add_nms(ops, boxes, scores, settings, window, mostly_zero=True)
+    reference, count = centre_and_size(parts.anchors), len(parts.anchors)
+    kept = count if settings.limits_classes else candidates(settings.max_total, count)
+    if kept < count:
+        scores, rows = _best_anchors(ops, logits, columns, parts, kept)
+        encodings, reference = ops.gather_rows(encodings, rows), ops.add("Gather", reference, rows, axis=0)  # [B, K, 4]
+    else:
+        reference = reference[None]
+        scores = parts.score_head.convert(ops, logits)
+        scores = ops.slice(scores, 2, 1, columns) if columns else scores
+    boxes = decode_boxes(ops, encodings, reference, _box_scales(config))
+    boxes.shape, scores.shape = [None, kept, 4], [None, kept, config.num_classes]
+    found = add_nms(ops, boxes, scores, settings, window, mostly_zero=kept < count)
     return {
         "num_detections": found.number,
         "detection_boxes": to_window(ops, found.boxes, window),
@@ -114,17 +118,16 @@ def add_detections(network, parts, config, metadata, window):
     }
 
 
-def _best_anchors(ops, logits, columns, parts):
-    """The K best anchors by their best class: (scores [B, K, C], rows [B, K]).
+def _best_anchors(ops, logits, columns, parts, candidates):
+    """The K best anchors by their best class: (scores [B, K, C], rows [B, K]). The K best (box, class) pairs are theirs.
 
-    logits: [B, N, columns]. columns: their number where the first is the background, else None.
+    logits: [B, N, columns]. columns: their number where the first is the background, else None. candidates: K.
     """
     head = parts.score_head
     # A sigmoid rises with its logit: the best logits are the best scores, and only theirs need to be computed.
     scores = logits if head.converter == "SIGMOID" else head.convert(ops, logits)
     if columns:
         scores = ops.slice(scores, 2, 1, columns)
-    candidates = min(CANDIDATES, len(parts.anchors))
     best, rows = ops.top_k(ops.add("ReduceMax", scores, axes=[2], keepdims=0), candidates)  # [B, K]
     scores = ops.gather_rows(scores, rows)
     # What scores less than the last of these anchors does in its best class is not among the K best pairs: no need to
