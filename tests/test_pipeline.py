@@ -25,7 +25,7 @@ from images.decoding import load_image
 from images.resizing import preprocess
 from runtimes import open_detector
 from runtimes.detector import detect_image
-from runtimes.ort_detector import MOST_SIDE_BY_SIDE
+from runtimes.onnx_detector import MOST_SIDE_BY_SIDE
 from runtimes.pipeline import Times, choose_batch_size, detect_files, naming_results_of
 from runtimes.workers import Workers
 
