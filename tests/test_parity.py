@@ -20,7 +20,7 @@ ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_f
 ALL += [pytest.param(key, marks=zoo) for key in ("faster_rcnn_1333", "mask_rcnn")]
 ALL += ["tf1_2018_ssd", "tf1_2018_faster_rcnn", pytest.param("tf1_ssd", marks=zoo)]
 SLOW = {
-    "tf1_2018_faster_rcnn": 3,
+    "tf1_2018_faster_rcnn": 1,
     "faster_rcnn_640": 5,
     "faster_rcnn_1333": 3,
     "mask_rcnn": 2,
