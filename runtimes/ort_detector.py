@@ -21,15 +21,16 @@ class OrtDetector:
     """A detector.Detector on ONNX Runtime."""
 
     runtime = "ONNX Runtime"
-    gpu = None
+    gpu = usual_batch = None
 
     def __init__(self, path, model=None):
         """model: the contents of the file, or what is to run in its place; None: read it. Raises UserError."""
         try:
-            import onnxruntime  # noqa: F401
+            import onnxruntime
         except ImportError as error:
             raise UserError(f"--engine {path}: ONNX Runtime is not installed; pip install onnxruntime") from error
 
+        self.version = onnxruntime.__version__
         model = model or onnx_utils.load(path)
         self.metadata = onnx_utils.read_metadata(model, path)
         self.input = input_spec(self.metadata)
