@@ -31,9 +31,22 @@ ONNX_BEGINS = b"\x08"
 ENGINE_BEGINS = b"ftrt"
 
 
-def open_detector(path, gpu=0):
+def open_detector(path, gpu=0, cores=None):
     """Opens an ONNX file of create_onnx.py (on ONNX Runtime) or an engine of build_engine.py (on TensorRT): what the file
-    holds decides, not its name. gpu: which GPU an engine runs on. Raises UserError, naming the file, where that cannot be."""
+    holds decides, not its name. gpu: which GPU an engine runs on. cores: of the processor, that ONNX Runtime may use;
+    default: all. Raises UserError, naming the file, where that cannot be."""
+    path = Path(path)
+    if is_onnx(path):
+        from runtimes.ort_detector import OrtDetector
+
+        return OrtDetector(path, cores=cores)
+    from runtimes.trt_detector import TrtDetector
+
+    return TrtDetector(path, gpu)
+
+
+def is_onnx(path):
+    """Whether a model file is for ONNX Runtime, else for TensorRT. Raises UserError, naming it, where it is no model."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--engine {path}: it is a folder; give the model.onnx or engine.trt in it")
@@ -43,13 +56,7 @@ def open_detector(path, gpu=0):
         begin = file.read(4096)
     if what := foreign(begin):
         raise UserError(f"--engine {path}: it is {what}, not a model; make one with {maker(path)}")
-    if begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS)):
-        from runtimes.ort_detector import OrtDetector
-
-        return OrtDetector(path)
-    from runtimes.trt_detector import TrtDetector
-
-    return TrtDetector(path, gpu)
+    return begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS))
 
 
 def open_detectors(path, gpus):

@@ -23,8 +23,9 @@ class OrtDetector:
     runtime = "ONNX Runtime"
     gpu = usual_batch = None
 
-    def __init__(self, path, model=None):
-        """model: the contents of the file, or what is to run in its place; None: read it. Raises UserError."""
+    def __init__(self, path, model=None, cores=None):
+        """model: the contents of the file, or what is to run in its place; None: read it. cores: that it may use; default:
+        all. Raises UserError."""
         try:
             import onnxruntime
         except ImportError as error:
@@ -38,13 +39,15 @@ class OrtDetector:
         self.spent = dict.fromkeys(STAGES, 0.0)
         self._outputs = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
         self._outputs += ["detection_masks"] if self.metadata.get("mask_size") else []
-        cores = os.cpu_count() or 1
+        all_cores = cores is None
+        cores = cores or os.cpu_count() or 1
         # The intermediate results of a two-stage model take gigabytes.
         side_by_side = min(MOST_SIDE_BY_SIDE, cores) if self.metadata["meta_architecture"] == "ssd" else 1
         self.batches_ahead = side_by_side + 1
         self._pool = concurrent.futures.ThreadPoolExecutor(side_by_side)
         # 0: as many as ONNX Runtime thinks best.
-        self._threads = {"infer": 0, "start": cores // side_by_side if side_by_side > 1 else 0}
+        whole = 0 if all_cores else cores
+        self._threads = {"infer": whole, "start": cores // side_by_side if side_by_side > 1 else whole}
         self._sessions = {}
         self._path = path
         with self._naming_file():
