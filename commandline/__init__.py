@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Packages that are not in requirements-runtime.txt.
 REQUIREMENTS = {"tensorflow": "requirements.txt", "tf2onnx": "requirements.txt"}
 REQUIREMENTS |= {"av": "requirements-video.txt", "tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
+REQUIREMENTS |= dict.fromkeys(("ray", "pyarrow", "pandas", "tritonclient"), "requirements-scale.txt")
 
 
 class UserError(Exception):
