@@ -21,7 +21,8 @@ class OrtDetector:
     """A detector.Detector on ONNX Runtime."""
 
     runtime = "ONNX Runtime"
-    gpu = usual_batch = None
+    gpu = None
+    usual_batch = None
 
     def __init__(self, path, model=None, cores=None):
         """model: the contents of the file, or what is to run in its place; None: read it. cores: that it may use; default:
