@@ -6,8 +6,7 @@ Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. B
 import numpy as np
 import onnx_graphsurgeon as gs
 
-import onnx_utils
-from onnx_utils import OpBuilder, efficient_nms, replace_tensor
+from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, efficient_nms, nms_of_each_class, replace_tensor
 from runtimes.precision import typed_graph
 
 # EfficientNMS_TRT takes so many images (tests/test_gpu.py) and fails at 2,880, both measured with TensorRT 8.6.
@@ -92,7 +91,7 @@ def _in_parts(ops, node, together):
     for first in range(0, classes, together):
         last = min(first + together, classes)
         part = (ops.slice(x, 1, first, last) for x in (boxes, scores))
-        parts.append(onnx_utils.nms_of_each_class(ops, *part, (last - first, count), limit=limit, **limits))
+        parts.append(nms_of_each_class(ops, *part, (last - first, count), limit=limit, **limits))
     for old, new in zip(node.outputs[1:3], zip(*parts, strict=True), strict=True):
         (reshape,) = old.outputs
         replace_tensor(ops.graph, reshape.outputs[0], ops.add("Concat", *new, axis=1))
@@ -103,11 +102,11 @@ def _in_parts(ops, node, together):
 def _shorten_top_ks(graph):
     """TopKs of more than TensorRT takes: what they leave out has the value 0, by which nms knows that nothing is there."""
     for node in [node for node in graph.nodes if node.op == "TopK"]:
-        missing = int(node.inputs[1].values[0]) - onnx_utils.TENSORRT_MAX_TOP_K
+        missing = int(node.inputs[1].values[0]) - TENSORRT_MAX_TOP_K
         if missing > 0:
             ops = OpBuilder(graph, f"{node.name}/shortened")
             values, rows = node.outputs
-            best, places = ops.top_k(node.inputs[0], onnx_utils.TENSORRT_MAX_TOP_K)
+            best, places = ops.top_k(node.inputs[0], TENSORRT_MAX_TOP_K)
             padding = np.zeros(2 * len(values.shape or [0, 0]), np.int64)
             padding[-1] = missing
             places = ops.cast(ops.add("Pad", ops.cast(places, np.float32), padding, np.float32(0)), np.int64)

@@ -5,21 +5,17 @@ import gzip
 import json
 import os
 import random
-import shutil
-import unicodedata
-import uuid
 
 from commandline import UserError
 
 import numpy as np
 import pytest
-from conftest import DEMO, DEMO_MODEL, need_shared
+from coco_files import NAMES, SIZES, results_for, some_uuid, sound, write
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import compare_tf
 import eval_coco
 from checks import coco
 from checks.annotations import (
@@ -30,69 +26,9 @@ from checks.annotations import (
     open_annotations,
     run_lengths,
 )
-from checks.matching import id_text, match_categories, match_images
+from checks.matching import id_text, match_categories
 
 LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
-SIZES = {"one.jpg": (64, 48), "two.jpg": (50, 80), "three.jpg": (90, 60)}  # width, height
-NAMES = ("cat", "dog")
-
-
-def square(x, y, side):
-    """A box, and the polygon that covers it."""
-    return [x, y, side, side], [[x, y, x + side, y, x + side, y + side, x, y + side]]
-
-
-def sound():
-    """Annotations with nothing missing: 3 images, 2 categories, 6 objects, one of them a crowd."""
-    places = [
-        (1, 1, 4, 4, 12),
-        (1, 2, 30, 10, 20),
-        (2, 1, 5, 20, 30),
-        (2, 2, 10, 55, 15),
-        (3, 1, 40, 30, 25),
-        (3, 2, 5, 5, 30),
-    ]
-    notes = []
-    for image, category, x, y, side in places:
-        box, polygons = square(x, y, side)
-        crowd = int((image, category) == (3, 2))
-        note = {"id": len(notes) + 1, "image_id": image, "category_id": category, "bbox": box, "area": side * side}
-        notes.append({**note, "iscrowd": crowd, "segmentation": polygons})
-    return {
-        "info": {},
-        "licenses": [],
-        "images": [
-            {"id": i, "file_name": name, "width": width, "height": height}
-            for i, (name, (width, height)) in enumerate(SIZES.items(), 1)
-        ],
-        "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(NAMES, 1)],
-        "annotations": notes,
-    }
-
-
-# What is found: (file, name, x, y, side, score); some right, some beside, one twice, one in the crowd.
-FOUND = [
-    ("one.jpg", "cat", 4, 5, 12, 0.9),
-    ("one.jpg", "dog", 36, 10, 20, 0.8),
-    ("two.jpg", "cat", 5, 20, 30, 0.7),
-    ("two.jpg", "cat", 7, 20, 30, 0.65),
-    ("two.jpg", "dog", 11, 55, 15, 0.95),
-    ("three.jpg", "dog", 6, 5, 20, 0.85),
-    ("three.jpg", "cat", 0, 0, 9, 0.6),
-]
-
-
-def results_for(images, categories):
-    """FOUND as COCO results; images: {file name: id}, categories: {name: id}."""
-    results = []
-    for file, name, x, y, side, score in FOUND:
-        width, height = SIZES[file]
-        box, polygons = square(x, y, side)
-        mask = rle.frPyObjects(polygons, height, width)[0]
-        mask["counts"] = mask["counts"].decode()
-        entry = {"image_id": images[file], "category_id": categories[name], "bbox": box, "score": score}
-        results.append({**entry, "segmentation": mask})
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +56,6 @@ def pictures(tmp_path_factory):
     for name, size in SIZES.items():
         Image.new("RGB", size, (90, 120, 150)).save(folder / name)
     return folder
-
-
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return path
 
 
 def measure(path, pictures, kind="bbox"):
@@ -170,10 +101,6 @@ def other_ids(image=lambda i: i, category=lambda i: i, own_image=None, own_categ
         note["image_id"] = (own_image or image)(note["image_id"])
         note["category_id"] = (own_category or category)(note["category_id"])
     return content
-
-
-def some_uuid(i):
-    return str(uuid.UUID(int=i))
 
 
 def labelme():
@@ -228,7 +155,7 @@ def fifty_one():
     """FiftyOne: absolute names, no segmentation, null supercategories, an id of each thing that is text."""
     content = other_ids(image=some_uuid, category=lambda i: i - 1)
     for image in content["images"]:
-        image |= {"file_name": f"/home/me/fiftyone/data/{image['file_name']}", "license": None, "coco_url": None}
+        image |= {"file_name": f"/data/fiftyone/{image['file_name']}", "license": None, "coco_url": None}
     for category in content["categories"]:
         category["supercategory"] = None
     for note in content["annotations"]:
@@ -621,187 +548,6 @@ def test_a_class_without_objects_has_no_ap(tmp_path, pictures):
         assert list(evaluation.class_curves) == [1, 2]
 
 
-# ---- which file is which image
-
-
-def annotated(*names, ids=None):
-    """pycocotools' COCO of images with those names (None: without)."""
-    truth = COCO()
-    entries = zip(ids or range(1, len(names) + 1), names, strict=True)
-    truth.dataset = {"images": [{"id": key, **({"file_name": name} if name else {})} for key, name in entries]}
-    truth.dataset |= {"annotations": [], "categories": []}
-    truth.createIndex()
-    return truth
-
-
-def matched(truth, *files):
-    known, unknown, absent = match_images(truth, files)
-    return {str(path): key for path, key in known.items()}, list(map(str, unknown)), absent
-
-
-def test_files_are_matched_by_their_folders():
-    truth = annotated("cam1/0001.jpg", "cam2/0001.jpg", "cam2/0002.jpg")
-    assert matched(truth, "data/cam2/0001.jpg", "data/cam1/0001.jpg", "data/cam1/0002.jpg", "data/cam3/0001.jpg") == (
-        {"data/cam2/0001.jpg": 2, "data/cam1/0001.jpg": 1},
-        ["data/cam1/0002.jpg", "data/cam3/0001.jpg"],
-        [3],
-    )
-    # One folder alone is told by its own name.
-    assert matched(truth, "cam2/0001.jpg")[0] == {"cam2/0001.jpg": 2}
-
-
-@pytest.mark.parametrize(
-    "name", ["a\\b\\x.jpg", "/home/me/a/b/x.jpg", "C:\\data\\a\\b\\x.jpg", "./b//x.jpg", "../b/x.jpg"]
-)
-def test_paths_of_other_systems(name):
-    assert matched(annotated(name, "c/x.jpg"), "in/a/b/x.jpg", "in/a/c/x.jpg")[0] == {
-        "in/a/b/x.jpg": 1,
-        "in/a/c/x.jpg": 2,
-    }
-
-
-def test_names_are_matched_in_any_form_of_unicode():
-    composed, apart = (unicodedata.normalize(form, "Größe é.jpg") for form in ("NFC", "NFD"))
-    assert composed != apart
-    for name, file in ((composed, apart), (apart, composed)):
-        assert matched(annotated(name), file)[0] == {file: 1}
-
-
-def test_case_is_the_last_resort():
-    assert matched(annotated("IMG_1.JPG", "b.jpg"), "img_1.jpg", "B.JPG")[0] == {"img_1.jpg": 1, "B.JPG": 2}
-    assert matched(annotated("A.jpg", "a.jpg"), "a.jpg", "A.jpg")[0] == {"a.jpg": 2, "A.jpg": 1}
-    assert matched(annotated("A.jpg"), "a.jpg", "A.jpg") == ({"A.jpg": 1}, ["a.jpg"], [])
-
-
-def test_numbers_count_only_without_a_name():
-    truth = annotated("77.png", None, None, ids=[5, 139, "12"])
-    known, unknown, absent = matched(truth, "5.jpg", "77.jpg", "000000000139.png", "0012.jpg", "²3.jpg")
-    assert known == {"000000000139.png": 139, "0012.jpg": "12"}
-    assert (unknown, absent) == (["5.jpg", "77.jpg", "²3.jpg"], [5])
-    assert matched(annotated(None, ids=["9" * 5000]), "1.jpg")[1] == ["1.jpg"]
-
-
-@pytest.mark.parametrize(
-    "names, files, match",
-    [
-        (("a.jpg", "a.jpg"), ["a.jpg"], r"a.jpg fits two images, a.jpg \(id 1\) and a.jpg \(id 2\)"),
-        (("train/a.jpg", "val/a.jpg"), ["in/a.jpg"], r"train/a.jpg \(id 1\) and val/a.jpg \(id 2\)"),
-        (("A.jpg", "A.JPG"), ["a.jpg"], "fits two images"),
-        (("a.jpg",), ["x/a.jpg", "y/a.jpg"], "x/a.jpg and y/a.jpg both fit"),
-        ((None,), ["1.jpg", "01.png"], "1.jpg and 01.png both fit"),
-    ],
-)
-def test_what_fits_twice_is_refused_by_name(names, files, match):
-    with pytest.raises(UserError, match=match):
-        matched(annotated(*names), *files)
-
-
-def test_copies_deeper_down_are_not_taken():
-    truth = annotated("a.jpg", "b.jpg")
-    known, unknown, _ = matched(truth, "in/a.jpg", "in/results/a.jpg", "in/results/b.jpg")
-    assert (known, unknown) == ({"in/a.jpg": 1, "in/results/b.jpg": 2}, ["in/results/a.jpg"])
-
-
-def test_a_folder_with_another_name_is_said(capsys):
-    truth = annotated("JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c.jpg")
-    assert matched(truth, "in/images/a.jpg", "in/more/b.jpg", "in/more/d.jpg")[0] == {
-        "in/images/a.jpg": 1,
-        "in/more/b.jpg": 2,
-    }
-    said = capsys.readouterr().err
-    assert "2 images are known by their name alone" in said
-    assert "in/images/a.jpg is taken for JPEGImages/a.jpg" in said
-    assert matched(truth, "images/a.jpg")[0] == {"images/a.jpg": 1}  # its own folder is all that is named
-    assert capsys.readouterr().err == ""
-
-
-# ---- which category is which class
-
-
-def categories(*names, ids=None, objects=None):
-    """pycocotools' COCO of categories with those names (None: without), each with an object, or those of `objects`."""
-    ids = list(ids or range(1, len(names) + 1))
-    truth = COCO()
-    truth.dataset = {
-        "images": [],
-        "categories": [{"id": key, **({"name": name} if name else {})} for key, name in zip(ids, names, strict=True)],
-        "annotations": [
-            {"id": i, "image_id": 1, "category_id": key} for i, key in enumerate(ids if objects is None else objects, 1)
-        ],
-    }
-    truth.createIndex()
-    return truth
-
-
-def classes_of(truth, names, count=3):
-    """names: the model's, or None for a model without."""
-    return match_categories("a.json", truth, names or [None] * count, {"num_classes": count, "class_offset": 1})
-
-
-def test_categories_are_matched_by_name(capsys):
-    assert classes_of(categories("cat", "dog", "bird"), ["cat", "dog", "bird"]) == {1: 1, 2: 2, 3: 3}
-    assert capsys.readouterr().err == ""
-    assert classes_of(categories("bird", "Traffic_Light", ids=[0, 1]), ["bird", "traffic light", "cat"]) == {
-        1: 0,
-        2: 1,
-        3: 3,
-    }
-    assert capsys.readouterr().err == (
-        "warning: 2 categories of a.json have another id than the model's class of their name, and are matched by name:"
-        " 0 'bird' is the model's 1 'bird', 1 'Traffic_Light' is the model's 2 'traffic light'\n"
-    )
-    assert classes_of(categories("dog", "cat", ids=["u", "v"]), ["cat", "dog", "bird"]) == {1: "v", 2: "u"}
-    assert capsys.readouterr().err == ""  # ids that are no numbers disagree with nothing
-
-
-def test_a_mismatch_is_said_with_the_first_three_pairs(capsys):
-    names = [f"thing {i}" for i in range(1, 6)]
-    shifted = categories(*names, ids=range(5))
-    assert classes_of(shifted, names, 5) == {i: i - 1 for i in range(1, 6)}
-    assert capsys.readouterr().err.endswith(
-        "0 'thing 1' is the model's 1 'thing 1', 1 'thing 2' is the model's 2 'thing 2',"
-        " 2 'thing 3' is the model's 3 'thing 3', ...\n"
-    )
-    assert classes_of(shifted, None, 5) == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5}
-    said = capsys.readouterr().err
-    assert said.startswith(
-        "warning: 1 categories of a.json are none of the model's (ids 1 to 5): the AP of 1 of them is 0."
-    )
-    assert (
-        "0 'thing 1' is none of it, 1 'thing 2' is the model's 1, 2 'thing 3' is the model's 2, ...; with --labels"
-        in said
-    )
-    translated = categories("Katze", "Hund", ids=[1, 2])
-    assert classes_of(translated, ["cat", "dog", "bird"]) == {1: 1, 2: 2, 3: 3}
-    assert "by id, as no name is the same: 1 'Katze' is the model's 1 'cat', 2 'Hund'" in capsys.readouterr().err
-
-
-def test_categories_of_other_classes(capsys):
-    truth = categories("cat", "zebra", "gnu", objects=[1, 2])
-    assert classes_of(truth, ["dog", "cat", "zebras"]) == {2: 1}  # 3 is the gnu's id: not the zebras' too
-    assert (
-        "2 categories of a.json are none of the model's (ids 1 to 3): the AP of 1 of them is 0"
-        in capsys.readouterr().err
-    )
-    roboflow = categories("pets", "cat", ids=[0, 1], objects=[1])
-    assert classes_of(roboflow, None) == {1: 1, 2: 2, 3: 3}
-    assert "1 categories of a.json are none of the model's (ids 1 to 3), and have no objects" in capsys.readouterr().err
-    for strange in (categories("gnu", ids=[7]), categories("gnu", ids=["u"]), categories("gnu", "cat", objects=[1])):
-        with pytest.raises(UserError, match=r"none of its categories is one of the model's .* 'gnu' is none"):
-            classes_of(strange, ["cat", "dog", "bird"] if len(strange.cats) > 1 else None)
-
-
-def test_two_categories_of_one_name():
-    twice = categories("pets", "pets", ids=[0, 1], objects=[1])
-    assert classes_of(twice, ["pets"], 1) == {1: 1}  # the one that has objects
-    with pytest.raises(UserError, match="the categories 0 and 1 are both named 'pets', and both have objects"):
-        classes_of(categories("pets", "pets", ids=[0, 1]), ["pets"], 1)
-    assert classes_of(categories("pets", "pets"), None) == {1: 1, 2: 2, 3: 3}  # by id they are two
-
-
-# ---- sizes
-
-
 def test_sizes_that_disagree_are_said_once(tmp_path, capsys):
     """A photo stored on its side, one scaled down; with exif_rotate the first is right."""
     for name, size, orientation in (("one.jpg", (48, 64), 6), ("two.jpg", (25, 40), 1), ("three.jpg", (90, 60), 3)):
@@ -837,189 +583,3 @@ def test_boxes_of_another_format_are_said(tmp_path, pictures, capsys):
         note["bbox"] = [value / 100 for value in note["bbox"]]
     open_annotations(write(tmp_path / "shares.json", content), files)
     assert "all boxes lie within one pixel" in capsys.readouterr().err
-
-
-# ---- the scripts
-
-
-@pytest.fixture(scope="module")
-def demo_model(convert):
-    return convert("demo", "--batch_size", "dynamic")[0]
-
-
-def evaluated(capsys, model, images, annotations, output, *options):
-    """Runs eval_coco.py; returns (metrics, results, what it warned)."""
-    options = ["--engine", model, "--input", images, "--annotations", annotations, "--output", output, *options]
-    assert eval_coco.main(list(map(str, options))) == 0
-    said = capsys.readouterr().err
-    return *(json.loads((output / f"{name}.json").read_text()) for name in ("metrics", "detections")), said
-
-
-def demo_truth():
-    return json.loads((DEMO / "instances_shapes.json").read_text())
-
-
-def test_detections_have_the_files_own_ids(demo_model, tmp_path, capsys):
-    """Ids that are text, categories in another order and known by their names alone, `$` in a name."""
-    whole, _, _ = evaluated(capsys, demo_model, DEMO / "images", DEMO / "instances_shapes.json", tmp_path / "whole")
-    content = demo_truth()
-    keys = {category["id"]: f"{category['id']}-x" for category in content["categories"]}
-    for category in content["categories"]:
-        category["id"] = keys[category["id"]]
-    content["categories"].reverse()
-    for image in content["images"]:
-        image["id"] = some_uuid(image["id"])
-    for note in content["annotations"]:
-        note |= {"image_id": some_uuid(note["image_id"]), "category_id": keys[note["category_id"]]}
-    content["categories"].append({"id": None, "name": "lost"})
-    content["categories"].append({"id": "", "name": "lost"})
-    path = write(tmp_path / "a.json", content)
-    metrics, results, said = evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "o")
-    for key in coco.NUMBERS:
-        assert metrics[key] == pytest.approx(whole[key], abs=1e-9)
-    assert {entry["image_id"] for entry in results} == {some_uuid(i) for i in range(1, 9)}
-    assert {entry["category_id"] for entry in results} == set(keys.values())
-    assert said == f"warning: --annotations {path}: 2 of 7 categories left out: 2 without an id\n"
-    truth = load_annotations(path)
-    assert coco.evaluate(truth, results, truth.imgs).numbers["AP"] == pytest.approx(whole["AP"])
-    # By other names, and no number to go by, no class can be one of these.
-    (tmp_path / "labels.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
-    with pytest.raises(UserError, match="none of its categories is one of the model's"):
-        evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "none", "--labels", tmp_path / "labels.txt")
-    assert not (tmp_path / "none").exists()
-
-
-def test_names_that_are_no_mathematics(demo_model, tmp_path, capsys):
-    """Between two $ matplotlib reads a formula; half of a surrogate pair can be written to no file."""
-    content = demo_truth()
-    for category, name in zip(content["categories"], ("$x^$", "\ud800", "_under", "<b>", "a\nb"), strict=True):
-        category["name"] = name
-    path = write(tmp_path / "a.json", content)
-    evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "o")
-    assert "$x^$" in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
-
-
-def test_subfolders_are_searched(demo_model, tmp_path, capsys):
-    """cam1/0001.jpg and cam2/0001.jpg, of which a file in one folder could be either."""
-    content = demo_truth()
-    for image in content["images"]:
-        camera, number = divmod(image["id"] - 1, 4)
-        name = f"cam{camera}/{number:04}.jpg"
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(DEMO / "images" / image["file_name"], tmp_path / "in" / name)
-        image["file_name"] = name.replace("/", "\\")
-    path = write(tmp_path / "a.json", content)
-    whole, _, _ = evaluated(capsys, demo_model, DEMO / "images", DEMO / "instances_shapes.json", tmp_path / "whole")
-    metrics, _, said = evaluated(capsys, demo_model, tmp_path / "in", path, tmp_path / "o")
-    assert metrics["AP"] == pytest.approx(whole["AP"])
-    assert (metrics["images"], said) == (8, "")
-
-
-def test_comparison_takes_the_same_files(demo_model, tmp_path, capsys):
-    """String ids, categories from 0 in another order, folders: the AP of both sides, and a picture of each image."""
-    content = demo_truth()
-    for image in content["images"]:
-        name = f"cam{image['id'] % 2}/{(image['id'] - 1) // 2:04}.jpg"
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(DEMO / "images" / image["file_name"], tmp_path / "in" / name)
-        image["file_name"] = name
-    order = [category["id"] for category in content["categories"]][::-1]
-    for category in content["categories"]:
-        category["id"] = order.index(category["id"])
-    content["images"] = [{"id": str(image["id"]), "file_name": image["file_name"]} for image in content["images"]]
-    names = [image["file_name"] for image in content["images"]]
-    for note in content["annotations"]:
-        note |= {"image_id": str(note["image_id"]), "category_id": order.index(note["category_id"]), "area": None}
-    content["annotations"].append({**content["annotations"][0], "bbox": None})
-    objects = len(content["annotations"])
-    whole, _, _ = evaluated(capsys, demo_model, DEMO / "images", DEMO / "instances_shapes.json", tmp_path / "whole")
-    options = {
-        "engine": demo_model,
-        "saved_model": DEMO_MODEL,
-        "input": tmp_path / "in",
-        "annotations": write(tmp_path / "a.json", content),
-        "output": tmp_path / "out",
-    }
-    assert compare_tf.main([str(text) for key, value in options.items() for text in (f"--{key}", value)]) == 0
-    said = capsys.readouterr().err
-    assert f"1 of {objects} objects left out: 1 without a box" in said
-    assert "are matched by name" in said
-    numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())["average_precision"]
-    for side in ("TensorFlow", "engine"):
-        assert numbers[side]["AP"] == pytest.approx(whole["AP"], abs=1e-3)
-    folder = tmp_path / "out" / "pictures"
-    pictures = [path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")]
-    assert sorted(pictures) == sorted(names)
-
-
-def test_comparison_refuses_before_it_runs(demo_model, tmp_path, monkeypatch):
-    """Two images that fit one file, no masks, no category of the model: said before TensorFlow has run."""
-    monkeypatch.setattr(compare_tf, "run_both", lambda *_: pytest.fail("ran"))
-    twice, strange = demo_truth(), demo_truth()
-    twice["images"].append({"id": 99, "file_name": "shapes_01.jpg"})
-    for table, key in (("categories", "id"), ("annotations", "category_id")):
-        for entry in strange[table]:
-            entry[key] = f"u{entry[key]}"
-            entry.pop("name", None)
-    for content, match in ((twice, "fits two images"), (strange, "none of its categories")):
-        path = write(tmp_path / "a.json", content)
-        options = [
-            "--engine",
-            demo_model,
-            "--saved_model",
-            DEMO_MODEL,
-            "--input",
-            DEMO / "images",
-            "--annotations",
-            path,
-        ]
-        with pytest.raises(UserError, match=match):
-            compare_tf.main([*map(str, options), "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-CASES = ("base", "bom", "categories_1_to_80", "no_area", "no_info", "null_bbox", "string_image_id")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_shared_cases_give_the_ap_of_the_sound_file(case, convert, tmp_path, capsys):
-    folder = need_shared("cases")
-    model = convert("fpnlite", "--batch_size", "dynamic")[0]
-    path = folder / "annotations" / f"{case}.json"
-    metrics, results, said = evaluated(capsys, model, folder / "imgs", path, tmp_path)
-    assert metrics["AP"] == pytest.approx(0.1065, abs=5e-5)
-    known = {json.dumps(image["id"]) for image in json.loads(path.read_text(encoding="utf-8-sig"))["images"]}
-    assert {json.dumps(entry["image_id"]) for entry in results} == known
-    if case == "categories_1_to_80":
-        assert "69 categories" in said
-        assert "12 'stop sign' is the model's 13 'stop sign', 13 'parking meter' is the model's 14" in said
-    elif case == "null_bbox":
-        assert "1 of 157 objects left out: 1 without a box" in said
-    else:
-        assert said == ""
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_shared_cases_with_other_category_ids(first, convert, tmp_path, capsys):
-    """Ids counted on, from 0 or 1, instead of COCO's 90 with gaps: by name they are right all the same."""
-    folder = need_shared("cases")
-    content = json.loads((folder / "annotations" / "base.json").read_text())
-    ids = {category["id"]: i for i, category in enumerate(content["categories"], first)}
-    for table, key in (("categories", "id"), ("annotations", "category_id")):
-        for entry in content[table]:
-            entry[key] = ids[entry[key]]
-    path = write(tmp_path / "a.json", content)
-    model = convert("fpnlite", "--batch_size", "dynamic")[0]
-    metrics, _, said = evaluated(capsys, model, folder / "imgs", path, tmp_path / "o")
-    assert metrics["AP"] == pytest.approx(0.1065, abs=5e-5)
-    assert said.count("' is the model's ") == 3
-
-
-def test_shared_photos_on_their_side_are_warned_about(convert, tmp_path, capsys):
-    folder = need_shared("cases")
-    model = convert("fpnlite", "--batch_size", "dynamic")[0]
-    path = folder / "annotations" / "base.json"
-    _, _, said = evaluated(capsys, model, folder / "imgs_exif", path, tmp_path)
-    assert said.count("\n") == 1
-    assert "4 of 4 images are not as wide and high" in said
-    assert said.endswith("; with --exif_rotate 4 of them are\n")
