@@ -116,7 +116,8 @@ def read_metadata(model, path):
 def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes, class_agnostic=False):
     """Adds an EfficientNMS_TRT node (version 1) on boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C], all float32.
 
-    class_agnostic: a box suppresses those of other classes too. Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores [B, M], classes [B, M] i32).
+    class_agnostic: a box suppresses those of other classes too. Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores
+    [B, M], classes [B, M] i32).
     """
     return ops.add(
         "EfficientNMS_TRT",
