@@ -361,6 +361,7 @@ def process(source, images, options, results):
                 bar.update()
         except KeyboardInterrupt:
             written.close()
+            workers.close()  # what was being written is
             where = f"are in {options.folder}" if options.folder else "were found"
             print(f"stopped: the results of {workers.finished} of {len(files)} images {where}", file=sys.stderr)
             return 130

@@ -80,6 +80,7 @@ class Workers:
             self.seconds += seconds
 
     def close(self):
+        """Ends what has not begun, waits for the rest; `finished` and `seconds` are right from here on."""
         self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self):
@@ -96,15 +97,22 @@ def in_order(submit, items, ahead):
         for item in items:
             begun.append(submit(item))
             if len(begun) > ahead:
-                yield begun.popleft().result()
+                yield _first(begun)
         while begun:
-            yield begun.popleft().result()
+            yield _first(begun)
     except concurrent.futures.BrokenExecutor as error:
         raise UserError(
             "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
         ) from error
     finally:  # what runs may read memory that goes
         concurrent.futures.wait([future for future in begun if not future.cancel()])
+
+
+def _first(begun):
+    """The result of the first future, which stays where it is should Ctrl-C end the wait for it."""
+    result = begun[0].result()
+    begun.popleft()
+    return result
 
 
 def _call_each(function, items):

@@ -97,6 +97,7 @@ def test_results_come_in_order_and_are_the_images_own(demo_detector, request, si
         report = parity.match_by_rank(wanted[item.path], item.found)
         assert (report.unmatched, report.compared) == (0, len(item.found.scores))
     assert times.images == len(files)
+    workers.close()
     assert min(times.decode, times.resize, times.network, times.postprocess, workers.seconds) > 0
     assert workers.finished == len(files)
 
