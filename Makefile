@@ -33,7 +33,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(IN_VENV) -m pytest -m "not zoo and not gpu"
+	$(IN_VENV) -m pytest -m "not zoo and not gpu" --numprocesses 2 --dist loadfile
 
 test-zoo: $(VENV)/.ready-dev
 	$(IN_VENV) -m pytest -m "zoo or models"

@@ -1,6 +1,7 @@
 """Fixtures: the shared models, materialised once; converted files, made once a session and option set."""
 
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import io
@@ -69,11 +70,14 @@ def model_folder(key):
     script = need_shared("models", "materialize.py")
     name = {**ZOO, **USERS}[key]
     folder = MODELS / name
-    if not (folder / "saved_model" / "variables" / "variables.index").exists():
-        spec = importlib.util.spec_from_file_location("materialize", script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.materialize(name, folder)
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with open(MODELS / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of pytest-xdist may be at it
+        if not (folder / "saved_model" / "variables" / "variables.index").exists():
+            spec = importlib.util.spec_from_file_location("materialize", script)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.materialize(name, folder)
     return folder
 
 
