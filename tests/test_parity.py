@@ -15,9 +15,17 @@ from runtimes.detector import detect_image
 
 pytestmark = pytest.mark.models
 zoo = pytest.mark.zoo
-ALL = ["demo", "fpnlite", "fpnlite_float", "hands", "mobilenet_v2", "faster_rcnn_640"]
-ALL += [pytest.param(key, marks=zoo) for key in ("mobilenet_v1_fpn", "resnet50_fpn")]
-ALL += [pytest.param(key, marks=zoo) for key in ("faster_rcnn_1333", "mask_rcnn")]
+ALL = ["demo", "fpnlite", "hands"]
+LARGE = [
+    "fpnlite_float",
+    "mobilenet_v2",
+    "mobilenet_v1_fpn",
+    "resnet50_fpn",
+    "faster_rcnn_640",
+    "faster_rcnn_1333",
+    "mask_rcnn",
+]
+ALL += [pytest.param(key, marks=zoo) for key in LARGE]
 SLOW = {"faster_rcnn_640": 5, "faster_rcnn_1333": 3, "mask_rcnn": 2}  # pictures to look at, where one takes seconds
 
 TRAINED = {"demo", "fpnlite", "fpnlite_float", "hands"}
