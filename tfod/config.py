@@ -110,6 +110,10 @@ FEATURE_EXTRACTORS = (
     "faster_rcnn_resnet101_keras",
     "faster_rcnn_resnet152_keras",
     "faster_rcnn_inception_resnet_v2_keras",
+    # TF1's
+    "ssd_mobilenet_v1",
+    "ssd_mobilenet_v2",
+    "faster_rcnn_inception_v2",
 )
 
 
@@ -211,7 +215,8 @@ def _refuse_unsupported(model, path):
     if meta == "experimental_model":
         refuse("experimental_model")
     part = getattr(model, meta)
-    _refuse_tf1(part, path)
+    if part.feature_extractor.type.startswith("lstm"):
+        refuse(f"the feature extractor {part.feature_extractor.type[:60]!r} (a model of video, with a state from frame to frame)")
     if meta == "faster_rcnn":
         _refuse_two_stage(part, refuse)
         post = part.second_stage_post_processing
@@ -221,15 +226,6 @@ def _refuse_unsupported(model, path):
     _refuse_resizer(part.image_resizer, refuse)
     _refuse_post_processing(post, part.image_resizer, refuse)
     return part
-
-
-def _refuse_tf1(part, path):
-    """TFOD's TF2 model builder knows no SSD and no Faster R-CNN without _keras in its feature extractor's type."""
-    kind = part.feature_extractor.type
-    if kind and "_keras" not in kind:
-        raise UserError(
-            f"{path}: the feature extractor {kind[:60]!r} is TF1's (TF2's end in _keras); TF1 models are not supported yet"
-        )
 
 
 def _refuse_values(part, path):

@@ -138,7 +138,7 @@ def describe(model, options):
         "meta_architecture": model.kind,
         "version": VERSION,
         "ops": "tensorrt",  # of onnx_utils.OPS
-        "source": folder.resolve().parent.name if folder.name == "saved_model" else folder.name,
+        "source": folder.resolve().parent.name if folder.name == "saved_model" or folder.is_file() else folder.name,
         "num_classes": model.config.num_classes,
         "labels": options.labels,
         # detection_classes + class_offset = the id in the label map (TFOD counts from 1, EfficientNMS from 0).

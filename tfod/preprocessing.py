@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 import onnx_utils
 from images import resizing
+from tfod import tf1
 from tfod.config import wrong_config
 
 
@@ -16,9 +17,11 @@ def find_preprocessed_images(frozen):
     """The float32 tensor [B, H, W, 3] of resized, normalised images, where the network proper begins.
 
     TFOD preprocesses image by image in a loop (exporter_lib_v2: tf.map_fn over the batch) and stacks what comes out:
-    the stack is the last tensor before the first convolution.
+    the stack is the last tensor before the first convolution. Of a TF1 export, the arithmetic on its colours behind it, too.
     """
     scores = frozen.outputs["raw_detection_scores"]
+    if stacks := tf1.find_image_stacks(frozen, scores):
+        return tf1.behind_colours(frozen, stacks[0])
     found = [
         name
         for name, op in frozen.ancestors(scores).items()
@@ -91,10 +94,10 @@ def _check_resizing(preprocess, resizer, scale, offset):
 def check_colours(config, scale, folder):
     """Raises UserError if colours scaled by `scale` [3] are not what the config's backbone takes (TFOD's feature extractors).
 
-    ResNet V1 subtracts a mean and scales nothing, MobileNet and Inception ResNet V2 scale.
+    ResNet V1 subtracts a mean and scales nothing; MobileNet, Inception, MobileDet, NAS and PNAS scale.
     """
     kind = config.feature_extractor.type
-    scaling = "mobilenet" in kind or "inception" in kind
+    scaling = any(name in kind for name in ("mobilenet", "inception", "mobiledet", "nas"))
     if ("resnet" in kind or scaling) and scaling == np.allclose(scale, 1):
         raise wrong_config(folder, f"it says {kind}, the model {'does not scale' if scaling else 'scales'} colours")
 

@@ -1,4 +1,4 @@
-"""A TFOD SavedModel: found, loaded, run untouched for its own results, and frozen to a flat graph.
+"""A TFOD SavedModel, or a frozen graph of TF1: found, loaded, run untouched for its own results, and frozen to a flat graph.
 
 TFOD need not be installed. The SavedModel is loaded through TF1's loader: `tf.saved_model.load` rebuilds every function as
 a Python object and alone takes as long as loading, freezing and inlining do here (BENCHMARKS.md).
@@ -13,6 +13,7 @@ from commandline import UserError
 import numpy as np
 from PIL import Image
 
+from tfod import tf1
 from tfod.graph import FrozenGraph
 from tfod.tensorflow_import import first_line, import_tensorflow, silenced
 
@@ -20,7 +21,7 @@ from tfod.tensorflow_import import first_line, import_tensorflow, silenced
 NO_SAVED_MODELS = {
     (".tar.gz", ".tgz", ".zip", ".tar"): "an archive: unpack it and give the folder in it",
     (".tflite",): "a TensorFlow Lite model, which cannot be converted back; give the SavedModel it was made of",
-    (".pb", ".pbtxt"): "a graph, not a SavedModel; give the saved_model folder of the same export",
+    (".pbtxt",): "a text file, not a SavedModel; give the saved_model folder, or the frozen_inference_graph.pb, of the export",
     (".h5", ".keras"): "a Keras model; give the SavedModel that TFOD's exporter_main_v2.py wrote",
     (".onnx", ".trt", ".engine"): "converted already; infer.py --engine runs it",
     (".config",): "a pipeline.config; give the export that it lies in",
@@ -33,13 +34,19 @@ EXPORT = (
 
 
 def find_saved_model(path):
-    """Returns the folder that holds saved_model.pb: `path` itself or its saved_model/. Raises UserError if neither."""
+    """Returns the folder that holds saved_model.pb: `path` itself or its saved_model/; or a frozen graph of TF1: `path` itself
+    or the frozen_inference_graph.pb in it. Raises UserError if there is none.
+    """
     path = Path(path)
     if path.name == "saved_model.pb":
         path = path.parent
+    elif path.suffix == ".pb" and path.is_file():
+        return path
     for folder in (path, path / "saved_model"):
         if (folder / "saved_model.pb").is_file():
             return folder
+    if (path / tf1.FROZEN_GRAPH).is_file():
+        return path / tf1.FROZEN_GRAPH
     if not path.exists():
         raise UserError(f"--saved_model {path}: no such folder")
     raise UserError(f"--saved_model {path}: {_what_it_is(path)}")
@@ -57,13 +64,11 @@ def _what_it_is(path):
             config = next(path.glob("*.config"), "pipeline.config")
             command = EXPORT.format(config=shlex.quote(str(config)), folder=shlex.quote(str(folder)))
             return f"it holds checkpoints, no SavedModel; export one with TFOD, where you trained: {command}"
-    if (path / "frozen_inference_graph.pb").is_file():
-        return "it holds a frozen graph of TF1, no SavedModel, which is not supported yet"
     return "no saved_model.pb there; give the unpacked export or its saved_model folder"
 
 
 def find_pipeline_config(saved_model):
-    """Returns the pipeline.config beside the folder `saved_model` (as TFOD exports it) or in it; raises UserError if none."""
+    """Returns the pipeline.config beside `saved_model` (as TFOD exports it) or in that folder; raises UserError if none."""
     for folder in (saved_model.resolve().parent, saved_model):
         if (folder / "pipeline.config").is_file():
             return folder / "pipeline.config"
@@ -77,14 +82,20 @@ class SavedModel:
     RAW = ("raw_detection_boxes", "raw_detection_scores")
 
     def __init__(self, folder):
-        """folder: what find_saved_model returned. Raises UserError for a SavedModel that is no TFOD detector."""
+        """folder: what find_saved_model returned, a frozen graph too. Raises UserError for what is no TFOD detector."""
         tf = import_tensorflow()
         self.folder = Path(folder)
         self._graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=self._graph)
         try:
             with self._graph.as_default():
+                if self.folder.is_file():
+                    self._set_signature(*tf1.read_frozen_graph(self.folder, (*self.OUTPUTS, *self.RAW, "detection_masks")))
+                    return
                 meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(folder))
+        except UserError:
+            self.close()
+            raise
         except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
             self.close()
             raise UserError(
@@ -101,24 +112,37 @@ class SavedModel:
         wrong = f"{self.folder} is not a TFOD detection model: "
         if signature is None:
             raise UserError(f"{wrong}it has no signature serving_default; export it with TFOD's exporter_main_v2.py")
-        missing = [name for name in self.OUTPUTS + self.RAW if name not in signature.outputs]
+        self._set_signature(
+            [info.name for info in signature.inputs.values()],
+            {key: info.name for key, info in signature.outputs.items()},
+        )
+
+    def _set_signature(self, inputs, outputs):
+        """inputs: names of tensors in the graph; outputs: {key: such a name}."""
+        wrong = f"{self.folder} is not a TFOD detection model: "
+        missing = [name for name in self.OUTPUTS if name not in outputs]
+        if not self._is_tf1:
+            missing += [name for name in self.RAW if name not in outputs]
         if missing:
             raise UserError(f"{wrong}its signature lacks {', '.join(missing)}; export it with exporter_main_v2.py")
-        if len(signature.inputs) != 1:
-            raise UserError(f"{wrong}it has {len(signature.inputs)} inputs, not one image tensor; re-export it")
-        info = next(iter(signature.inputs.values()))
-        self.input = info.name
-        dtype = np.dtype(import_tensorflow().dtypes.as_dtype(info.dtype).as_numpy_dtype)
-        if dtype.kind == "O" and len(info.tensor_shape.dim) == 1:
+        if len(inputs) != 1:
+            raise UserError(f"{wrong}it has {len(inputs)} inputs, not one image tensor; re-export it")
+        image = self._graph.get_tensor_by_name(inputs[0])
+        self.input, self.outputs = inputs[0], outputs
+        self.input_dtype = np.dtype(image.dtype.as_numpy_dtype)
+        if self.input_dtype.kind == "O" and image.shape.rank == 1:
             self._encode = _encode_example if self._parses_examples() else encode_png
-        elif dtype in (np.uint8, np.float32) and len(info.tensor_shape.dim) == 4:
+        elif self.input_dtype in (np.uint8, np.float32) and image.shape.rank == 4:
             self._encode = None
         else:
             raise UserError(
                 f"{wrong}its input is neither an image nor encoded images; re-export with --input_type image_tensor"
             )
-        self.input_dtype = dtype
-        self.outputs = {key: value.name for key, value in signature.outputs.items()}
+
+    @property
+    def _is_tf1(self):
+        """Whether the graph has everything in itself, without functions: TF2's exporter writes none such."""
+        return not self._graph.as_graph_def().library.function
 
     @property
     def has_raw_outputs(self):
@@ -151,14 +175,19 @@ class SavedModel:
         """Returns the model as a FrozenGraph: variables are constants, functions are inlined, outputs keep their keys."""
         tf = import_tensorflow()
         with self._graph.as_default(), silenced():
-            keys = [*self.RAW, "detection_boxes", *(["detection_masks"] if "detection_masks" in self.outputs else [])]
+            keys = [key for key in (*self.RAW, "detection_boxes", "detection_masks") if key in self.outputs]
             names = {key: f"tfod_output/{key}" for key in keys}
             for key, name in names.items():
                 tf.identity(self._graph.get_tensor_by_name(self.outputs[key]), name=name)
             frozen = tf.compat.v1.graph_util.convert_variables_to_constants(
-                self._session, self._graph.as_graph_def(), list(names.values())
+                self._session, self._graph.as_graph_def(add_shapes=self._is_tf1), list(names.values())
             )
-        return FrozenGraph(_inline_functions(frozen, list(names.values())), self.input, names, self.feed)
+        if not self._is_tf1:
+            return FrozenGraph(_inline_functions(frozen, list(names.values())), self.input, names, self.feed)
+        result = FrozenGraph(frozen, self.input, names, self.feed)
+        if not self.has_raw_outputs:
+            result.outputs |= tf1.find_raw_outputs(result)
+        return result
 
     def close(self):
         self._session.close()

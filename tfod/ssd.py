@@ -13,6 +13,7 @@ from tfod.boxes import centre_and_size, decode_boxes, find_box_decoder, to_windo
 from tfod.config import wrong_config
 from tfod.heads import ScoreHead, check_converter, find_score_head
 from tfod.nms import add_nms, candidates, find_nms_nodes, nms_settings
+from tfod.tf1 import clip_candidates, clips_first
 
 # The option that overrides the detections' score threshold.
 THRESHOLD_OPTION = "first_nms_threshold"
@@ -26,6 +27,7 @@ class Parts:
     outputs: dict  # {"logits": tensor [B, N, columns], "encodings": tensor [B, N, (1,) 4]}
     score_head: ScoreHead
     anchors: np.ndarray  # [N, 4] yxyx
+    clip_first: bool  # see tf1.clips_first
 
 
 def recognise(frozen):
@@ -40,7 +42,9 @@ def find(frozen, images, config, resizer):
     shape = [1, resizer["height"], resizer["width"], 3]
     subgraph = frozen.extract([decoder.references], {images: shape})
     anchors = frozen.run([decoder.references], subgraph, {})[0].reshape(-1, 4)
-    return Parts({"images": (images, shape)}, {"logits": head.logits, "encodings": decoder.encodings}, head, anchors)
+    clip_first = clips_first(frozen, decoder.encodings, find_nms_nodes(frozen, frozen.outputs["detection_boxes"]))
+    outputs = {"logits": head.logits, "encodings": decoder.encodings}
+    return Parts({"images": (images, shape)}, outputs, head, anchors, clip_first)
 
 
 def describe(parts, config, options):
@@ -109,6 +113,8 @@ def add_detections(network, parts, config, metadata, window):
         scores = ops.slice(scores, 2, 1, columns) if columns else scores
     boxes = decode_boxes(ops, encodings, reference, _box_scales(config))
     boxes.shape, scores.shape = [None, kept, 4], [None, kept, config.num_classes]
+    if parts.clip_first:
+        boxes, scores = clip_candidates(ops, boxes, scores, window)
     found = add_nms(ops, boxes, scores, settings, window, mostly_zero=kept < count)
     return {
         "num_detections": found.number,
