@@ -10,6 +10,7 @@ converter, non-maximum suppression) is written anew from pipeline.config, then c
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,13 @@ def parse_args(argv=None):
         default=1,
         metavar="N",
         help="images per batch, or 'dynamic': any number, chosen when the engine runs; default: 1",
+    )
+    add(
+        "--image_size",
+        type=image_size,
+        metavar="HxW",
+        help="height and width of your images, 1080x1920 say: of a model whose keep_aspect_ratio_resizer does not pad, and"
+        " whose input's size so follows the image's; results are TensorFlow's for images of this aspect ratio",
     )
     add(
         "--ops",
@@ -131,6 +139,14 @@ def batch_size(text):
     return images
 
 
+def image_size(text):
+    """The value of --image_size: (height, width)."""
+    found = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if not found or not all(map(int, found.groups())):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no height and width as 1080x1920")
+    return tuple(map(int, found.groups()))
+
+
 def check_batch_size(args, resizer):
     """Raises UserError for a fixed batch that cannot be meant. resizer: the dict of config.describe_resizer."""
     height, width, images = resizer["height"], resizer["width"], args.batch_size or 1
@@ -147,7 +163,10 @@ def main(argv=None):
     folder = find_saved_model(args.saved_model)
     config_path = args.pipeline_config or find_pipeline_config(folder)
     config = read_pipeline_config(config_path)
-    check_batch_size(args, describe_resizer(getattr(config, config.WhichOneof("one_of")).image_resizer))
+    resizer = describe_resizer(getattr(config, config.WhichOneof("one_of")).image_resizer, args.image_size)
+    check_batch_size(args, resizer)
+    if args.image_size and "image_size" not in resizer:
+        warn(f"--image_size has no effect: the model's input is {resizer['height']} x {resizer['width']} for every image")
     for path in filter(None, (args.onnx, args.tf2onnx)):
         check_writable(path)
     pictures = read_pictures(args) if args.check_image else None
@@ -168,7 +187,7 @@ def make(folder, config, options, args, pictures, step):
     step(f"reading {folder}")
     with SavedModel(folder) as saved_model:
         step("converting the network")
-        model = read_model(saved_model, config)
+        model = read_model(saved_model, config, args.image_size)
         if args.tf2onnx:
             with whole_file(args.tf2onnx) as path:
                 onnx_utils.save(gs.export_onnx(model.network.graph), path)

@@ -115,9 +115,10 @@ def check_override(path, written, reference, option, threshold, pictures=None, w
     reports, before = [], 0
     with OrtDetector(path, reference) as theirs, OrtDetector(path, written) as ours:
         for picture in pictures:
-            wanted = detect_image(theirs, picture)
+            pixels = parity.network_pixels(picture, theirs.metadata["resizer"])
+            wanted = detect_image(theirs, pixels)
             before += len(wanted.scores)
-            found = detect_image(ours, picture).above(threshold)
+            found = detect_image(ours, pixels).above(threshold)
             reports.append(parity.match_by_rank(wanted.above(threshold), found, TOLERANCE))
     report = parity.join(reports)
     same = report.unmatched == 0 and max(report.box_difference, report.score_difference) < 1e-6

@@ -42,7 +42,9 @@ def compare(saved_model, detector, image, tie=1e-4):
 
 def network_pixels(image, resizer):
     """RGB [H, W, 3] resized, and rounded, to a size that the model's resizer leaves as it is."""
-    height, width = resizer.get("min_dimension", resizer["height"]), resizer["width"]
+    height, width = resizer["height"], resizer["width"]
+    if resizer["kind"] == "keep_aspect_ratio" and "image_size" not in resizer:
+        height = resizer["min_dimension"]
     return np.rint(resize_image(image, height, width)).astype(np.uint8)
 
 

@@ -159,14 +159,32 @@ def keep_aspect_size(height, width, min_dimension, max_dimension):
 def placement_of(rows, columns, resizer):
     """The Placement of an image of rows x columns pixels in the input of a model with that resizer (of its metadata).
 
-    Raises ImageError for an image of which the resizer leaves nothing.
+    Raises ImageError for an image of which the resizer leaves nothing, and for one of another aspect ratio than a model
+    without padding was converted for, unless the resizer says `fit`.
     """
     if resizer["kind"] == "fixed_shape":
         return Placement(rows, columns, (resizer["height"], resizer["width"]))
     shape = keep_aspect_size(rows, columns, resizer["min_dimension"], resizer["max_dimension"])
+    if "image_size" in resizer and shape != (resizer["height"], resizer["width"]):
+        shape = _fitted(rows, columns, resizer)
     if not all(shape):  # TensorFlow's resizer fails on it too
         raise ImageError(f"{columns} x {rows} pixels are too long and thin for the model's resizer")
     return Placement(rows, columns, shape)
+
+
+def _fitted(rows, columns, resizer):
+    """(height, width) that fit an image into an input that was made for images of another aspect ratio.
+
+    Raises ImageError unless the resizer says `fit`: TensorFlow's input would be of another size.
+    """
+    if not resizer.get("fit"):
+        made_for = "{1} x {0}".format(*resizer["image_size"])
+        raise ImageError(
+            f"{columns} x {rows} pixels have another aspect ratio than {made_for}, which the model was converted for;"
+            " --fit resizes and pads them, with other results than TensorFlow's"
+        )
+    scale = min(resizer["height"] / rows, resizer["width"] / columns)
+    return min(round(rows * scale), resizer["height"]), min(round(columns * scale), resizer["width"])
 
 
 def preprocess(image, resizer, out=None):

@@ -11,6 +11,7 @@ from commandline import UserError, warn
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
+from images.resizing import keep_aspect_size
 from tfod.config_text import ConfigText, Field, read_text
 
 # message -> "field:type=default ..."; a type that is no scalar names another message or an enum, * is a repeated field.
@@ -78,6 +79,8 @@ ENUMS = {
     "ScoreConverter": ("IDENTITY", "SIGMOID", "SOFTMAX"),
     "ResizeMethod": ("BILINEAR", "NEAREST_NEIGHBOR", "BICUBIC", "AREA"),
 }
+# Of a camera's pictures, height and width: for the message that asks for --image_size.
+EXAMPLE_SIZE = (1080, 1920)
 # field -> (least, most): what a model can mean. The most is several times what is in use; numbers beyond it are slips of
 # the hand, and cost gigabytes before anything else notices.
 LIMITS = {
@@ -298,8 +301,6 @@ def _refuse_resizer(resizer, refuse):
             refuse(f"{name} (an input without one fixed size)")
     if resizer.fixed_shape_resizer.convert_to_grayscale or resizer.keep_aspect_ratio_resizer.convert_to_grayscale:
         refuse("convert_to_grayscale")
-    if resizer.HasField("keep_aspect_ratio_resizer") and not resizer.keep_aspect_ratio_resizer.pad_to_max_dimension:
-        refuse("keep_aspect_ratio_resizer without pad_to_max_dimension (an input without one fixed size)")
 
 
 def _refuse_post_processing(post, resizer, refuse):
@@ -327,24 +328,47 @@ def wrong_config(folder, what):
     return UserError(f"the pipeline.config is not that of {folder}: {what}; use the model's own --pipeline_config")
 
 
-def describe_resizer(resizer):
-    """Returns {kind, height, width[, method][, min_dimension, max_dimension, pad_value]}: the input and how to fill it.
+def describe_resizer(resizer, image_size=None):
+    """Returns {kind, height, width[, method][, min_dimension, max_dimension, pad_value[, image_size]]}: the input and how to
+    fill it.
 
     height and width are pixels of the network's input; keep_aspect pads to a square of max_dimension (TFOD's
-    resize_to_range with pad_to_max_dimension). method: as of images.resizing.resize_image; without it bilinear.
+    resize_to_range with pad_to_max_dimension). Where it does not pad, the input is what it makes of images of `image_size`
+    [height, width]: UserError where that is not given. method: as of images.resizing.resize_image; without it bilinear.
     """
     chosen = getattr(resizer, resizer.WhichOneof("one_of"))
     method = ENUMS["ResizeMethod"][chosen.resize_method].lower()
     method = {} if method == "bilinear" else {"method": method}
     if resizer.HasField("fixed_shape_resizer"):
         return {"kind": "fixed_shape", "height": chosen.height, "width": chosen.width, **method}
-    side = chosen.max_dimension
+    height = width = chosen.max_dimension
+    fixed = {}
+    if not chosen.pad_to_max_dimension:
+        height, width = _size_of_input(chosen, image_size)
+        fixed = {"image_size": list(image_size)}
     return {
         "kind": "keep_aspect_ratio",
-        "height": side,
-        "width": side,
+        "height": height,
+        "width": width,
         **method,
         "min_dimension": chosen.min_dimension,
-        "max_dimension": side,
+        "max_dimension": chosen.max_dimension,
         "pad_value": list(chosen.per_channel_pad_value) or [0.0, 0.0, 0.0],
+        **fixed,
     }
+
+
+def _size_of_input(keep_aspect, image_size):
+    """The input's (height, width) for images of `image_size`. Raises UserError, naming the option, where it is not given."""
+    limits = keep_aspect.min_dimension, keep_aspect.max_dimension
+    if image_size is None:
+        height, width = keep_aspect_size(*EXAMPLE_SIZE, *limits)
+        raise UserError(
+            f"the model's keep_aspect_ratio_resizer ({limits[0]}/{limits[1]}) does not pad: its input's size follows the"
+            f" image's; name the height and width of your images, --image_size {EXAMPLE_SIZE[0]}x{EXAMPLE_SIZE[1]} for"
+            f" example ({height} x {width} input)"
+        )
+    size = keep_aspect_size(*image_size, *limits)
+    if min(size) < LIMITS["height"][0]:
+        raise UserError(f"--image_size {image_size[0]}x{image_size[1]}: the model's input would be {size[0]} x {size[1]}")
+    return size

@@ -82,14 +82,16 @@ class Model:
     network: Network
 
 
-def read_model(saved_model, model_config):
+def read_model(saved_model, model_config, image_size=None):
     """Converts an open SavedModel with its `model` config message; returns a Model for write_model.
+
+    image_size: (height, width) of the images that a model without a fixed input size is for.
 
     Raises UserError where the SavedModel and the config do not belong together.
     """
     kind = next(name for name in META_ARCHITECTURES if model_config.HasField(name))
     architecture, config, folder = META_ARCHITECTURES[kind], getattr(model_config, kind), saved_model.folder
-    resizer = describe_resizer(config.image_resizer)
+    resizer = describe_resizer(config.image_resizer, image_size)
     frozen = saved_model.freeze()
     if not architecture.recognise(frozen):
         found = [name for name, other in META_ARCHITECTURES.items() if other.recognise(frozen)]

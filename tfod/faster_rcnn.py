@@ -17,6 +17,7 @@ from tfod.config import wrong_config
 from tfod.graph import before_reshaping, node_name
 from tfod.heads import ScoreHead, check_converter, find_score_head
 from tfod.nms import CANDIDATES_EACH, NmsSettings, add_nms, among_largest, find_nms_nodes, nms_settings
+from tfod.tf1 import clip_candidates, clips_first
 
 # The option that overrides the detections' score threshold.
 THRESHOLD_OPTION = "second_nms_threshold"
@@ -35,6 +36,7 @@ class Parts:
     proposal_scales: tuple  # of the first stage's box coder
     mask_size: list | None  # height, width
     zero_outside: bool  # see crop_features
+    clip_first: bool  # see tf1.clips_first
 
 
 def recognise(frozen):
@@ -66,9 +68,9 @@ def find(frozen, images, config, resizer):
         "encodings": second.encodings,
     }
     mask_size = None
+    second_nms = find_nms_nodes(frozen, frozen.outputs["detection_boxes"]) - first_nms
     if "detection_masks" in frozen.outputs:
         outputs["masks"] = masks = _find_mask_logits(frozen)
-        second_nms = find_nms_nodes(frozen, frozen.outputs["detection_boxes"]) - first_nms
         count = config.second_stage_post_processing.batch_non_max_suppression.max_total_detections
         mask_crops = _find_pooled_crops(frozen, masks, second_nms)
         inputs["mask_crops"] = (mask_crops, [count, size, size, feature_shape[3]])
@@ -76,7 +78,8 @@ def find(frozen, images, config, resizer):
     pixels = np.float32([resizer["height"], resizer["width"]] * 2)
     anchors = frozen.run([first.references], frozen.extract([first.references], shape), {})[0].reshape(-1, 4) / pixels
     zero_outside = _crops_with_op(frozen, crops, features)
-    return Parts(inputs, outputs, head, second.scales, anchors, first.scales, mask_size, zero_outside)
+    clip_first = clips_first(frozen, second.encodings, second_nms)
+    return Parts(inputs, outputs, head, second.scales, anchors, first.scales, mask_size, zero_outside, clip_first)
 
 
 def _find_objectness(frozen, first_nms):
@@ -178,6 +181,8 @@ def add_detections(network, parts, config, metadata, window):
     settings = nms_settings(config.second_stage_post_processing, metadata["score_threshold"])
     scores = _class_scores(ops, network, valid, parts.score_head, config)
     boxes = _refined_boxes(ops, network, proposals, parts.box_scales, config)
+    if parts.clip_first:
+        boxes, scores = clip_candidates(ops, boxes, scores, window)
     found = add_nms(ops, boxes, scores, settings, window)
     results = {
         "num_detections": found.number,
@@ -215,15 +220,16 @@ def _add_first_stage(ops, network, parts, config, metadata, window):
         parts.proposal_scales,
         NmsSettings(threshold, overlap, count, count),
         window,
+        parts.clip_first,
     )
     crop("crops", proposals, count)
     return proposals, valid, crop
 
 
-def add_proposals(ops, objectness, encodings, anchors, scales, settings, window):
+def add_proposals(ops, objectness, encodings, anchors, scales, settings, window, clip_first=False):
     """The first stage's end (faster_rcnn_meta_arch._postprocess_rpn).
 
-    objectness [B, N, 2] and encodings [B, N, 4], logits and codes for anchors (array [N, 4]).
+    objectness [B, N, 2] and encodings [B, N, 4], logits and codes for anchors (array [N, 4]). clip_first: see tf1.
     Returns (proposals [B, P, 4], clipped to the window and zero-padded, and valid [B, P] bool).
     """
     background, foreground = (ops.slice(objectness, 2, i, i + 1) for i in (0, 1))
@@ -236,6 +242,8 @@ def add_proposals(ops, objectness, encodings, anchors, scales, settings, window)
         scores = ops.add("Where", among_best, scores, np.float32(0), dtype=np.float32)
     boxes = decode_boxes(ops, encodings, centre_and_size(anchors)[None], scales)
     boxes.shape, scores.shape = [None, len(anchors), 4], [None, len(anchors), 1]
+    if clip_first:
+        boxes, scores = clip_candidates(ops, boxes, scores, window)
     found = add_nms(ops, boxes, scores, settings, window, mostly_zero=left_out)
     return found.boxes, ops.add("Greater", found.scores, np.float32(0), dtype=bool)
 

@@ -52,7 +52,7 @@ def probe_preprocessing(frozen, images, resizer):
     preprocessing is not of that form.
     """
     subgraph = frozen.extract([images], control=True)
-    padded = resizer["kind"] == "keep_aspect_ratio"
+    padded = resizer["kind"] == "keep_aspect_ratio" and "image_size" not in resizer
     height = resizer["min_dimension"] if padded else resizer["height"]
     width = resizer["width"]
 
@@ -81,6 +81,9 @@ def _check_resizing(preprocess, resizer, scale, offset):
     """Raises UserError unless an image of another size is resized by the config's method. preprocess: the model's own."""
     height, width = resizer["height"] * 3 // 4, resizer["width"] * 5 // 4
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    if "image_size" in resizer:  # the input is as large as the resizer makes this image
+        made = resizing.keep_aspect_size(height, width, resizer["min_dimension"], resizer["max_dimension"])
+        resizer = {**resizer, "height": made[0], "width": made[1]}
     resized, placement = resizing.preprocess(image, resizer)
     filled = tuple(slice(side) for side in placement.true_shape)
     if np.abs(resized[filled] * scale + offset - preprocess(image)[filled]).max() > 1e-3:
