@@ -234,7 +234,9 @@ def add_proposals(ops, objectness, encodings, anchors, scales, settings, window,
     """
     background, foreground = (ops.slice(objectness, 2, i, i + 1) for i in (0, 1))
     logits = ops.add("Sub", foreground, background)  # [B, N, 1]
-    scores = ops.add("Sigmoid", logits)  # a softmax of two
+    # A softmax of two, rounded as TensorFlow rounds it: close to 1 many anchors score the same, and their order decides.
+    scores = ops.add("Add", ops.add("Exp", ops.add("Neg", logits)), np.float32(1))
+    scores = ops.add("Reciprocal", scores)
     seen = max(PLUGIN_MAX_PAIRS, CANDIDATES_EACH * settings.max_total)
     left_out = len(anchors) > 2 * seen
     if left_out:
