@@ -209,7 +209,8 @@ def calibrate(args, model, metadata):
     size = spec.batch or args.calib_batch_size
     with Workers(0) as workers:
         load = functools.partial(load_image, **image_options(args))
-        batcher = ImageBatcher(files, metadata["resizer"], size, workers, load=load)
+        resizer = {**metadata["resizer"], "fit": True}  # ranges hardly know of padding: images of any aspect ratio do
+        batcher = ImageBatcher(files, resizer, size, workers, load=load)
         batches = list(progress(batcher, unit="batch", desc="reading"))
     if not batches:
         raise UserError(f"--calib_input {show_inputs(args.calib_input)}: none of the {len(files)} images could be read")

@@ -38,6 +38,7 @@ import numpy as np
 from checks import coco, parity, report
 from checks.annotations import keep_masks, open_annotations
 from checks.matching import match_categories
+from images.aspect import FIT_HELP, choose_fit
 from images.decoding import ImageError, load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
@@ -78,6 +79,7 @@ def parse_args(argv=None):
     add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add("--pictures", type=count_from_0, default=24, metavar="N", help="pictures shown in the report; default: 24")
     add_image_options(parser)
+    add("--fit", action="store_true", help=FIT_HELP)
     add_gpus(parser)
     add_runtime(parser)
     add_preprocessor(parser)
@@ -220,6 +222,7 @@ def main(argv=None):
     with open_detector(args.engine, args.gpus, args.runtime) as detector:
         metadata = detector.metadata
         check_preprocessor(args.preprocessor, metadata)
+        choose_fit(metadata, args.fit, files, args.exif_rotate)
         masks = args.detection_type == "segmentation"
         if masks and not metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")

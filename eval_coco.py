@@ -37,6 +37,7 @@ from PIL import Image
 from checks import coco, report
 from checks.annotations import keep_masks, open_annotations
 from checks.matching import match_categories
+from images.aspect import FIT_HELP, choose_fit
 from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.gpu_images import choose_decoder
@@ -90,6 +91,7 @@ def parse_args(argv=None):
         help="misses and false alarms shown in the report; default: 12",
     )
     add_image_options(parser)
+    add("--fit", action="store_true", help=FIT_HELP)
     add_gpus(parser)
     add_runtime(parser)
     add_decoder(parser)
@@ -112,6 +114,7 @@ def main(argv=None):
     with open_detector(args.engine, args.gpus, args.runtime) as detector:
         metadata = detector.metadata
         check_model(metadata, args)
+        choose_fit(metadata, args.fit, list(known), args.exif_rotate)
         if args.detection_type == "segmentation":
             keep_masks(args.annotations, truth, set(known.values()))
         names = labels_of(args.labels, metadata, args.engine)

@@ -44,7 +44,8 @@ from commandline.options import (
 import numpy as np
 
 from checks import coco
-from images.decoding import load_image, simplejpeg
+from images.aspect import FIT_HELP, choose_fit
+from images.decoding import ImageError, load_image, simplejpeg
 from runtimes import open_detectors
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import (
@@ -105,6 +106,7 @@ def parse_args(argv=None):
         help="of the pictures; png loses nothing and takes 20 times as long",
     )
     add_image_options(parser)
+    add("--fit", action="store_true", help=FIT_HELP)
     add("--benchmark", action="store_true", help="write nothing; measure each stage and how they overlap")
     add(
         "--benchmark_images",
@@ -158,6 +160,9 @@ def main(argv=None):
         detectors = [stack.enter_context(detector) for detector in open_detectors(args.engine, args.gpus, args.runtime)]
         detector = detectors[0]
         check_preprocessor(args.preprocessor, detector.metadata)
+        choose_fit(detector.metadata, args.fit, images.files, args.exif_rotate)
+        for other in detectors[1:]:
+            other.metadata["resizer"] = detector.metadata["resizer"]
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
         options = make_options(detector, args)
@@ -412,6 +417,8 @@ def process_video(detector, source, batch_size, options, results, frames):
             for entries in workers.map(finish, found_in_frames()):
                 results.add(entries)
                 bar.update()
+        except ImageError as error:  # frames of another aspect ratio than the model was converted for
+            raise UserError(f"{source}: {error}") from error
         except KeyboardInterrupt:
             status = 0 if video.is_live else 130
             workers.close()

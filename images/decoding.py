@@ -271,6 +271,11 @@ def _orientation(image):
         return 1
 
 
+def is_on_its_side(image):
+    """Whether the rows of a Pillow image are columns of what it shows, by its EXIF data."""
+    return _orientation(image) in (5, 6, 7, 8)
+
+
 def _turn(pixels, orientation):
     """[height, width, 3] as an image of this EXIF orientation is to be seen (Exif 2.32, 4.6.4 A, tag 0x0112)."""
     if orientation in (5, 6, 7, 8):  # its rows are columns

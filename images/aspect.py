@@ -1,0 +1,54 @@
+"""Images of another aspect ratio than a model without padding was converted for (create_onnx.py --image_size)."""
+
+from commandline import UserError, warn
+
+from PIL import Image
+
+from images.decoding import FORMATS, is_on_its_side
+from images.resizing import keep_aspect_size
+
+FIT_HELP = (
+    "of a model made for one image size (create_onnx.py --image_size): resize and pad images of another aspect ratio into"
+    " its input, with other results than TensorFlow's; default: refuse them"
+)
+
+
+def choose_fit(metadata, fit, files=(), exif_rotate=False):
+    """Sets `fit` in the resizer of a detector's metadata (see images.resizing.placement_of), with a warning that says so.
+
+    Without: raises UserError where images among `files` have another aspect ratio than the model was converted for.
+    Files that cannot be read are left to who reads them.
+    """
+    resizer = metadata["resizer"]
+    if "image_size" not in resizer:
+        if fit:
+            warn("--fit has no effect: the model takes images of every size")
+        return
+    made_for = "{1} x {0}".format(*resizer["image_size"])
+    if fit:
+        resizer["fit"] = True
+        warn(f"--fit: where an image's aspect ratio is not that of {made_for}, results differ from TensorFlow's")
+        return
+    others = [(path, size) for path in files if (size := _size(path, exif_rotate)) and not _suits(*size, resizer)]
+    if others:
+        path, (height, width) = others[0]
+        raise UserError(
+            f"{len(others)} of {len(files)} images have another aspect ratio than {made_for}, which the model was converted"
+            f" for ({path}: {width} x {height}): convert for theirs, or --fit, which resizes and pads them, with other"
+            " results than TensorFlow's"
+        )
+
+
+def _suits(height, width, resizer):
+    size = keep_aspect_size(height, width, resizer["min_dimension"], resizer["max_dimension"])
+    return size == (resizer["height"], resizer["width"])
+
+
+def _size(path, exif_rotate):
+    """(height, width) of an image file, from its beginning; None where that cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            return (width, height) if exif_rotate and is_on_its_side(image) else (height, width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
