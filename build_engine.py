@@ -28,6 +28,7 @@ from images.decoding import load_image
 from runtimes import precision, quantization, trt_graph
 from runtimes.detector import input_spec, network_inputs
 from runtimes.ort_detector import OrtDetector
+from runtimes.trained_ranges import read_trained_ranges
 from runtimes.trt_detector import GpuContext, TrtDetector, import_tensorrt, make_logger
 from runtimes.workers import Workers
 
@@ -81,7 +82,7 @@ def main(argv=None):
     for path in filter(None, (args.engine, args.timing_cache, args.calib_cache, args.typed_onnx)):
         check_writable(path)
     batch = batch_range(args, metadata)
-    calibration = find_calibration(args, model) if args.precision == "int8" else None
+    model, calibration = find_ranges(args, model) if args.precision == "int8" else (model, None)
     trt, cuda = find_tensorrt(args)
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
@@ -185,6 +186,20 @@ def layer_types(wanted, model, calibration):
         return LayerTypes(wide, precision.half_convolutions(model), {})
     ranges, left = calibration
     return LayerTypes(wide, set(left), quantization.implicit_ranges(model, ranges))
+
+
+def find_ranges(args, model):
+    """(model, calibration or None where it is to be made) for int8: the trained ranges of a quantisation-aware model, whose
+    fake quantisations they stand for then, else find_calibration."""
+    if trained := read_trained_ranges(model):
+        if args.calib_input:
+            warn("--calib_input is not needed: the model has the ranges that it was trained with")
+        model, (ranges, left) = trained
+        print(
+            f"INT8 by {len(ranges)} ranges that the model was trained with; {len(left)} layers without one stay in FP16"
+        )
+        return model, (ranges, left)
+    return model, find_calibration(args, model)
 
 
 def find_calibration(args, model):

@@ -166,7 +166,9 @@ def main(argv=None):
     resizer = describe_resizer(getattr(config, config.WhichOneof("one_of")).image_resizer, args.image_size)
     check_batch_size(args, resizer)
     if args.image_size and "image_size" not in resizer:
-        warn(f"--image_size has no effect: the model's input is {resizer['height']} x {resizer['width']} for every image")
+        warn(
+            f"--image_size has no effect: the model's input is {resizer['height']} x {resizer['width']} for every image"
+        )
     for path in filter(None, (args.onnx, args.tf2onnx)):
         check_writable(path)
     pictures = read_pictures(args) if args.check_image else None

@@ -71,6 +71,11 @@ def measured_tensors(model):
     }
 
 
+def measured_inputs(model):
+    """{name of a quantized layer: name of what it takes in, weights apart}."""
+    return {node.name: node.inputs[0].name for node in _quantized(model)}
+
+
 def implicit_ranges(model, ranges):
     """The ranges that TensorRT 8.6 is given in place of QuantizeLinear: {tensor name: (low, high)}.
 

@@ -219,7 +219,9 @@ def _refuse_unsupported(model, path):
         refuse("experimental_model")
     part = getattr(model, meta)
     if part.feature_extractor.type.startswith("lstm"):
-        refuse(f"the feature extractor {part.feature_extractor.type[:60]!r} (a model of video, with a state from frame to frame)")
+        refuse(
+            f"the feature extractor {part.feature_extractor.type[:60]!r} (a model of video, with a state from frame to frame)"
+        )
     if meta == "faster_rcnn":
         _refuse_two_stage(part, refuse)
         post = part.second_stage_post_processing
@@ -370,5 +372,7 @@ def _size_of_input(keep_aspect, image_size):
         )
     size = keep_aspect_size(*image_size, *limits)
     if min(size) < LIMITS["height"][0]:
-        raise UserError(f"--image_size {image_size[0]}x{image_size[1]}: the model's input would be {size[0]} x {size[1]}")
+        raise UserError(
+            f"--image_size {image_size[0]}x{image_size[1]}: the model's input would be {size[0]} x {size[1]}"
+        )
     return size

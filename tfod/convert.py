@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 import onnx_utils
 from tfod import faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
+from tfod.fake_quant import write_fake_quants
 from tfod.graph import detach_weights, tensor_name
 from tfod.preprocessing import Colours, add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
 from tfod.tensorflow_import import silenced
@@ -161,6 +162,7 @@ def convert_network(frozen, inputs, outputs):
     import tf2onnx
 
     subgraph = frozen.extract(outputs.values(), dict(inputs.values()))
+    write_fake_quants(frozen, subgraph)
     weights = detach_weights(subgraph)
     names = {name: tensor_name(tensor) for name, (tensor, _) in inputs.items()}
     with silenced():

@@ -27,7 +27,9 @@ CONVOLUTIONS = {"Conv2D", "DepthwiseConv2dNative"}
 ARITHMETIC = {"Add", "AddV2", "Sub", "Mul", "RealDiv"}
 CLIPPING = {"Minimum", "Maximum"}
 # Ops that hand values on, some of them clipped or some of them left out: {op: which input has them}.
-HANDED_ON = dict.fromkeys(("Gather", "GatherV2", "ConcatV2", "Unpack", "Slice", "StridedSlice", "Minimum", "Maximum"), 0)
+HANDED_ON = dict.fromkeys(
+    ("Gather", "GatherV2", "ConcatV2", "Unpack", "Slice", "StridedSlice", "Minimum", "Maximum"), 0
+)
 HANDED_ON |= dict.fromkeys(("Identity", "Enter", "Reshape", "Squeeze", "ExpandDims", "SplitV"), 0)
 HANDED_ON |= {"Split": 1, "TensorArrayReadV3": 2, "TensorArrayScatterV3": 2}
 
@@ -95,7 +97,9 @@ def find_raw_outputs(frozen):
     nearest = (name for name, op in frozen.ancestors("tfod_output/detection_boxes").items() if "NonMaxSup" in op)
     nms = next(nearest, None)
     if nms is None:
-        raise UserError("the graph has no raw_detection_boxes and no NonMaxSuppression; is it a TFOD SSD or Faster R-CNN?")
+        raise UserError(
+            "the graph has no raw_detection_boxes and no NonMaxSuppression; is it a TFOD SSD or Faster R-CNN?"
+        )
     boxes, scores = (_entering(frozen, source) for source in frozen.inputs(nms)[:2])
     source = before_reshaping(frozen, scores)
     if frozen.op(source) in ("Slice", "StridedSlice"):  # the background left out
