@@ -33,6 +33,7 @@ class Export:
 
     masks: bool = True
     keep_aspect: bool = True
+    pad: bool = True  # to a square, where the aspect ratio is kept
     share_box: bool = False
     side: int = 128  # of the network's input, pixels
     proposals: int = 30
@@ -80,6 +81,13 @@ def make_anchors(side):
     )
 
 
+def anchors_of(tf, features):
+    """make_anchors for features [1, H, W, C] of any size."""
+    y, x = (tf.cast(tf.range(tf.shape(features)[i]), tf.float32) * STRIDE + STRIDE / 2 for i in (1, 2))
+    y, x, half = tf.meshgrid(y, x, tf.constant(ANCHOR_SIDES) / 2, indexing="ij")
+    return tf.reshape(tf.stack([y - half, x - half, y + half, x + half], axis=3), [-1, 4])
+
+
 def decode(tf, encodings, boxes):
     """encodings [N, 4] and boxes [N, 4] -> [N, 4] (TFOD: FasterRcnnBoxCoder._decode)."""
     ymin, xmin, ymax, xmax = tf.unstack(tf.transpose(boxes))
@@ -122,7 +130,8 @@ def exported_module(tf, export):
             full = tf.cast(tf.shape(image)[:2], tf.float32)
             size = tf.cast(tf.round(full * (side / tf.reduce_max(full))), tf.int32)
         image = tf.compat.v1.image.resize_bilinear(image[None], size)[0]
-        image = tf.image.pad_to_bounding_box(image, 0, 0, side, side)
+        if export.pad:
+            image = tf.image.pad_to_bounding_box(image, 0, 0, side, side)
         return image * (2.0 / 255.0) - 1.0, size
 
     class Detector(tf.Module):
@@ -133,29 +142,32 @@ def exported_module(tf, export):
         def conv(self, x, name, stride=1):
             return tf.nn.conv2d(x, self.weights[name], stride, "SAME")
 
-        def crop(self, features, boxes):
-            """Crops at boxes [N, 4] in pixels, and the max-pool that TFOD puts behind each crop."""
+        def crop(self, features, boxes, size):
+            """Crops at boxes [N, 4] in pixels of the input's size, and the max-pool that TFOD puts behind each crop."""
             index = tf.zeros([tf.shape(boxes)[0]], tf.int32)
-            crops = tf.image.crop_and_resize(features, boxes / side, index, [export.crop, export.crop])
+            crops = tf.image.crop_and_resize(features, boxes / size, index, [export.crop, export.crop])
             crops = tf.nn.max_pool2d(crops, 2, 2, "SAME")
             made = tf.nn.relu(self.conv(crops, "second"))
             return tf.concat([made, crops], axis=3) if export.skip else made
 
         @tf.function(input_signature=[tf.TensorSpec([1, None, None, 3], "uint8", name="input_tensor")])
         def __call__(self, input_tensor):
-            spec = (tf.TensorSpec([side, side, 3], tf.float32), tf.TensorSpec([2], tf.int32))
+            shape = [side, side, 3] if export.pad else [None, None, 3]
+            spec = (tf.TensorSpec(shape, tf.float32), tf.TensorSpec([2], tf.int32))
             x, sizes = tf.map_fn(preprocess, input_tensor, fn_output_signature=spec)
             window = tf.cast(sizes[0], tf.float32)
+            size = side if export.pad else tf.tile(window, [2])  # of the input
             for name in ("conv1", "conv2", "conv3"):
                 x = tf.nn.relu(self.conv(x, name, stride=2))
             features = x
+            places = tf.constant(anchors) if export.pad else anchors_of(tf, features)
             x = tf.nn.relu(self.conv(features, "rpn"))
             objectness = tf.nn.softmax(tf.reshape(self.conv(x, "objectness"), [1, -1, 2]))[0, :, 1:]
-            boxes = decode(tf, tf.reshape(self.conv(x, "rpn_box"), [-1, 4]), tf.constant(anchors))
+            boxes = decode(tf, tf.reshape(self.conv(x, "rpn_box"), [-1, 4]), places)
             count = export.proposals
             limits = (count, count, 0.7, export.first_threshold, window)
             proposals, _, _, valid = suppress(tf, boxes[:, None], objectness, *limits)
-            hidden = tf.reduce_mean(self.crop(features, proposals), axis=[1, 2])
+            hidden = tf.reduce_mean(self.crop(features, proposals, size), axis=[1, 2])
             scores = tf.nn.softmax(tf.matmul(hidden, self.weights["class"]))
             codes = tf.reshape(tf.matmul(hidden, self.weights["box"]), [count, -1, 4])
             per_box = codes.shape[1]
@@ -175,7 +187,7 @@ def exported_module(tf, export):
                 "raw_detection_scores": tf.expand_dims(scores, 0),
             }
             if export.masks:
-                crops = self.crop(features, found[0])
+                crops = self.crop(features, found[0], size)
                 crops = tf.compat.v1.image.resize_bilinear(crops, [MASK, MASK], align_corners=True)
                 logits = self.conv(crops, "mask")
                 logits = tf.reshape(tf.transpose(logits, [0, 3, 1, 2]), [-1, MASK, MASK])
@@ -190,7 +202,9 @@ def pipeline_config(export):
     """The text of the pipeline.config that describes an Export."""
     resizer = f"fixed_shape_resizer {{ height: {export.side} width: {export.side} }}"
     if export.keep_aspect:
-        limits = f"min_dimension: {export.side} max_dimension: {export.side} pad_to_max_dimension: true"
+        limits = (
+            f"min_dimension: {export.side} max_dimension: {export.side} pad_to_max_dimension: {str(export.pad).lower()}"
+        )
         resizer = f"keep_aspect_ratio_resizer {{ {limits} }}"
     masks = f"predict_instance_masks: true mask_height: {MASK} mask_width: {MASK}" if export.masks else ""
     return f"""model {{

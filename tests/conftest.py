@@ -33,6 +33,9 @@ ZOO = {
     "faster_rcnn_640": "faster_rcnn_resnet50_v1_640x640_coco17_tpu-8",
     "faster_rcnn_1333": "faster_rcnn_resnet50_v1_800x1333_coco17_gpu-8",
     "mask_rcnn": "mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8",
+    "tf1_ssd": "tf1_ssd_mobilenet_v1_coco",
+    "tf1_2018_ssd": "tf1_2018_ssd_mobilenet_v2_coco",
+    "tf1_2018_faster_rcnn": "tf1_2018_faster_rcnn_inception_v2_coco",
 }
 # FPNLite as users export it: other limits of suppression, other forms of it, images that the model decodes itself.
 USERS = {
@@ -43,6 +46,9 @@ USERS = {
     "static_shapes": "fpnlite_static_shapes",
     "encoded": "fpnlite_encoded_image_string_tensor",
 }
+# What of an export is given, where it is not the whole, and what a model cannot be converted without.
+PARTS = {"tf1_2018_ssd": "frozen_inference_graph.pb"}
+OPTIONS = {"tf1_2018_faster_rcnn": ("--image_size", "480x640"), "no_padding": ("--image_size", "96x128")}
 # Two-stage models of the project's own, by what they vary.
 EXPORTS = {
     "mask": tiny.Export(),
@@ -52,6 +58,7 @@ EXPORTS = {
     "ties": tiny.Export(ties=True, seed=5),
     "thresholds": tiny.Export(masks=False, score_threshold=0.3, per_class=3, total=6, seed=6),
     "skip": tiny.Export(skip=True, seed=7),
+    "no_padding": tiny.Export(pad=False, seed=8),
 }
 
 
@@ -70,15 +77,16 @@ def model_folder(key):
     script = need_shared("models", "materialize.py")
     name = {**ZOO, **USERS}[key]
     folder = MODELS / name
+    made = "frozen_inference_graph.pb" if key.startswith("tf1_") else "saved_model/variables/variables.index"
     MODELS.mkdir(parents=True, exist_ok=True)
     with open(MODELS / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of pytest-xdist may be at it
-        if not (folder / "saved_model" / "variables" / "variables.index").exists():
+        if not (folder / made).exists():
             spec = importlib.util.spec_from_file_location("materialize", script)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             module.materialize(name, folder)
-    return folder
+    return folder / PARTS.get(key, "")
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +98,8 @@ def convert(tmp_path_factory):
         path = tmp_path_factory.mktemp("onnx") / "model.onnx"
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            status = create_onnx.main(["--saved_model", str(model_folder(key)), "--onnx", str(path), *options])
+            args = ["--saved_model", str(model_folder(key)), "--onnx", str(path), *OPTIONS.get(key, ()), *options]
+            status = create_onnx.main(args)
         assert status == 0, printed.getvalue()
         return path, printed.getvalue()
 
@@ -110,7 +119,8 @@ def exported(tmp_path_factory):
     @functools.cache
     def convert(name, *options):
         path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
-        status = create_onnx.main(["--saved_model", str(save(name)), "--onnx", str(path), *options])
+        args = ["--saved_model", str(save(name)), "--onnx", str(path), *OPTIONS.get(name, ()), *options]
+        status = create_onnx.main(args)
         assert status == 0
         return save(name), path
 

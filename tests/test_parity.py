@@ -26,12 +26,19 @@ LARGE = [
     "mask_rcnn",
 ]
 ALL += [pytest.param(key, marks=zoo) for key in LARGE]
-SLOW = {"faster_rcnn_640": 5, "faster_rcnn_1333": 3, "mask_rcnn": 2}  # pictures to look at, where one takes seconds
+ALL += ["tf1_2018_ssd", "tf1_2018_faster_rcnn", pytest.param("tf1_ssd", marks=zoo)]
+SLOW = {
+    "tf1_2018_faster_rcnn": 1,
+    "faster_rcnn_640": 5,
+    "faster_rcnn_1333": 3,
+    "mask_rcnn": 2,
+}  # pictures to look at, where one takes seconds
 
 TRAINED = {"demo", "fpnlite", "fpnlite_float", "hands"}
 # Boxes (normalised) and scores. The models with made-up weights are so noisy that TensorFlow with and without oneDNN
 # disagrees with itself by 3.1e-4 (mobilenet_v2), 4.6e-5 (mobilenet_v1_fpn) and 3.5e-4 (resnet50_fpn) on these images.
 TOLERANCE = {"mobilenet_v2": 1e-3, "mobilenet_v1_fpn": 3e-4, "resnet50_fpn": 1e-3}
+TOLERANCE |= {"tf1_ssd": 1e-3, "tf1_2018_ssd": 1e-3, "tf1_2018_faster_rcnn": 2e-3}
 TOLERANCE |= {"faster_rcnn_640": 2e-3, "faster_rcnn_1333": 2e-3, "mask_rcnn": 2e-3}
 
 
@@ -39,7 +46,10 @@ def test_images(count, key):
     """Some pictures of the kind that the model was trained on."""
     if key == "demo":
         return sorted((DEMO / "images").glob("*.jpg"))
-    return sorted(need_shared("coco", "val2017").glob("*.jpg"))[: SLOW.get(key, count)]
+    files = sorted(need_shared("coco", "val2017").glob("*.jpg"))
+    if key == "tf1_2018_faster_rcnn":  # converted for 480x640
+        files = [path for path in files if load_image(path).shape[:2] == (480, 640)]
+    return files[: SLOW.get(key, count)]
 
 
 test_images.__test__ = False

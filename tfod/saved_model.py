@@ -21,9 +21,7 @@ from tfod.tensorflow_import import first_line, import_tensorflow, silenced
 NO_SAVED_MODELS = {
     (".tar.gz", ".tgz", ".zip", ".tar"): "an archive: unpack it and give the folder in it",
     (".tflite",): "a TensorFlow Lite model, which cannot be converted back; give the SavedModel it was made of",
-    (
-        ".pbtxt",
-    ): "a text file, not a SavedModel; give the saved_model folder, or the frozen_inference_graph.pb, of the export",
+    (".pbtxt",): "a text file; give the saved_model folder, or the frozen_inference_graph.pb, of the export",
     (".h5", ".keras"): "a Keras model; give the SavedModel that TFOD's exporter_main_v2.py wrote",
     (".onnx", ".trt", ".engine"): "converted already; infer.py --engine runs it",
     (".config",): "a pipeline.config; give the export that it lies in",

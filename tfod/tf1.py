@@ -27,10 +27,8 @@ CONVOLUTIONS = {"Conv2D", "DepthwiseConv2dNative"}
 ARITHMETIC = {"Add", "AddV2", "Sub", "Mul", "RealDiv"}
 CLIPPING = {"Minimum", "Maximum"}
 # Ops that hand values on, some of them clipped or some of them left out: {op: which input has them}.
-HANDED_ON = dict.fromkeys(
-    ("Gather", "GatherV2", "ConcatV2", "Unpack", "Slice", "StridedSlice", "Minimum", "Maximum"), 0
-)
-HANDED_ON |= dict.fromkeys(("Identity", "Enter", "Reshape", "Squeeze", "ExpandDims", "SplitV"), 0)
+FIRST = "Gather GatherV2 ConcatV2 Unpack SplitV Slice StridedSlice Minimum Maximum Identity Enter Reshape Squeeze ExpandDims"
+HANDED_ON = dict.fromkeys(FIRST.split(), 0)
 HANDED_ON |= {"Split": 1, "TensorArrayReadV3": 2, "TensorArrayScatterV3": 2}
 
 
