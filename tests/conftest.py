@@ -48,7 +48,7 @@ USERS = {
 }
 # What of an export is given, where it is not the whole, and what a model cannot be converted without.
 PARTS = {"tf1_2018_ssd": "frozen_inference_graph.pb"}
-OPTIONS = {"tf1_2018_faster_rcnn": ("--image_size", "480x640"), "no_padding": ("--image_size", "96x128")}
+OPTIONS = {"tf1_2018_faster_rcnn": ("--image_size", "480x640"), "no_padding": ("--image_size", "64x128")}
 # Two-stage models of the project's own, by what they vary.
 EXPORTS = {
     "mask": tiny.Export(),

@@ -35,10 +35,10 @@ from tfod.tensorflow_import import import_tensorflow
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder with two pictures of 4:3, in two sizes, and one of 3:4."""
+    """A folder with two pictures of 2:1, in two sizes, and one of 1:2."""
     folder = tmp_path_factory.mktemp("pictures")
     source = load_image(sorted((DEMO / "images").glob("*.jpg"))[0])
-    for name, size in {"a": (128, 96), "b": (640, 480), "tall": (96, 128)}.items():
+    for name, size in {"a": (128, 64), "b": (640, 320), "tall": (64, 128)}.items():
         Image.fromarray(source).resize(size).save(folder / f"{name}.png")
     return folder
 
@@ -46,7 +46,7 @@ def pictures(tmp_path_factory):
 def test_a_model_without_padding_is_tensorflows_for_images_of_its_aspect(exported, pictures):
     folder, path = exported("no_padding", "--batch_size", "dynamic")
     with SavedModel(find_saved_model(folder)) as theirs, open_detector(path) as ours:
-        assert (ours.input.height, ours.input.width) == (96, 128)
+        assert (ours.input.height, ours.input.width) == (64, 128)
         for name in ("a", "b"):
             image = load_image(pictures / f"{name}.png")
             wanted = parity.tensorflow_detections(theirs, image, ours.metadata)
@@ -60,7 +60,7 @@ def test_images_of_another_aspect_are_refused_or_fitted(exported, pictures, tmp_
     _, path = exported("no_padding", "--batch_size", "dynamic")
     args = ["--engine", str(path), "--input", str(pictures), "--output", str(tmp_path / "results")]
     with pytest.raises(
-        UserError, match=r"1 of 3 images have another aspect ratio than 128 x 96.*tall.png: 96 x 128.*--fit"
+        UserError, match=r"1 of 3 images have another aspect ratio than 128 x 64.*tall.png: 64 x 128.*--fit"
     ):
         infer.main(args)
     assert not list(tmp_path.rglob("*.tsv"))
@@ -72,7 +72,7 @@ def test_images_of_another_aspect_are_refused_or_fitted(exported, pictures, tmp_
         with pytest.raises(ImageError, match="--fit"):
             detect_image(detector, tall)
         choose_fit(detector.metadata, True)
-        assert placement_of(128, 96, detector.metadata["resizer"]).true_shape == (96, 72)
+        assert placement_of(128, 64, detector.metadata["resizer"]).true_shape == (64, 32)
         boxes = detect_image(detector, tall).boxes
         assert len(boxes) >= 10
         assert boxes.max() <= 1

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 import onnx_utils
 from tfod import faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
-from tfod.fake_quant import write_fake_quants
+from tfod.fake_quant import drop_transposes, write_fake_quants
 from tfod.graph import detach_weights, tensor_name
 from tfod.preprocessing import Colours, add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
 from tfod.tensorflow_import import silenced
@@ -180,6 +180,7 @@ def convert_network(frozen, inputs, outputs):
             onnx_utils.replace_tensor(graph, tensor, gs.Constant(f"{name}/weights", values))
     graph.inputs = [by_name[name] for name in names.values()]
     graph.fold_constants(size_threshold=sys.maxsize).cleanup()
+    drop_transposes(graph)
     onnx_utils.fold_batch_norms(graph)
     onnx_utils.name_by_place(graph.cleanup())
     shapes = {name: tensor.shape for name, tensor in zip(outputs, graph.outputs, strict=True)}

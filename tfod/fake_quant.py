@@ -7,6 +7,7 @@ from commandline import UserError
 
 import numpy as np
 
+from onnx_utils import replace_tensor
 from tfod.graph import node_name
 from tfod.tensorflow_import import import_tensorflow
 
@@ -76,3 +77,24 @@ def _written(node, lowest, highest, scale, zero):
         nodes.append(step)
         last = name
     return nodes
+
+
+def drop_transposes(graph):
+    """Takes away the Transposes that tf2onnx leaves around each Floor: its optimizer does not know that op.
+
+    graph: graphsurgeon's. Transpose, Floor, Mul by the scale, Transposes back, become Floor and Mul.
+    """
+    for floor in [node for node in graph.nodes if node.op == "Floor"]:
+        before, readers = floor.inputs[0].inputs, floor.outputs[0].outputs
+        if not before or before[0].op != "Transpose" or [node.op for node in readers] != ["Mul"]:
+            continue
+        product = readers[0].outputs[0]
+        there = before[0].attrs["perm"]
+        back = [there.index(axis) for axis in range(len(there))]
+        behind = list(product.outputs)
+        if not behind or any(node.op != "Transpose" or list(node.attrs["perm"]) != back for node in behind):
+            continue
+        floor.inputs = [before[0].inputs[0]]
+        for node in behind:
+            replace_tensor(graph, node.outputs[0], product)
+    graph.cleanup()

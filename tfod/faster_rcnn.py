@@ -14,7 +14,7 @@ import numpy as np
 from onnx_utils import PLUGIN_MAX_PAIRS, OpBuilder, replace_tensor
 from tfod.boxes import centre_and_size, clip_boxes, decode_boxes, find_box_decoder, to_window
 from tfod.config import wrong_config
-from tfod.graph import before_reshaping, node_name
+from tfod.graph import before_reshaping, node_name, run_by_shape
 from tfod.heads import ScoreHead, check_converter, find_score_head
 from tfod.nms import CANDIDATES_EACH, NmsSettings, add_nms, among_largest, find_nms_nodes, nms_settings
 from tfod.tf1 import clip_candidates, clips_first
@@ -76,7 +76,7 @@ def find(frozen, images, config, resizer):
         inputs["mask_crops"] = (mask_crops, [count, size, size, feature_shape[3]])
         mask_size = list(frozen.shapes([masks], dict(inputs.values()))[0][1:3])
     pixels = np.float32([resizer["height"], resizer["width"]] * 2)
-    anchors = frozen.run([first.references], frozen.extract([first.references], shape), {})[0].reshape(-1, 4) / pixels
+    anchors = run_by_shape(frozen, first.references, shape).reshape(-1, 4) / pixels
     zero_outside = _crops_with_op(frozen, crops, features)
     clip_first = clips_first(frozen, second.encodings, second_nms)
     return Parts(inputs, outputs, head, second.scales, anchors, first.scales, mask_size, zero_outside, clip_first)

@@ -140,6 +140,14 @@ class FrozenGraph:
                 )
 
 
+def run_by_shape(frozen, output, shapes):
+    """The value of a tensor that depends on the shapes of others alone: {tensor: shape}."""
+    subgraph = frozen.extract([output], shapes)
+    needed = {node.name for node in subgraph.node}
+    feeds = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if node_name(name) in needed}
+    return frozen.run([output], subgraph, feeds)[0]
+
+
 def detach_weights(graph_def, larger_than=4096):
     """Turns the float32 constants of more values than that into placeholders; returns {node name: array}."""
     tf = import_tensorflow()

@@ -11,6 +11,7 @@ import numpy as np
 from onnx_utils import OpBuilder
 from tfod.boxes import centre_and_size, decode_boxes, find_box_decoder, to_window
 from tfod.config import wrong_config
+from tfod.graph import run_by_shape
 from tfod.heads import ScoreHead, check_converter, find_score_head
 from tfod.nms import add_nms, candidates, find_nms_nodes, nms_settings
 from tfod.tf1 import clip_candidates, clips_first
@@ -40,8 +41,7 @@ def find(frozen, images, config, resizer):
     head = find_score_head(frozen, frozen.outputs["raw_detection_scores"])
     decoder = find_box_decoder(frozen, frozen.outputs["raw_detection_boxes"])
     shape = [1, resizer["height"], resizer["width"], 3]
-    subgraph = frozen.extract([decoder.references], {images: shape})
-    anchors = frozen.run([decoder.references], subgraph, {})[0].reshape(-1, 4)
+    anchors = run_by_shape(frozen, decoder.references, {images: shape}).reshape(-1, 4)
     clip_first = clips_first(frozen, decoder.encodings, find_nms_nodes(frozen, frozen.outputs["detection_boxes"]))
     outputs = {"logits": head.logits, "encodings": decoder.encodings}
     return Parts({"images": (images, shape)}, outputs, head, anchors, clip_first)
