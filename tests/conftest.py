@@ -58,7 +58,7 @@ EXPORTS = {
     "ties": tiny.Export(ties=True, seed=5),
     "thresholds": tiny.Export(masks=False, score_threshold=0.3, per_class=3, total=6, seed=6),
     "skip": tiny.Export(skip=True, seed=7),
-    "no_padding": tiny.Export(pad=False, seed=8),
+    "no_padding": tiny.Export(pad=False, seed=9),
 }
 
 

@@ -7,7 +7,7 @@ from commandline import UserError
 
 import numpy as np
 
-from onnx_utils import replace_tensor
+from onnx_utils import OpBuilder, replace_tensor
 from tfod.graph import node_name
 from tfod.tensorflow_import import import_tensorflow
 
@@ -80,21 +80,25 @@ def _written(node, lowest, highest, scale, zero):
 
 
 def drop_transposes(graph):
-    """Takes away the Transposes that tf2onnx leaves around each Floor: its optimizer does not know that op.
-
-    graph: graphsurgeon's. Transpose, Floor, Mul by the scale, Transposes back, become Floor and Mul.
+    """Moves the Transpose that tf2onnx leaves before each Floor, which its optimizer does not know, behind the Mul that
+    follows; there it meets the Transpose back, where there is one, and both go. graph: graphsurgeon's.
     """
     for floor in [node for node in graph.nodes if node.op == "Floor"]:
-        before, readers = floor.inputs[0].inputs, floor.outputs[0].outputs
+        before, readers = floor.inputs[0].inputs, list(floor.outputs[0].outputs)
         if not before or before[0].op != "Transpose" or [node.op for node in readers] != ["Mul"]:
             continue
-        product = readers[0].outputs[0]
-        there = before[0].attrs["perm"]
+        product, there = readers[0].outputs[0], list(before[0].attrs["perm"])
         back = [there.index(axis) for axis in range(len(there))]
-        behind = list(product.outputs)
-        if not behind or any(node.op != "Transpose" or list(node.attrs["perm"]) != back for node in behind):
-            continue
         floor.inputs = [before[0].inputs[0]]
-        for node in behind:
-            replace_tensor(graph, node.outputs[0], product)
-    graph.cleanup()
+        others = []
+        for node in list(product.outputs):
+            if node.op == "Transpose" and list(node.attrs["perm"]) == back:
+                replace_tensor(graph, node.outputs[0], product)
+            else:
+                others.append(node)
+        if others or any(tensor is product for tensor in graph.outputs):
+            turned = OpBuilder(graph, floor.name).add("Transpose", product, perm=there)
+            for node in others:
+                node.inputs = [turned if tensor is product else tensor for tensor in node.inputs]
+            graph.outputs = [turned if tensor is product else tensor for tensor in graph.outputs]
+    graph.cleanup().toposort()
