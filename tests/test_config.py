@@ -241,7 +241,6 @@ def test_two_models_and_two_resizers_are_merged_as_tfod_does(tmp_path, capsys):
         ("fixed_shape_resizer {", "conditional_shape_resizer {", "conditional_shape_resizer"),
         ("height: 160", "height: 160 convert_to_grayscale: true", "convert_to_grayscale"),
         ("score_converter: SIGMOID", "score_converter: SIGMOID calibration_config { }", "calibration_config"),
-        (FIXED, KEEP.replace("pad_to_max_dimension: true", ""), "without pad_to_max_dimension"),
     ],
 )
 def test_refuses_by_name(tmp_path, old, new, named):
@@ -277,18 +276,28 @@ def test_boxes_of_the_padded_image_are_refused(tmp_path):
     assert "change_coordinate_frame" in refusal(tmp_path, changed(FIXED, KEEP, text))
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        (changed("mobilenet_v1_keras", "mobilenet_v1"), "ssd_mobilenet_v1"),
-        (changed("mobilenet_v1_keras", "inception_v2", changed(FIXED, "their_resizer { }")), "ssd_inception_v2"),
-        (re.sub(r"faster_rcnn_\w+_keras", "faster_rcnn_resnet50", MASK_TEXT), "faster_rcnn_resnet50"),
-    ],
-)
-def test_tf1_models_are_told_so_at_once(tmp_path, text, kind):
-    said = refusal(tmp_path, text)
-    assert f"feature extractor '{kind}' is TF1's" in said
-    assert "exporter_main_v2" not in said
+def test_tf1_names_are_read(tmp_path, capsys):
+    for kind in ("ssd_mobilenet_v1", "ssd_mobilenet_v2"):
+        assert read(tmp_path, changed("ssd_mobilenet_v1_keras", kind)).ssd.feature_extractor.type == kind
+    assert not capsys.readouterr().err
+    assert read(tmp_path, changed("ssd_mobilenet_v1_keras", "ssd_inception_v2"))
+    assert "'ssd_inception_v2' is untested" in capsys.readouterr().err
+
+
+def test_models_of_video_are_refused(tmp_path):
+    said = refusal(tmp_path, changed("ssd_mobilenet_v1_keras", "lstm_ssd_mobilenet_v1"))
+    assert "'lstm_ssd_mobilenet_v1'" in said
+    assert "not supported" in said
+
+
+def test_a_resizer_that_does_not_pad_needs_the_size_of_the_images(tmp_path):
+    model = read(tmp_path, changed(FIXED, "keep_aspect_ratio_resizer { min_dimension: 600 max_dimension: 1024 }"))
+    with pytest.raises(UserError, match=r"--image_size 1080x1920 for example \(576 x 1024 input\)"):
+        describe_resizer(model.ssd.image_resizer)
+    described = describe_resizer(model.ssd.image_resizer, (480, 640))
+    assert (described["height"], described["width"], described["image_size"]) == (600, 800, [480, 640])
+    with pytest.raises(UserError, match="--image_size 10x9000"):
+        describe_resizer(model.ssd.image_resizer, (10, 9000))
 
 
 # What a field's number is replaced by, besides what is no number of its type.
