@@ -283,7 +283,10 @@ def test_files_that_do_not_belong_together(tmp_path, change, said):
     [
         (lambda p: (p / "x.tar.gz").write_bytes(b"") or p / "x.tar.gz", "it is an archive: unpack it"),
         (lambda p: (p / "model.tflite").write_bytes(b"") or p / "model.tflite", "TensorFlow Lite"),
-        (lambda p: (p / "graph.pbtxt").write_bytes(b"") or p / "graph.pbtxt", "it is a text file; give the saved_model"),
+        (
+            lambda p: (p / "graph.pbtxt").write_bytes(b"") or p / "graph.pbtxt",
+            "it is a text file; give the saved_model",
+        ),
         (lambda p: (p / "weights.h5").write_bytes(b"") or p / "weights.h5", "a Keras model"),
         (lambda p: (p / "ckpt-0.index").write_bytes(b"") or p / "ckpt-0.index", "a part of a checkpoint"),
         (lambda p: (p / "ckpt-0.index").write_bytes(b"") or p, "exporter_main_v2.py --input_type image_tensor"),
