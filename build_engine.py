@@ -224,7 +224,7 @@ def calibrate(args, model, metadata):
     size = spec.batch or args.calib_batch_size
     with Workers(0) as workers:
         load = functools.partial(load_image, **image_options(args))
-        resizer = {**metadata["resizer"], "fit": True}  # ranges hardly know of padding: images of any aspect ratio do
+        resizer = {**metadata["resizer"], "fit": True}  # images of any aspect ratio do
         batcher = ImageBatcher(files, resizer, size, workers, load=load)
         batches = list(progress(batcher, unit="batch", desc="reading"))
     if not batches:

@@ -161,7 +161,7 @@ def main(argv=None):
         detector = detectors[0]
         check_preprocessor(args.preprocessor, detector.metadata)
         choose_fit(detector.metadata, args.fit, images.files, args.exif_rotate)
-        for other in detectors[1:]:
+        for other in detectors[1:]:  # on more GPUs
             other.metadata["resizer"] = detector.metadata["resizer"]
         if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
             raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")

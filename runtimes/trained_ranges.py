@@ -57,10 +57,10 @@ def _fake_quant(floor):
         elif node.op in ("Min", "Max"):
             limits[node.op] = constants[0]
         tensor = variables[0]
-    (reader,) = floor.outputs[0].outputs if len(floor.outputs[0].outputs) == 1 else (None,)
-    if len(limits) != 2 or reader is None or reader.op != "Mul":
+    readers = floor.outputs[0].outputs
+    if len(limits) != 2 or [node.op for node in readers] != ["Mul"]:
         return None
-    return tensor, reader.outputs[0], (float(np.min(limits["Max"])), float(np.max(limits["Min"])))
+    return tensor, readers[0].outputs[0], (float(np.min(limits["Max"])), float(np.max(limits["Min"])))
 
 
 def _origin(tensor):

@@ -14,6 +14,7 @@ from google.protobuf import text_format
 
 from demo import tiny_mask_rcnn as tiny
 from tfod.config import ENUMS, FIELDS, MESSAGES, describe_resizer, read_pipeline_config
+from tfod.saved_model import find_pipeline_config, find_saved_model
 
 DEMO_TEXT = (DEMO_MODEL / "pipeline.config").read_text()
 MASK_TEXT = tiny.pipeline_config(tiny.Export())
@@ -148,7 +149,7 @@ def test_comments_in_other_encodings_do_not_matter(tmp_path):
 def test_schema_covers_the_zoo(capsys):
     """No field of the zoo's models is unknown, and the values are the parser's own, of the whole file."""
     for key in ZOO:
-        path = model_folder(key) / "pipeline.config"
+        path = find_pipeline_config(find_saved_model(model_folder(key)))
         whole = MESSAGES["Model"]()
         text = re.sub(r'"PATH_TO_BE_CONFIGURED" s$', '""', path.read_text(), flags=re.MULTILINE)
         text_format.Parse(

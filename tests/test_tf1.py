@@ -21,15 +21,15 @@ import onnx_utils
 from checks import parity
 from images.aspect import choose_fit
 from images.decoding import ImageError, load_image
-from images.resizing import keep_aspect_size, placement_of
+from images.resizing import keep_aspect_size, placement_of, preprocess
 from runtimes import open_detector
-from runtimes.detector import detect_image
+from runtimes.detector import detect_image, network_inputs, split_detections
 from runtimes.ort_detector import OrtDetector
 from runtimes.quantization import quantize
 from runtimes.trained_ranges import read_trained_ranges
 from tfod import tf1
 from tfod.boxes import box_iou
-from tfod.saved_model import SavedModel, find_saved_model
+from tfod.saved_model import SavedModel, _inline_functions, find_saved_model
 from tfod.tensorflow_import import import_tensorflow
 
 
@@ -54,6 +54,26 @@ def test_a_model_without_padding_is_tensorflows_for_images_of_its_aspect(exporte
             assert report.compared >= 15
             assert report.unmatched <= parity.allowed_unmatched(ours.metadata) * 2
             assert max(report.box_difference, report.score_difference) < 1e-3
+
+
+def test_a_model_without_padding_in_standard_ops(exported, pictures):
+    """Of a fixed size and batch, on ONNX Runtime alone: what the file in TensorRT's ops finds."""
+    _, path = exported("no_padding", "--batch_size", "dynamic")
+    _, standard = exported("no_padding", "--ops", "standard")
+    image = load_image(pictures / "b.png")
+    with open_detector(path) as detector:
+        pixels, place = preprocess(image, detector.metadata["resizer"])
+        batch, shapes = np.rint(pixels)[None], np.float32([place.true_shape])
+        wanted = detector.infer(batch, shapes)[0]
+        feed = network_inputs(batch, shapes, detector.input)
+    session = onnxruntime.InferenceSession(standard)
+    assert session.get_inputs()[0].shape == [1, 64, 128, 3]
+    outputs = [output.name for output in session.get_outputs()]
+    found = split_detections(dict(zip(outputs, session.run(None, feed), strict=True)), 1)[0]
+    report = parity.match_by_rank(wanted, found)
+    assert (report.unmatched, report.compared) == (0, len(wanted.scores))
+    assert report.compared >= 10
+    assert max(report.box_difference, report.score_difference) < 1e-6
 
 
 def test_images_of_another_aspect_are_refused_or_fitted(exported, pictures, tmp_path, capsys):
@@ -121,8 +141,9 @@ def test_a_size_of_the_input_is_a_size_that_stays():
 # Frozen graphs.
 
 
-def demo_graph(change=lambda graph_def: None):
-    """The demo's model as a frozen graph of TF1 names; `change` is called with its GraphDef."""
+@pytest.fixture(scope="module")
+def demo_graph():
+    """The demo's model as a frozen graph, a GraphDef with the names of TF1's exporter."""
     tf = import_tensorflow()
     keys = ("detection_boxes", "detection_scores", "detection_classes", "num_detections", *SavedModel.RAW)
     with SavedModel(DEMO_MODEL / "saved_model") as model:
@@ -133,17 +154,14 @@ def demo_graph(change=lambda graph_def: None):
         variables = tf.compat.v1.graph_util.convert_variables_to_constants(
             model._session, model._graph.as_graph_def(), [f"given/{key}" for key in keys]
         )
-        from tfod.saved_model import _inline_functions
-
         flat = _inline_functions(variables, [f"given/{key}" for key in keys])
         image = model.input.split(":")[0]
-    names = {image: tf1.INPUT} | {f"given/{key}": key for key in keys}
+    names = {image: tf1.INPUTS[0]} | {f"given/{key}": key for key in keys}
     for node in flat.node:
         node.name = names.get(node.name, node.name)
         for i, source in enumerate(node.input):
             bare = source.lstrip("^").split(":")[0]
             node.input[i] = source.replace(bare, names[bare]) if bare in names else source
-    change(flat)
     return flat
 
 
@@ -182,11 +200,13 @@ def with_fake_quants(graph_def):
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory):
+def quantised(demo_graph, tmp_path_factory):
     """(frozen graph, ONNX file) of the demo's model with fake quantisation."""
     folder = tmp_path_factory.mktemp("quantised")
     path = folder / tf1.FROZEN_GRAPH
-    path.write_bytes(demo_graph(with_fake_quants).SerializeToString())
+    graph_def = type(demo_graph).FromString(demo_graph.SerializeToString())
+    with_fake_quants(graph_def)
+    path.write_bytes(graph_def.SerializeToString())
     (folder / "pipeline.config").write_text((DEMO_MODEL / "pipeline.config").read_text())
     assert create_onnx.main(["--saved_model", str(folder), "--onnx", str(folder / "m.onnx")]) == 0
     return path, folder / "m.onnx"
@@ -246,12 +266,37 @@ def test_build_engine_needs_no_calibration_then(quantised, tmp_path, capsys):
     onnx.checker.check_model(model)
 
 
+@pytest.mark.parametrize("name", tf1.INPUTS[1:])
+def test_frozen_graphs_that_decode_images(name, demo_graph, tmp_path):
+    """They are given the pixels in a file without loss, and find what the graph behind finds."""
+    tf = import_tensorflow()
+    plain, decoding = tmp_path / "plain.pb", tmp_path / "decoding.pb"
+    plain.write_bytes(demo_graph.SerializeToString())
+    with tf.Graph().as_default() as graph:
+        data = tf.compat.v1.placeholder(tf.string, [None], name=name)[0]
+        if name == "tf_example":
+            data = tf.io.parse_single_example(data, {"image/encoded": tf.io.FixedLenFeature([], tf.string)})[
+                "image/encoded"
+            ]
+        behind = type(demo_graph)()
+        behind.node.extend(node for node in demo_graph.node if node.name != tf1.INPUTS[0])
+        behind.versions.CopyFrom(demo_graph.versions)
+        images = tf.image.decode_png(data, channels=3)[None]
+        tf.import_graph_def(behind, {f"{tf1.INPUTS[0]}:0": images}, name="")
+        decoding.write_bytes(graph.as_graph_def().SerializeToString())
+    image = load_image(sorted((DEMO / "images").glob("*.jpg"))[0])
+    with SavedModel(plain) as a, SavedModel(decoding) as b:
+        wanted, found = a.detect(image), b.detect(image)
+        np.testing.assert_array_equal(wanted["detection_boxes"], found["detection_boxes"])
+        assert wanted["detection_scores"][0] > 0.5
+        assert b.freeze().feed(image).dtype == object
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda g: None, "not a frozen graph"),
         (lambda g: g.node.add(name="image", op="Placeholder"), "it has no input image_tensor"),
-        (lambda g: g.node.add(name="encoded_image_string_tensor", op="Placeholder"), "its input is encoded_image_"),
         (lambda g: g.node.add(name="TFLite_Detection_PostProcess", op="NoOp"), "a graph for TensorFlow Lite"),
     ],
 )

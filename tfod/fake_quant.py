@@ -6,6 +6,7 @@ So that FP32 and FP16 give TensorFlow's results. runtimes/trained_ranges.py find
 from commandline import UserError
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_utils import OpBuilder, replace_tensor
 from tfod.graph import node_name
@@ -35,7 +36,7 @@ def _ranges(frozen, nodes):
             found[node.name] = np.float32(node.attr["min"].f), np.float32(node.attr["max"].f)
         else:
             computed += node.input[1:3]
-    if frozen.image and any(node_name(frozen.image) in frozen.ancestors(tensor) for tensor in computed):
+    if any(node_name(frozen.image) in frozen.ancestors(tensor) for tensor in computed):
         raise UserError("the SavedModel measures ranges of quantisation as it runs; export it from an evaluation graph")
     values = iter(frozen.run(computed, frozen.extract(computed), {}) if computed else ())
     return found | {node.name: (next(values), next(values)) for node in nodes if node.name not in found}
@@ -80,12 +81,14 @@ def _written(node, lowest, highest, scale, zero):
 
 
 def drop_transposes(graph):
-    """Moves the Transpose that tf2onnx leaves before each Floor, which its optimizer does not know, behind the Mul that
-    follows; there it meets the Transpose back, where there is one, and both go. graph: graphsurgeon's.
+    """Moves the Transpose that tf2onnx leaves before the Floor of a fake quantisation, an op that its optimizer does not
+    know, behind the Mul that follows. Where a Transpose back comes next, both go. graph: graphsurgeon's.
     """
     for floor in [node for node in graph.nodes if node.op == "Floor"]:
         before, readers = floor.inputs[0].inputs, list(floor.outputs[0].outputs)
         if not before or before[0].op != "Transpose" or [node.op for node in readers] != ["Mul"]:
+            continue
+        if not any(isinstance(factor, gs.Constant) and factor.values.size == 1 for factor in readers[0].inputs):
             continue
         product, there = readers[0].outputs[0], list(before[0].attrs["perm"])
         back = [there.index(axis) for axis in range(len(there))]

@@ -122,6 +122,8 @@ class SavedModel:
     def _set_signature(self, inputs, outputs):
         """inputs: names of tensors in the graph; outputs: {key: such a name}."""
         wrong = f"{self.folder} is not a TFOD detection model: "
+        # TF1's graphs have everything in themselves, TF2's exporter writes functions.
+        self._is_tf1 = not self._graph.as_graph_def().library.function
         missing = [name for name in self.OUTPUTS if name not in outputs]
         if not self._is_tf1:
             missing += [name for name in self.RAW if name not in outputs]
@@ -140,11 +142,6 @@ class SavedModel:
             raise UserError(
                 f"{wrong}its input is neither an image nor encoded images; re-export with --input_type image_tensor"
             )
-
-    @property
-    def _is_tf1(self):
-        """Whether the graph has everything in itself, without functions: TF2's exporter writes none such."""
-        return not self._graph.as_graph_def().library.function
 
     @property
     def has_raw_outputs(self):

@@ -15,9 +15,8 @@ from tfod.graph import SHAPE_ONLY, before_reshaping
 from tfod.tensorflow_import import first_line, import_tensorflow
 
 FROZEN_GRAPH = "frozen_inference_graph.pb"
-# A frozen graph's input, and what it may give: TFOD's exporter.py knows no other names.
-INPUT = "image_tensor"
-OTHER_INPUTS = ("encoded_image_string_tensor", "tf_example")
+# What a frozen graph may take in: the names that TFOD's exporter.py gives, of its --input_type.
+INPUTS = ("image_tensor", "encoded_image_string_tensor", "tf_example")
 # The graphs of export_tflite_ssd_graph.py have this node in place of a post-processing.
 TFLITE_NODE = "TFLite_Detection_PostProcess"
 
@@ -55,14 +54,12 @@ def read_frozen_graph(path, outputs):
             f"--saved_model {path}: a graph for TensorFlow Lite (it ends in {TFLITE_NODE}); give the {FROZEN_GRAPH}"
             " that export_inference_graph.py wrote"
         )
-    if INPUT not in names:
-        other = [name for name in OTHER_INPUTS if name in names]
-        reason = f"its input is {other[0]}" if other else f"it has no input {INPUT}"
+    inputs = [f"{name}:0" for name in INPUTS if name in names]
+    if not inputs:
         raise UserError(
-            f"--saved_model {path}: {reason}; give the {FROZEN_GRAPH} that export_inference_graph.py --input_type"
-            f" {INPUT} wrote"
+            f"--saved_model {path}: it has no input {INPUTS[0]}; give the {FROZEN_GRAPH} that export_inference_graph.py wrote"
         )
-    return [f"{INPUT}:0"], {name: f"{name}:0" for name in outputs if name in names}
+    return inputs, {name: f"{name}:0" for name in outputs if name in names}
 
 
 def find_image_stacks(frozen, scores):
