@@ -28,12 +28,8 @@ LARGE = [
 ]
 ALL += [pytest.param(key, marks=zoo) for key in LARGE]
 ALL += ["tf1_2018_ssd", "tf1_2018_faster_rcnn", pytest.param("tf1_ssd", marks=zoo)]
-SLOW = {
-    "tf1_2018_faster_rcnn": 1,
-    "faster_rcnn_640": 5,
-    "faster_rcnn_1333": 3,
-    "mask_rcnn": 2,
-}  # pictures to look at, where one takes seconds
+# Pictures to look at, where one takes seconds, or the test is one of `make test`'s longest.
+SLOW = {"faster_rcnn_640": 5, "faster_rcnn_1333": 3, "mask_rcnn": 2, "tf1_2018_ssd": 4, "tf1_2018_faster_rcnn": 1}
 
 TRAINED = {"demo", "fpnlite", "fpnlite_float", "hands"}
 # Boxes (normalised) and scores. The models with made-up weights are so noisy that TensorFlow with and without oneDNN
