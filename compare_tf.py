@@ -56,7 +56,12 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the converted model: model.onnx or engine.trt")
-    add("-m", "--saved_model", required=True, help="the SavedModel it was made of: its folder, or the export above it")
+    add(
+        "-m",
+        "--saved_model",
+        required=True,
+        help="what it was made of: the SavedModel's folder, the export above it, or a frozen_inference_graph.pb of TF1",
+    )
     add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
     add("-a", "--annotations", help="COCO annotations of the images: adds the ground truth and the AP of both sides")
     add("-o", "--output", required=True, help="folder for the report; created if need be")

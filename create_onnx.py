@@ -3,6 +3,7 @@
     python create_onnx.py --saved_model ssd_mobilenet_v2_fpnlite_320x320_coco17_tpu-8 --onnx model.onnx
     python create_onnx.py --saved_model exported/saved_model --onnx model.onnx --batch_size dynamic --input_type uint8
     python create_onnx.py --saved_model exported/saved_model --onnx model.onnx --ops standard
+    python create_onnx.py --saved_model exported/frozen_inference_graph.pb --onnx model.onnx --image_size 1080x1920
 
 The stock export is enough: no re-export, no TFOD. What the network computes after its heads (box decoder, score
 converter, non-maximum suppression) is written anew from pipeline.config, then checked against TensorFlow.
@@ -46,9 +47,14 @@ UNCHECKED = "an engine may leave out the weakest of so many detections; the chec
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("-m", "--saved_model", required=True, help="folder of the SavedModel, or the unpacked export above it")
+    add(
+        "-m",
+        "--saved_model",
+        required=True,
+        help="folder of the SavedModel, the unpacked export above it, or a frozen_inference_graph.pb of TF1",
+    )
     add("-o", "--onnx", required=True, help="the ONNX file to write")
-    add("-p", "--pipeline_config", help="the model's pipeline.config; default: the one beside saved_model/")
+    add("-p", "--pipeline_config", help="the model's pipeline.config; default: the one beside --saved_model")
     add(
         "-b",
         "--batch_size",

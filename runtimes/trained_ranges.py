@@ -18,7 +18,7 @@ def read_trained_ranges(model):
     None for a model that has none.
 
     ranges: {tensor name: (low, high)} of what layers with weights take in. To leave: layers that take in something else, the
-    image for one. Weights lie on the levels they were trained for already.
+    image for one. Weights keep the values that fake quantisation gave them; quantize takes their range from these.
     """
     graph = gs.import_onnx(model)
     found = {}
