@@ -90,11 +90,10 @@ class SavedModel:
         try:
             with self._graph.as_default():
                 if self.folder.is_file():
-                    self._set_signature(
-                        *tf1.read_frozen_graph(self.folder, (*self.OUTPUTS, *self.RAW, "detection_masks"))
-                    )
-                    return
-                meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(folder))
+                    outputs = (*self.OUTPUTS, *self.RAW, "detection_masks")
+                    self._set_signature(*tf1.read_frozen_graph(self.folder, outputs))
+                else:
+                    self._find_signature(tf.compat.v1.saved_model.load(self._session, ["serve"], str(folder)))
         except UserError:
             self.close()
             raise
@@ -103,11 +102,6 @@ class SavedModel:
             raise UserError(
                 f"{folder} cannot be loaded as a SavedModel ({first_line(error)}); export it again"
             ) from error
-        try:
-            self._find_signature(meta)
-        except UserError:
-            self.close()
-            raise
 
     def _find_signature(self, meta):
         signature = meta.signature_def.get("serving_default")
