@@ -5,6 +5,8 @@ import re
 import time
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from conftest import DEMO, ROWS, need_shared
 from PIL import Image
@@ -105,6 +107,14 @@ def test_same_file(key, detector, saved_model):
             assert sum(a.scores[unmatched] >= 0.1) <= allowed, path
         seen += int((theirs.scores >= 0.1).sum())
     assert seen >= 20, "too few detections to prove anything"
+
+
+def test_boxes_of_2018_are_clipped_before_suppression(convert):
+    """What goes into the NMS of such an export; later ones clip what comes out."""
+    model = gs.import_onnx(onnx.load(convert("tf1_2018_ssd", "--batch_size", "dynamic")[0]))
+    (nms,) = [node for node in model.nodes if node.op == "EfficientNMS_TRT"]
+    before = nms.inputs[0].inputs[0]
+    assert {node.op for node in (before, before.inputs[0].inputs[0])} == {"Reshape", "Clip"}
 
 
 @pytest.mark.parametrize("key", ["demo", pytest.param("fpnlite", marks=zoo)])

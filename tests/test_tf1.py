@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
-from conftest import DEMO, DEMO_MODEL, need_shared
+from conftest import DEMO, DEMO_MODEL
 from PIL import Image
 
 import build_engine
@@ -312,15 +312,6 @@ def test_other_frozen_graphs_are_called_what_they_are(tmp_path, change, said):
     (tmp_path / "pipeline.config").write_text((DEMO_MODEL / "pipeline.config").read_text())
     with pytest.raises(UserError, match=said):
         create_onnx.main(["--saved_model", str(path), "--onnx", str(tmp_path / "m.onnx")])
-
-
-def test_boxes_are_clipped_before_suppression(convert):
-    """In an export of 2018: clipped boxes and their scores go into the NMS."""
-    need_shared()
-    model = gs.import_onnx(onnx.load(convert("tf1_2018_ssd", "--batch_size", "dynamic")[0]))
-    (nms,) = [node for node in model.nodes if node.op == "EfficientNMS_TRT"]
-    before = nms.inputs[0].inputs[0]
-    assert {node.op for node in (before, before.inputs[0].inputs[0])} == {"Reshape", "Clip"}
 
 
 def test_clipped_candidates():
