@@ -97,20 +97,151 @@ def write_metadata(model, metadata):
 
 
 def read_metadata(model, path):
-    """Returns the metadata dict of an ONNX model; raises UserError if create_onnx.py did not make the file."""
+    """Returns the metadata dict of an ONNX model (METADATA). Raises UserError, naming `path`, if create_onnx.py did not
+    make the file, or if they are not what it writes or not of this graph."""
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
-            metadata = {"ops": "tensorrt", **json.loads(entry.value)}  # older files do not say
-            if metadata["ops"] not in OPS:
-                known = " or ".join(OPS)
-                raise UserError(
-                    f"{path}: its metadata say ops {metadata['ops']!r}, not {known}: a newer version made it; convert the"
-                    " SavedModel with this one"
-                )
+            try:
+                found = json.loads(entry.value)
+            except (ValueError, RecursionError):
+                found = None
+            metadata = check_metadata(found, path)
+            check_inputs(metadata, {tensor.name: _type_and_shape(tensor) for tensor in model.graph.input}, path)
             return metadata
     raise UserError(
         f"{path} was not made by this tool's create_onnx.py (no metadata in it); convert the SavedModel with it"
     )
+
+
+def _whole(low, high):
+    return lambda x: type(x) is int and low <= x <= high
+
+
+def _number(low, high):
+    return lambda x: type(x) in (int, float) and low <= x <= high
+
+
+def _one_of(*values):
+    return lambda x: isinstance(x, str) and x in values
+
+
+def _list(test, length=None):
+    return lambda x: isinstance(x, list) and (length is None or len(x) == length) and all(map(test, x))
+
+
+def _or_none(test):
+    return lambda x: x is None or test(x)
+
+
+def _text(x):
+    return isinstance(x, str)
+
+
+def _flag(x):
+    return isinstance(x, bool)
+
+
+def _nothing(_):
+    return False
+
+
+def _resizer(x):
+    """What tfod.config.describe_resizer gives."""
+    if not isinstance(x, dict) or x.keys() - RESIZER.keys() or not all(RESIZER[key](x[key]) for key in x):
+        return False
+    padded = x.get("kind") == "keep_aspect_ratio"
+    needed = {"kind", "height", "width"} | ({"min_dimension", "max_dimension", "pad_value"} if padded else set())
+    return needed <= x.keys()
+
+
+# What metadata say, and what each of it can be. They come with a file, and decide how much memory is asked for.
+LARGEST_SIDE, MOST_CLASSES, MOST_DETECTIONS, MOST_IMAGES = 16_384, 100_000, 100_000, 65_536
+RESIZER = {
+    "kind": _one_of("fixed_shape", "keep_aspect_ratio"),
+    "height": _whole(1, LARGEST_SIDE),
+    "width": _whole(1, LARGEST_SIDE),
+    "method": _one_of("bilinear", "nearest_neighbor", "bicubic", "area"),
+    "min_dimension": _whole(1, LARGEST_SIDE),
+    "max_dimension": _whole(1, LARGEST_SIDE),
+    "pad_value": _list(_number(-1e6, 1e6), 3),
+}
+METADATA = {
+    "architecture": _text,
+    "meta_architecture": _one_of("ssd", "faster_rcnn"),
+    "version": _text,
+    "ops": _one_of(*OPS),
+    "source": _text,
+    "num_classes": _whole(1, MOST_CLASSES),
+    "labels": _or_none(_list(_or_none(_text))),
+    "class_offset": _whole(0, 1),
+    "batch_size": _or_none(_whole(1, MOST_IMAGES)),
+    "input_format": _one_of("NHWC", "NCHW"),
+    "input_type": _one_of("uint8", "float32"),
+    "resizer": _resizer,
+    "score_threshold": _number(0, 1),
+    "config_score_threshold": _number(0, 1),
+    "iou_threshold": _number(0, 1),
+    "max_detections": _whole(1, MOST_DETECTIONS),
+    "mask_size": _or_none(_list(_whole(1, LARGEST_SIDE), 2)),
+    "zero_outside": _flag,
+    "proposal_score_threshold": _number(0, 1),
+    "precision": _one_of("fp32", "fp16", "int8"),
+}
+# Not in the metadata of every file.
+OPTIONAL = {"zero_outside", "proposal_score_threshold", "precision"}
+
+
+def check_metadata(found, path):
+    """The metadata dict of what a file holds under METADATA_KEY, any JSON value. Raises UserError, naming `path`, where it
+    is not what write_metadata writes (METADATA)."""
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: its metadata are damaged (no JSON object); make the file again")
+    metadata = {"ops": "tensorrt", **found}  # older files do not say
+    missing = METADATA.keys() - metadata.keys() - OPTIONAL
+    if missing:
+        raise UserError(f"{path}: its metadata lack {min(missing)}: an older version made it; make the file again")
+    for key, value in metadata.items():
+        if not METADATA.get(key, _nothing)(value):
+            shown = f"{value!r:.60}" if type(value) in (str, int, float, bool) else type(value).__name__
+            raise UserError(
+                f"{path}: its metadata say {key:.60} {shown}: a newer version made it, or they are damaged; make the file"
+                " again with this version"
+            )
+    if metadata["labels"] is not None and len(metadata["labels"]) != metadata["num_classes"]:
+        names = len(metadata["labels"])
+        raise UserError(f"{path}: its metadata have {names} names for {metadata['num_classes']} classes; make it again")
+    return metadata
+
+
+def check_inputs(metadata, inputs, path):
+    """Raises UserError where a graph's inputs are not those that its metadata tell of.
+
+    inputs: {name: (numpy dtype, shape)}, dimensions that are free as None.
+    """
+    resizer, batch = metadata["resizer"], metadata["batch_size"]
+    height, width = resizer["height"], resizer["width"]
+    image = [batch, height, width, 3] if metadata["input_format"] == "NHWC" else [batch, 3, height, width]
+    wanted = {"input_tensor": (np.dtype(metadata["input_type"]), image)}
+    if resizer["kind"] == "keep_aspect_ratio":
+        wanted["true_shape"] = (np.dtype(np.float32), [batch, 2])
+    for name in sorted(wanted.keys() | inputs.keys()):
+        if wanted.get(name) != inputs.get(name):
+            says, has = (_show_input(found.get(name)) for found in (wanted, inputs))
+            raise UserError(f"{path}: its metadata say that input {name} is {says}, it is {has}; make the file again")
+
+
+def _type_and_shape(tensor):
+    """(numpy dtype, shape) of an onnx.ValueInfoProto; None for a dimension that is free."""
+    kind = tensor.type.tensor_type
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    except (KeyError, ValueError, TypeError):
+        dtype = None
+    return dtype, [size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim]
+
+
+def _show_input(found):
+    return "not there" if found is None else f"{found[0]} {[size or 'batch' for size in found[1]]}".replace("'", "")
 
 
 def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes, class_agnostic=False):

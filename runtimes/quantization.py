@@ -5,6 +5,7 @@ All by ONNX Runtime, so that it needs no GPU and serves every TensorRT version a
 
 import hashlib
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -232,10 +233,14 @@ def read_cache(path, model):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         network, left = content["network"], content["left"]
-        ranges = {name: (low, high) for name, (low, high) in content["ranges"].items()}
+        ranges = {name: (float(low), float(high)) for name, (low, high) in content["ranges"].items()}
+        if not all(low <= high and math.isfinite(high - low) for low, high in ranges.values()):
+            raise ValueError("a range of nothing")
+        if not all(isinstance(name, str) for name in left):
+            raise TypeError("no names")
     except FileNotFoundError:
         return None, "there is none yet"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(
             f"--calib_cache {path}: it is not a calibration of build_engine.py, and stays as it is; name another file"
         ) from error

@@ -160,9 +160,10 @@ class TrtDetector:
         if self._engine is None:
             raise UserError(f"--engine {self._path}: {explain(' '.join(self._logger.errors), trt.__version__)}")
         try:
-            self.metadata = json.loads(self._engine.name)[onnx_utils.METADATA_KEY]
-        except (ValueError, KeyError, TypeError) as error:
+            found = json.loads(self._engine.name)[onnx_utils.METADATA_KEY]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"--engine {self._path}: this tool did not make it; {REBUILD}") from error
+        self.metadata = onnx_utils.check_metadata(found, f"--engine {self._path}")
         self.input = input_spec(self.metadata)
         self._context = self._engine.create_execution_context()
         if self._context is None:
@@ -173,6 +174,9 @@ class TrtDetector:
         self._inputs = [name for name in names if mode(name) == of_input]
         self._outputs = [name for name in names if mode(name) != of_input]
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
+        free = {name: [None if size < 0 else size for size in self._engine.get_tensor_shape(name)] for name in names}
+        inputs = {name: (self._types[name], free[name]) for name in self._inputs}
+        onnx_utils.check_inputs(self.metadata, inputs, f"--engine {self._path}")
         self.max_batch = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
         try:
             for _ in range(SLOTS):

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import importlib.util
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ EXPORTS = {
     "skip": tiny.Export(skip=True, seed=7),
     "no_padding": tiny.Export(pad=False, seed=9),
 }
+
+
+def variants(count):
+    """How many damaged inputs a test tries: `count`, FUZZ times as many in `make fuzz`."""
+    return count * int(os.environ.get("FUZZ", "1"))
 
 
 def need_shared(*parts):
