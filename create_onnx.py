@@ -20,7 +20,6 @@ from commandline import UserError, check_writable, command, run, steps, warn, wh
 from commandline.inputs import find_images
 from commandline.options import add_image_options, count, image_options, make_parser, score
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -39,8 +38,6 @@ from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import find_labels, read_labels
 from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model
 
-# What a fixed batch may be. Its activations take some ten times the bytes of its input.
-MOST_IMAGES, MOST_INPUT_BYTES = 4096, 2e9
 UNCHECKED = "an engine may leave out the weakest of so many detections; the check, without --no_check, says which"
 
 
@@ -138,9 +135,9 @@ def batch_size(text):
         images = count(text)
     except argparse.ArgumentTypeError:
         images = 0
-    if not 1 <= images <= MOST_IMAGES:
+    if not 1 <= images <= onnx_utils.MOST_IMAGES:
         raise argparse.ArgumentTypeError(
-            f"{text[:20]!r} is neither a whole number from 1 to {MOST_IMAGES} nor 'dynamic'"
+            f"{text[:20]!r} is neither a whole number from 1 to {onnx_utils.MOST_IMAGES} nor 'dynamic'"
         )
     return images
 
@@ -153,24 +150,13 @@ def image_size(text):
     return tuple(map(int, found.groups()))
 
 
-def check_batch_size(args, resizer):
-    """Raises UserError for a fixed batch that cannot be meant. resizer: the dict of config.describe_resizer."""
-    height, width, images = resizer["height"], resizer["width"], args.batch_size or 1
-    image_bytes = height * width * 3 * np.dtype(args.input_type).itemsize
-    if images * image_bytes > MOST_INPUT_BYTES:
-        raise UserError(
-            f"--batch_size {images}: {images * image_bytes / 1e9:.1f} GB of input; of {height} x {width} pixels"
-            f" {int(MOST_INPUT_BYTES // image_bytes)} images are the most, or give 'dynamic'"
-        )
-
-
 def main(argv=None):
     args = parse_args(argv)
     folder = find_saved_model(args.saved_model)
     config_path = args.pipeline_config or find_pipeline_config(folder)
     config = read_pipeline_config(config_path)
     resizer = describe_resizer(getattr(config, config.WhichOneof("one_of")).image_resizer, args.image_size)
-    check_batch_size(args, resizer)
+    onnx_utils.check_batch_size(args.batch_size or 1, resizer["height"], resizer["width"], args.input_type)
     if args.image_size and "image_size" not in resizer:
         warn(
             f"--image_size has no effect: the model's input is {resizer['height']} x {resizer['width']} for every image"

@@ -26,7 +26,17 @@ import sys
 import time
 from pathlib import Path
 
-from commandline import UserError, check_writable, command, make_folder, progress, run, warn, whole_file
+from commandline import (
+    UserError,
+    check_writable,
+    command,
+    make_folder,
+    progress,
+    remove_parts,
+    run,
+    warn,
+    whole_file,
+)
 from commandline.inputs import INPUTS, Images, find_images, show_inputs
 from commandline.options import (
     add_decoder,
@@ -364,9 +374,13 @@ def process(source, images, options, results):
             for entries in written:
                 results.add(entries)
                 bar.update()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError) as error:
             written.close()
             workers.close()  # what was being written is
+            if options.folder:
+                remove_parts(options.folder)
+            if isinstance(error, UserError):
+                raise
             where = f"are in {options.folder}" if options.folder else "were found"
             print(f"stopped: the results of {workers.finished} of {len(files)} images {where}", file=sys.stderr)
             return 130

@@ -155,7 +155,9 @@ def _resizer(x):
 
 
 # What metadata say, and what each of it can be. They come with a file, and decide how much memory is asked for.
-LARGEST_SIDE, MOST_CLASSES, MOST_DETECTIONS, MOST_IMAGES = 16_384, 100_000, 100_000, 65_536
+LARGEST_SIDE, MOST_CLASSES, MOST_DETECTIONS, MOST_IMAGES = 16_384, 100_000, 100_000, 4096
+# What a batch's input may be. Its activations take some ten times as much.
+MOST_INPUT_BYTES = 2e9
 RESIZER = {
     "kind": _one_of("fixed_shape", "keep_aspect_ratio"),
     "height": _whole(1, LARGEST_SIDE),
@@ -228,6 +230,16 @@ def check_inputs(metadata, inputs, path):
         if wanted.get(name) != inputs.get(name):
             says, has = (_show_input(found.get(name)) for found in (wanted, inputs))
             raise UserError(f"{path}: its metadata say that input {name} is {says}, it is {has}; make the file again")
+
+
+def check_batch_size(images, height, width, dtype):
+    """Raises UserError for a --batch_size that cannot be meant. height, width, dtype: of the network's input."""
+    image_bytes = height * width * 3 * np.dtype(dtype).itemsize
+    if images * image_bytes > MOST_INPUT_BYTES:
+        raise UserError(
+            f"--batch_size {images}: {images * image_bytes / 1e9:.1f} GB of input; of {height} x {width} pixels"
+            f" {int(MOST_INPUT_BYTES // image_bytes)} images are the most"
+        )
 
 
 def _type_and_shape(tensor):

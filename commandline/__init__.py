@@ -2,10 +2,14 @@
 
 import codecs
 import contextlib
+import errno
 import os
+import re
 import shlex
 import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 # tqdm is imported where it is used: a missing package must not keep this module from saying so.
@@ -15,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = {"tensorflow": "requirements.txt", "tf2onnx": "requirements.txt"}
 REQUIREMENTS |= {"av": "requirements-video.txt", "openvino": "requirements-openvino.txt"}
 REQUIREMENTS |= {"tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
+
+
+# What writing to a full disk, beyond a quota or a limit (ulimit -f) ends in.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
@@ -35,7 +43,10 @@ def missing_package(name):
 
 
 def _tell_missing_package(kind, error, trace):
-    """An excepthook: a package that a script of this project misses is a line and status 2, not a traceback."""
+    """An excepthook for what comes before `run`: a package that a script of this project misses is a line and status 2,
+    Ctrl-C status 130, neither a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
     name = (getattr(error, "name", None) or "").split(".")[0]
     ours = (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
     if not issubclass(kind, ModuleNotFoundError) or not name or ours:
@@ -52,6 +63,7 @@ if Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().par
 def run(main):
     """Calls `main()` and exits with what it returns (None is 0); a UserError becomes one line on stderr and status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; stderr does so by itself
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops a script as Ctrl-C does, nothing half-written
     try:
         status = main()
         sys.stdout.flush()
@@ -61,6 +73,12 @@ def run(main):
         sys.exit(1)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = error.filename or f"temporary files in {tempfile.gettempdir()}"
+        print(f"{Path(sys.argv[0]).name}: cannot write {place}: {error.strerror}; make room there", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -137,6 +155,25 @@ def whole_file(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder):
+    """Removes what processes that were killed within whole_file left in a folder and those below it."""
+    for path in Path(folder).rglob(".*.part*"):
+        number = re.fullmatch(r"\..*\.(\d+)\.part(\.\w+)?", path.name)
+        if number and not _is_running(int(number[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(number):
+    """Whether there is a process of this number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 @contextlib.contextmanager

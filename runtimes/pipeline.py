@@ -12,6 +12,7 @@ from commandline import UserError
 
 import numpy as np
 
+import onnx_utils
 from image_batcher import ImageBatcher
 from images.decoding import load_image
 from runtimes.detector import Detections
@@ -58,6 +59,8 @@ def choose_batch_size(detector, asked, usual):
         return fixed or min(usual, most or usual)
     if asked < 1 or (most and asked > most):
         raise UserError(f"--batch_size {asked}: the model takes 1 to {most or 'any number of'} images at a time")
+    spec = detector.input
+    onnx_utils.check_batch_size(asked, spec.height, spec.width, spec.dtype)
     return asked
 
 

@@ -104,8 +104,8 @@ def in_order(submit, items, ahead):
         raise UserError(
             "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
         ) from error
-    finally:  # what runs may read memory that goes
-        concurrent.futures.wait([future for future in begun if not future.cancel()])
+    finally:  # What runs may read memory that goes. None is cancelled: should the pool's processes end meanwhile, it trips.
+        concurrent.futures.wait(begun)
 
 
 def _first(begun):
@@ -121,10 +121,18 @@ def _call_each(function, items):
     return [function(*item) for item in items], time.perf_counter() - begun
 
 
+def _begin_process(initializer, arguments):
+    """What a process of a pool does first: it ends with the one that started it, however that one ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if initializer:
+        initializer(*arguments)
+
+
 def process_pool(count, initializer=None, arguments=()):
     """A pool of fresh processes, started. Ctrl-C does not reach them: what waits for them ends them."""
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer, arguments)
+    pool = concurrent.futures.ProcessPoolExecutor(count, context, _begin_process, (initializer, arguments))
     mine = threading.current_thread() is threading.main_thread()
     # What is ignored here is ignored by what is started here, from its first instruction on.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None

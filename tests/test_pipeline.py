@@ -241,6 +241,8 @@ def test_batch_size_is_what_the_model_takes(demo_detector, convert):
         assert choose_batch_size(fixed, None, 8) == 4
         with pytest.raises(UserError, match="--batch_size 5: the model takes 1 to 4"):
             choose_batch_size(fixed, 5, 8)
+    with pytest.raises(UserError, match=r"--batch_size 100000: 30\.7 GB of input; of 160 x 160 pixels 6510 images"):
+        choose_batch_size(demo_detector, 100_000, 8)
     with pytest.raises(UserError, match="--batch_size 0"):
         choose_batch_size(demo_detector, 0, 8)
 

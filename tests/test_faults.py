@@ -1,0 +1,224 @@
+"""Faults in the middle, on real processes: what is stopped or killed leaves whole files and no process behind."""
+
+import functools
+import itertools
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+from commandline import remove_parts
+
+import pytest
+from conftest import DEMO, ROOT, variants
+from PIL import Image
+from test_pipeline import PICTURES, many
+
+MODEL = DEMO / "ssd_mobilenet_v1_shapes"
+# Runs a script as `python SCRIPT ...` on a machine of so many cores, and says when it begins.
+RUN = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+os.cpu_count = lambda: int(sys.argv.pop(1))
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+print("begun", flush=True)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(script, *options, cores=2, limit=None):
+    """Starts a script in a process group of its own, as a shell does; returns it once Python runs."""
+    command = [sys.executable, "-c", RUN.replace("sys.argv.pop(1)", str(cores), 1), ROOT / script, *map(str, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, preexec_fn=limit, **pipes)
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def ended(process, seconds=60):
+    """What a process printed as errors, once it has ended; none of its own are left, and no traceback is in it."""
+    output, errors = process.communicate(timeout=seconds)
+    assert "Traceback" not in errors, errors
+    deadline = time.monotonic() + 10
+    while is_running(process.pid):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.1)
+    return output, errors
+
+
+def is_running(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def check_files(folder):
+    """Nothing half-written: no temporary file, and pictures that can be read."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if ".part" in path.name]
+    for path in files:
+        if path.suffix == ".jpg":
+            Image.open(path).load()
+            assert path.with_suffix(".tsv").exists()
+    return files
+
+
+@pytest.fixture(scope="module")
+def model(convert):
+    return convert("demo", "--batch_size", "dynamic")[0]
+
+
+def wait_for(process, folder, pattern, count):
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("whom", ["the script", "all of its processes"])
+def test_sigterm_stops_as_ctrl_c_does(model, tmp_path, whom):
+    """docker stop reaches the script alone, systemd all of its processes."""
+    out = tmp_path / "out"
+    process = start("infer.py", "--engine", model, "--input", many(tmp_path / "in", 3000), "--output", out, cores=4)
+    wait_for(process, out, "*.tsv", 20)
+    (os.kill if whom == "the script" else os.killpg)(process.pid, signal.SIGTERM)
+    _, errors = ended(process)
+    files = check_files(out)
+    if whom == "the script":
+        done = int(re.search(r"stopped: the results of (\d+) of 3000 images are in", errors)[1])
+        assert len([path for path in files if path.suffix == ".jpg"]) == done >= 19
+        assert process.returncode == 130
+    else:  # what ended first, decides
+        assert process.returncode == 130 or "the system ended a process" in errors
+
+
+def test_a_killed_script_leaves_no_process(model, tmp_path):
+    """Nor does what it left half-written stay after the next stop."""
+    out = tmp_path / "out"
+    process = start("infer.py", "--engine", model, "--input", many(tmp_path / "in", 3000), "--output", out, cores=4)
+    wait_for(process, out, "*.tsv", 20)
+    os.kill(process.pid, signal.SIGKILL)
+    ended(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_worker_is_one_line(model, tmp_path):
+    out = tmp_path / "out"
+    process = start("infer.py", "--engine", model, "--input", many(tmp_path / "in", 3000), "--output", out, cores=4)
+    wait_for(process, out, "*.tsv", 20)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        workers = [int(number) for number in file.read().split()]
+    with_most_work = max(workers, key=lambda number: os.path.exists(f"/proc/{number}") and cpu_ticks(number))
+    os.kill(with_most_work, signal.SIGKILL)
+    _, errors = ended(process)
+    assert process.returncode == 2
+    (line,) = errors.strip().splitlines()
+    assert line.startswith("infer.py: the system ended a process of this one")
+    check_files(out)
+
+
+def cpu_ticks(number):
+    with open(f"/proc/{number}/stat") as file:
+        return int(file.read().rsplit(")", 1)[1].split()[11])
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "a").mkdir()
+    left = [f".x.{process.pid}.part.jpg", f"a/.x.y.{process.pid}.part", f".x.{'9' * 30}.part"]
+    others = [f".x.{os.getpid()}.part.jpg", f"x.{process.pid}.part.jpg", ".x.part.jpg", f".x.{process.pid}.jpg"]
+    for name in left[:2] + others:
+        (tmp_path / name).write_text("")
+    remove_parts(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
+
+
+def test_few_file_handles(model, tmp_path):
+    """ulimit -n 32 is too few or enough, but never a traceback or half a file."""
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (32, 32))
+    options = "--engine", model, "--input", PICTURES[0].parent, "--output", tmp_path / "out"
+    for cores in (2, 4):
+        process = start("infer.py", *options, cores=cores, limit=limit)
+        ended(process)
+        assert process.returncode in (0, 2)
+        if process.returncode == 0:
+            assert len(check_files(tmp_path / "out")) == 2 * len(PICTURES)
+
+
+def test_inputs_that_vanish(model, tmp_path):
+    """They are skipped and counted."""
+    source, out = many(tmp_path / "in", 500), tmp_path / "out"
+    process = start("infer.py", "--engine", model, "--input", source, "--output", out)
+    wait_for(process, out, "*.tsv", 20)
+    for path in sorted(source.iterdir())[300:]:
+        path.unlink()
+    output, errors = ended(process, 240)
+    assert process.returncode == 1
+    skipped = int(re.search(r"(\d+) of 500 images were skipped", output)[1])
+    assert skipped == 200 == errors.count("no such file")
+    check_files(out)
+
+
+COMMANDS = {
+    "infer": lambda model, out: ("infer.py", "--engine", model, "--input", PICTURES[0].parent, "--output", out),
+    "eval": lambda model, out: (
+        *("eval_coco.py", "--engine", model, "--input", PICTURES[0].parent, "--output", out),
+        *("--annotations", DEMO / "instances_shapes.json"),
+    ),
+    "create": lambda model, out: ("create_onnx.py", "--saved_model", MODEL, "--onnx", out / "model.onnx"),
+    "compare": lambda model, out: (
+        *("compare_tf.py", "--engine", model, "--saved_model", MODEL, "--input", PICTURES[0].parent, "--output", out),
+    ),
+    "build": lambda model, out: (
+        *("build_engine.py", "--onnx", model, "--precision", "int8", "--calib_input", PICTURES[0].parent),
+        *("--calib_cache", out / "cache", "--typed_onnx", out / "int8.onnx"),
+    ),
+}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_file_can_be_written(model, tmp_path, name):
+    """Each write fails after 1,000 bytes, as on a full disk: one line that names the file, and nothing is left."""
+    script, *options = COMMANDS[name](model, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
+    process = start(script, *options, limit=limit)
+    _, errors = ended(process, 120)
+    assert process.returncode == 2
+    (line,) = [line for line in errors.splitlines() if not line.startswith("warning: ")]
+    assert line.startswith((f"{script}: cannot write {tmp_path / 'out'}", f"{script}: cannot write temporary files in"))
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or (path.stat().st_size < 1000 and ".part" not in path.name)
+
+
+# Moments at which each command is stopped, a signal each: in `make fuzz` 20 and 20.
+MOMENTS = [(name, kind, n) for n, name, kind in itertools.product(range(variants(1)), COMMANDS, ("SIGINT", "SIGTERM"))]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(("name", "kind", "number"), MOMENTS)
+def test_stopped_at_any_moment(model, tmp_path, name, kind, number):
+    """130 and whole files, whenever it comes; 0 where it came too late."""
+    script, *options = COMMANDS[name](model, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    process = start(script, *options)
+    time.sleep(random.Random(f"{name} {kind} {number}").uniform(0, 12))
+    with_pictures = name == "infer"
+    if process.poll() is None:
+        os.killpg(process.pid, signal.Signals[kind])
+    ended(process, 120)
+    assert process.returncode in (130, 0)
+    files = check_files(tmp_path / "out") if with_pictures else list((tmp_path / "out").rglob("*"))
+    assert not [path for path in files if ".part" in path.name]
+    if process.returncode == 0:
+        assert files
