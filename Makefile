@@ -3,6 +3,7 @@ VENV ?= .venv
 OUTPUT ?= build/demo
 MODEL ?= demo/ssd_mobilenet_v1_shapes
 IMAGES ?= demo/images
+FUZZ ?= 20
 ifeq ($(IMAGES),demo/images)
 ANNOTATIONS ?= demo/instances_shapes.json
 endif
@@ -10,13 +11,14 @@ WITH_LABELS = $(if $(LABELS),--labels '$(LABELS)')
 IN_VENV = $(VENV)/bin/python
 COCO = --annotations '$(ANNOTATIONS)'
 
-.PHONY: help demo test test-zoo readme-table lint clean
+.PHONY: help demo test test-zoo fuzz readme-table lint clean
 
 help:
 	@echo "make demo       installs into $(VENV), then converts, runs, evaluates and compares the small model in demo/"
 	@echo "                MODEL=export IMAGES=photos: the same on your own (LABELS=file: its class names, ANNOTATIONS=file: its AP)"
 	@echo "make test       lint, format and tests"
 	@echo "make test-zoo   the large models of ../shared against TensorFlow"
+	@echo "make fuzz       damaged inputs and faults in the middle, FUZZ=20 times as many as in make test"
 	@echo "make clean      removes build/ and $(VENV)"
 	@echo "Each script has --help: $(IN_VENV) create_onnx.py --help"
 
@@ -37,6 +39,9 @@ test: lint
 
 test-zoo: $(VENV)/.ready-dev
 	$(IN_VENV) -m pytest -m "zoo or models"
+
+fuzz: $(VENV)/.ready-dev
+	FUZZ=$(FUZZ) $(IN_VENV) -m pytest -m fuzz
 
 readme-table: $(VENV)/.ready-dev
 	$(IN_VENV) -m pytest -m models -k same_tensor --update-readme

@@ -11,6 +11,7 @@ from commandline import UserError
 import numpy as np
 import pytest
 from coco_files import NAMES, SIZES, results_for, some_uuid, sound, write
+from conftest import variants
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -495,6 +496,7 @@ def damage(rng, content):
             return
 
 
+@pytest.mark.fuzz
 def test_damaged_annotations_give_numbers_or_one_sentence(tmp_path, pictures, capsys):
     """250 seeded variants, boxes and masks: the same numbers of both libraries, or a UserError; never anything else."""
     rng = random.Random(18)
@@ -502,7 +504,7 @@ def test_damaged_annotations_give_numbers_or_one_sentence(tmp_path, pictures, ca
     files = sorted(pictures.glob("*.jpg"))
     found = results_for({name: i for i, name in enumerate(SIZES, 1)}, {"cat": 1, "dog": 2})
     model = {"num_classes": 2, "class_offset": 1}
-    for variant in range(250):
+    for variant in range(variants(250)):
         content = as_masks(compressed) if variant % 3 else sound()
         damage(rng, content)
         path, kind = write(tmp_path / "a.json", content), ("bbox", "segmentation")[variant % 2]

@@ -9,7 +9,7 @@ import time
 from commandline import UserError
 
 import pytest
-from conftest import DEMO_MODEL, ROOT, ZOO, model_folder, need_shared
+from conftest import DEMO_MODEL, ROOT, ZOO, model_folder, need_shared, variants
 from google.protobuf import text_format
 
 from demo import tiny_mask_rcnn as tiny
@@ -390,6 +390,7 @@ def test_no_such_file(tmp_path):
             read_pipeline_config(path)
 
 
+@pytest.mark.fuzz
 def test_any_text_is_a_model_or_one_line(tmp_path):
     """Mutated configs: a value or a UserError within a second."""
     rng = random.Random(18)
@@ -414,7 +415,7 @@ def test_any_text_is_a_model_or_one_line(tmp_path):
     ]
     bits += [*FIELDS["Ssd"], *FIELDS["Nms"], "train_config {", "1e400", "\u0663", "1_0", "\ufeff", "0x1F"]
     outcomes = {"read": 0, "refused": 0}
-    for _ in range(600):
+    for _ in range(variants(600)):
         text = rng.choice([DEMO_TEXT, MASK_TEXT])
         for _ in range(rng.choice([1, 1, 2, 5])):
             start = rng.randrange(len(text))

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import DEMO, ROOT, need_shared
+from conftest import DEMO, ROOT, need_shared, variants
 from PIL import Image, ImageOps
 
 from images.decoding import ImageError, load_image
@@ -355,6 +355,7 @@ def test_blank_images_are_small_and_valid(tmp_path):
         assert load_image(path).max() <= 2
 
 
+@pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_files_give_an_image_or_an_image_error(tmp_path, seed):
@@ -362,7 +363,7 @@ def test_damaged_files_give_an_image_or_an_image_error(tmp_path, seed):
     choose = random.Random(seed)
     contents = [path.read_bytes() for path in CORPUS]
     path, slowest = tmp_path / "damaged.jpg", 0
-    for _ in range(150):
+    for _ in range(variants(150)):
         data = bytearray(choose.choice(contents))
         for _ in range(choose.choice((1, 1, 2, 4))):
             at = choose.randrange(min(len(data), choose.choice((40, 200, 10**6))))

@@ -206,6 +206,7 @@ MOMENTS = [(name, kind, n) for n, name, kind in itertools.product(range(variants
 
 
 @pytest.mark.zoo
+@pytest.mark.fuzz
 @pytest.mark.parametrize(("name", "kind", "number"), MOMENTS)
 def test_stopped_at_any_moment(model, tmp_path, name, kind, number):
     """130 and whole files, whenever it comes; 0 where it came too late."""

@@ -1,13 +1,15 @@
 """Class names: label maps and text files, found, read, put into the files, and refused in one line where they do not fit."""
 
 import json
+import random
 import shutil
+import time
 
 from commandline import UserError
 
 import onnx
 import pytest
-from conftest import DEMO, DEMO_MODEL, model_folder, need_shared
+from conftest import DEMO, DEMO_MODEL, model_folder, need_shared, variants
 
 import build_engine
 import create_onnx
@@ -151,3 +153,55 @@ def test_a_hands_model_needs_no_flag(tmp_path, capsys):
     assert onnx_utils.read_metadata(onnx.load(tmp_path / "m.onnx"), "m")["labels"] == HANDS
     result = ["--engine", str(tmp_path / "m.onnx"), "--input", str(DEMO / "images"), "--output", str(tmp_path / "out")]
     assert infer.main(result) == 0
+
+
+@pytest.mark.fuzz
+def test_any_text_is_names_or_one_line(tmp_path):
+    """Damaged label maps and lists of names: a name or None for each class, or a UserError, within a second."""
+    rng = random.Random(23)
+    bits = [
+        b"{",
+        b"}",
+        b'"',
+        b"'",
+        b"item",
+        b"id:",
+        b"name:",
+        b"\n",
+        b"\r",
+        b"\0",
+        b"\xff",
+        b"\xfe\xff",
+        b"\\",
+        b"#",
+        b":",
+    ]
+    bits += [
+        b"9" * 5000,
+        b"-1",
+        b"1e9",
+        b"\xe2\x80\x9c",
+        b"{" * 3000,
+        b"display_name: 'x'",
+        b"nan",
+        b"\x85",
+        b"<",
+        b",",
+    ]
+    texts = [(item(1, "a") + item(2, "b") + item(3, "c")).encode(), b"a\nb\nc\n", "\ufeffä\nö\nü".encode("utf-16")]
+    outcomes = {"names": 0, "line": 0}
+    for _ in range(variants(400)):
+        text = rng.choice(texts)
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            start = rng.randrange(len(text) or 1)
+            text = text[:start] + rng.choice(bits) + text[start + rng.choice([0, 0, 1, 5, 20]) :]
+        begun = time.process_time()
+        try:
+            names = read(tmp_path, text, 3, rng.choice(["m.pbtxt", "m.txt"]))
+            assert len(names) == 3 and all(name is None or isinstance(name, str) for name in names)
+            outcomes["names"] += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+            outcomes["line"] += 1
+        assert time.process_time() - begun < 1
+    assert min(outcomes.values()) > 30

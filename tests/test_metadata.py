@@ -63,6 +63,7 @@ def damaged(rng, metadata):
     return content
 
 
+@pytest.mark.fuzz
 def test_odd_metadata_give_detections_or_one_line(model, metadata, tmp_path):
     """Nothing else, in a second and 500 MB each; what passes as something else than it was still fits the graph."""
     rng = random.Random(23)
@@ -144,7 +145,8 @@ def test_commands_refuse_damaged_metadata(model, metadata, tmp_path, name):
 
 def test_external_data_lie_beside_the_file(model, tmp_path):
     """A file that names another place for its weights is refused; one with weights beside it is read."""
-    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    moved = copy.deepcopy(model)  # saving takes the weights out of it
+    onnx.save(moved, tmp_path / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
     assert onnx_utils.load(tmp_path / "model.onnx").graph.node
     for place in ("../weights", "/etc/passwd", str(ROOT / "README.md")):
         moved = onnx.load(tmp_path / "model.onnx", load_external_data=False)
@@ -157,6 +159,7 @@ def test_external_data_lie_beside_the_file(model, tmp_path):
             onnx_utils.load(tmp_path / "moved.onnx")
 
 
+@pytest.mark.fuzz
 def test_damaged_onnx_files(model, metadata, tmp_path):
     """Bytes changed, cut out and repeated: a graph or one line."""
     onnx_utils.write_metadata(model, metadata)
@@ -165,12 +168,12 @@ def test_damaged_onnx_files(model, metadata, tmp_path):
     for _ in range(variants(100)):
         data = bytearray(whole)
         for _ in range(rng.choice([1, 1, 3])):
-            at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(2000)
+            at = rng.randrange(len(data) if rng.random() < 0.5 else min(len(data), 2000))
             match rng.randrange(3):
                 case 0:
                     data[at] ^= 1 << rng.randrange(8)
                 case 1:
-                    del data[at : at + rng.choice([1, 100, 10**6])]
+                    del data[at : at + rng.choice([1, 100, 10**5])]
                 case 2:
                     data[at:at] = data[at : at + rng.choice([1, 50])]
         (tmp_path / "odd.onnx").write_bytes(data)
