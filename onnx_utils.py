@@ -166,6 +166,7 @@ RESIZER = {
     "min_dimension": _whole(1, LARGEST_SIDE),
     "max_dimension": _whole(1, LARGEST_SIDE),
     "pad_value": _list(_number(-1e6, 1e6), 3),
+    "image_size": _list(_whole(1, 99_999), 2),
 }
 METADATA = {
     "architecture": _text,
