@@ -36,7 +36,7 @@ from runtimes import standard_graph
 from tfod.config import describe_resizer, read_pipeline_config
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import find_labels, read_labels
-from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model
+from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model, naming_model
 
 UNCHECKED = "an engine may leave out the weakest of so many detections; the check, without --no_check, says which"
 
@@ -181,13 +181,15 @@ def make(folder, config, options, args, pictures, step):
     step(f"reading {folder}")
     with SavedModel(folder) as saved_model:
         step("converting the network")
-        model = read_model(saved_model, config, args.image_size)
+        with naming_model(folder, "cannot be converted"):
+            model = read_model(saved_model, config, args.image_size)
         if args.tf2onnx:
             with whole_file(args.tf2onnx) as path:
                 onnx_utils.save(gs.export_onnx(model.network.graph), path)
         step("writing the file")
-        written = write(model, options, args.ops)
-        onnx.checker.check_model(written)
+        with naming_model(folder, "cannot be converted"):
+            written = write(model, options, args.ops)
+            onnx.checker.check_model(written)
         with whole_file(args.onnx) as path:
             onnx_utils.save(written, path)
         step("")

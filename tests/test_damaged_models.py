@@ -2,14 +2,11 @@
 
 import random
 import shutil
-import time
-
-from commandline import UserError
 
 import pytest
 from conftest import DEMO_MODEL, variants
+from test_convert import command
 
-import create_onnx
 from tfod.tensorflow_import import import_tensorflow
 
 
@@ -39,43 +36,40 @@ def damage(rng, saved_model):
             value.tensor_content = value.tensor_content[: len(value.tensor_content) // 2]
             del value.int_val[:], value.float_val[:]
         case 6:
-            output.name = rng.choice(
-                ["unheard:0", "", rng.choice(meta.graph_def.node).name + ":0", output.name[:-1] + "9"]
-            )
+            name = rng.choice(meta.graph_def.node).name
+            output.name = rng.choice(["unheard:0", "", f"{name}:0", output.name[:-1] + "9"])
         case 7:
             del signature.outputs[rng.choice(sorted(signature.outputs))]
         case _:
             entry = signature.inputs[next(iter(signature.inputs))]
             entry.name, entry.dtype = rng.choice(
-                [(entry.name, 7), ("unheard:0", entry.dtype), ("", 0), (output.name, 1)]
+                [(entry.name, 7), (entry.name, 999), ("unheard:0", entry.dtype), ("", 0), (output.name, 1)]
             )
 
 
 @pytest.mark.fuzz
 @pytest.mark.zoo
-def test_damaged_saved_models_are_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("seed", range(variants(10)))
+def test_a_damaged_saved_model_is_one_line(tmp_path, seed):
+    """Or a file that passed its check. Some make TensorFlow itself abort, which no Python code can catch."""
     import_tensorflow()
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-    rng, outcomes = random.Random(23), {"file": 0, "line": 0}
     export = tmp_path / "export"
     shutil.copytree(DEMO_MODEL, export)
-    sound = (export / "saved_model" / "saved_model.pb").read_bytes()
-    for number in range(variants(20)):
-        proto = SavedModel.FromString(sound)
-        damage(rng, proto)
-        (export / "saved_model" / "saved_model.pb").write_bytes(proto.SerializeToString())
-        onnx = tmp_path / f"{number}.onnx"
-        begun = time.monotonic()
-        try:
-            status = create_onnx.main(["--saved_model", str(export), "--onnx", str(onnx)])
-            assert onnx.exists() and status in (0, 1)
-            outcomes["file"] += 1
-        except UserError as error:
-            assert "\n" not in str(error) and len(str(error)) < 1000
-            assert str(export) in str(error) or "pipeline.config" in str(error), error
-            assert not onnx.exists()
-            outcomes["line"] += 1
-        assert time.monotonic() - begun < 120
-        capsys.readouterr()
-    assert min(outcomes.values()) > 2
+    path = export / "saved_model" / "saved_model.pb"
+    proto = SavedModel.FromString(path.read_bytes())
+    damage(random.Random(seed), proto)
+    path.write_bytes(proto.SerializeToString())
+    done = command("--saved_model", export, "--onnx", tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("*.part*"))
+    if done.returncode < 0:
+        assert "Check failed" in done.stderr and "tensorflow::" in done.stderr
+        return
+    assert "Traceback" not in done.stderr
+    if done.returncode == 2:
+        line = done.stderr.strip().splitlines()[-1]
+        assert line.startswith("create_onnx.py: ")
+        assert str(export) in line
+    else:
+        assert done.returncode == 0 and "PASSED" in done.stdout

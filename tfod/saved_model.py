@@ -4,8 +4,10 @@ TFOD need not be installed. The SavedModel is loaded through TF1's loader: `tf.s
 a Python object and alone takes as long as loading, freezing and inlining do here (BENCHMARKS.md).
 """
 
+import contextlib
 import io
 import shlex
+import traceback
 from pathlib import Path
 
 from commandline import UserError
@@ -75,6 +77,22 @@ def find_pipeline_config(saved_model):
     raise UserError(f"no pipeline.config beside {saved_model}: name the model's own with --pipeline_config")
 
 
+@contextlib.contextmanager
+def naming_model(folder, what):
+    """Whatever a damaged model, or one of an unknown kind, makes TensorFlow, tf2onnx or the search through its graph raise
+    becomes a UserError: `folder` `what`, why, and where in the code it came up."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}; {Path(place.filename).name}:{place.lineno}"
+        raise UserError(
+            f"{folder} {what} ({reason}): it is damaged, or not what TFOD exports; export it again"
+        ) from error
+
+
 class SavedModel:
     """A loaded TFOD SavedModel: `detect` runs it untouched, `graph_def` is its frozen, inlined graph. A context manager."""
 
@@ -88,20 +106,15 @@ class SavedModel:
         self._graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=self._graph)
         try:
-            with self._graph.as_default():
+            with naming_model(folder, "cannot be loaded"), self._graph.as_default():
                 if self.folder.is_file():
                     outputs = (*self.OUTPUTS, *self.RAW, "detection_masks")
                     self._set_signature(*tf1.read_frozen_graph(self.folder, outputs))
                 else:
                     self._find_signature(tf.compat.v1.saved_model.load(self._session, ["serve"], str(folder)))
-        except UserError:
+        except BaseException:
             self.close()
             raise
-        except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
-            self.close()
-            raise UserError(
-                f"{folder} cannot be loaded as a SavedModel ({first_line(error)}); export it again"
-            ) from error
 
     def _find_signature(self, meta):
         signature = meta.signature_def.get("serving_default")
@@ -161,8 +174,9 @@ class SavedModel:
         Returns {output name: array without the batch dimension} for all outputs of the signature: detection_boxes [M, 4]
         yxyx normalised to the image, detection_scores [M], detection_classes [M] (1-based, float), ...
         """
-        results = self._session.run(self.outputs, {self.input: self.feed(image)})
-        return {key: value[0] for key, value in results.items()}
+        with naming_model(self.folder, "cannot be run by TensorFlow"):
+            results = self._session.run(self.outputs, {self.input: self.feed(image)})
+            return {key: value[0] for key, value in results.items()}
 
     def freeze(self):
         """Returns the model as a FrozenGraph: variables are constants, functions are inlined, outputs keep their keys."""
