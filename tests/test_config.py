@@ -260,6 +260,7 @@ def test_other_forms_of_suppression_are_read(tmp_path, name):
         ("first_stage_max", "use_static_shapes: true use_static_shapes_for_eval: true first_stage_max", "for_eval"),
         ("max_total_detections", "use_combined_nms: true max_total_detections", "use_combined_nms of a second stage"),
         ("max_total_detections", "use_static_shapes: true max_total_detections", "use_static_shapes with masks"),
+        ("second_stage_post", "second_stage_box_predictor { rfcn_box_predictor { } } second_stage_post", "R-FCN"),
     ],
 )
 def test_two_stages_refuse_by_name(tmp_path, old, new, named):
