@@ -226,7 +226,7 @@ def test_two_models_and_two_resizers_are_merged_as_tfod_does(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("ssd {", "center_net {", "a CenterNet without boxes"),
+        ("ssd {", "center_net {", "NMS in a CenterNet"),
         ("ssd {", "experimental_model {", "experimental_model"),
         ("ssd {", "faster_rcnn {\n    number_of_stages: 1", "region proposal network alone"),
         ("ssd {", "faster_rcnn {\n    context_config { }", "Context R-CNN"),
