@@ -93,14 +93,15 @@ def parse_args(argv=None):
         "--first_nms_threshold",
         type=score,
         metavar="SCORE",
-        help="score threshold of the first NMS: an SSD's detections, a two-stage model's proposals; default: the config's",
+        help="score threshold of the first NMS: an SSD's or CenterNet's detections, a two-stage model's proposals; default: the"
+        " config's",
     )
     add(
         "-t2",
         "--second_nms_threshold",
         type=score,
         metavar="SCORE",
-        help="score threshold of a two-stage model's detections; SSD models have none; default: the config's",
+        help="score threshold of a two-stage model's detections; others have none; default: the config's",
     )
     add(
         "-d",
@@ -164,8 +165,8 @@ def main(argv=None):
     for path in filter(None, (args.onnx, args.tf2onnx)):
         check_writable(path)
     pictures = read_pictures(args) if args.check_image else None
-    if args.second_nms_threshold is not None and config.HasField("ssd"):
-        warn("--second_nms_threshold has no effect: an SSD model has one NMS, set with --first_nms_threshold")
+    if args.second_nms_threshold is not None and not config.HasField("faster_rcnn"):
+        warn("--second_nms_threshold has no effect: the model has one stage; --first_nms_threshold is what it has")
     labels = find_class_names(args.labels, folder, config)
     options = Options(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name != "labels"},
@@ -227,7 +228,7 @@ def write(model, options, ops, raw=False):
 
 def find_class_names(path, folder, config):
     """The names of --labels, or of a file beside the SavedModel; None where there are none."""
-    count = max(config.ssd.num_classes, config.faster_rcnn.num_classes)
+    count = getattr(config, config.WhichOneof("one_of")).num_classes
     if path:
         return read_labels(path, count)
     path, names = find_labels([folder.resolve().parent, folder, folder / "assets"], count)

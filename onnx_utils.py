@@ -170,7 +170,7 @@ RESIZER = {
 }
 METADATA = {
     "architecture": _text,
-    "meta_architecture": _one_of("ssd", "faster_rcnn"),
+    "meta_architecture": _one_of("ssd", "faster_rcnn", "center_net"),
     "version": _text,
     "ops": _one_of(*OPS),
     "source": _text,
@@ -183,7 +183,7 @@ METADATA = {
     "resizer": _resizer,
     "score_threshold": _number(0, 1),
     "config_score_threshold": _number(0, 1),
-    "iou_threshold": _number(0, 1),
+    "iou_threshold": _or_none(_number(0, 1)),  # None: without suppression
     "max_detections": _whole(1, MOST_DETECTIONS),
     "mask_size": _or_none(_list(_whole(1, LARGEST_SIDE), 2)),
     "zero_outside": _flag,
@@ -320,6 +320,20 @@ def fold_batch_norms(graph):
         ]
         conv.outputs = [norm.outputs[0]]
         norm.outputs.clear()
+
+
+def plain_upsampling(graph):
+    """Nearest-neighbour upsampling by whole numbers in its plainest form, of the same values.
+
+    tf2onnx writes it with `tf_half_pixel_for_nn`, which ONNX has given up: runtimes warn of it.
+    """
+    for node in graph.nodes:
+        attrs = node.attrs
+        if node.op == "Resize" and attrs.get("coordinate_transformation_mode") == "tf_half_pixel_for_nn":
+            scales = node.inputs[2]
+            whole = isinstance(scales, gs.Constant) and scales.values.size and np.all(scales.values % 1 == 0)
+            if whole and (attrs.get("mode"), attrs.get("nearest_mode")) == ("nearest", "floor"):
+                attrs["coordinate_transformation_mode"] = "asymmetric"
 
 
 def name_by_place(graph):

@@ -37,7 +37,7 @@ class OnnxDetector:
         self._outputs += ["detection_masks"] if self.metadata.get("mask_size") else []
         # The intermediate results of a two-stage model take gigabytes.
         most = min(MOST_SIDE_BY_SIDE, os.cpu_count() or 1)
-        self._callers = {"infer": 1, "start": most if self.metadata["meta_architecture"] == "ssd" else 1}
+        self._callers = {"infer": 1, "start": 1 if self.metadata["meta_architecture"] == "faster_rcnn" else most}
         self.batches_ahead = self._callers["start"] + 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._callers["start"])
         self._networks = {}

@@ -30,9 +30,11 @@ def float32_nodes(graph):
     """The ids of the nodes of a graphsurgeon graph that compute in float32 in every form.
 
     All that lies between the inputs and the first layer with weights, before an NMS back to the layers with weights, and
-    behind an NMS up to its crops, the next ones or the outputs; without the ops at its edges that only move values.
+    behind an NMS up to its crops, the next ones or the outputs; without the ops at its edges that only move values. A
+    CenterNet has TopKs in an NMS's place.
     """
-    suppressions = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
+    plugins = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
+    suppressions = plugins or [node for node in graph.nodes if node.op == "TopK"]
     found = {id(node) for node in suppressions}
     _spread(found, suppressions, lambda node: [x.inputs[0] for x in node.inputs if x.inputs])
     readers = [reader for tensor in graph.inputs for reader in tensor.outputs]
@@ -46,7 +48,21 @@ def float32_nodes(graph):
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         if node.op in MOVING and readers and not any(id(reader) in found for reader in readers):
             found.discard(id(node))
+    if not plugins:
+        pools = [node for node in graph.nodes if node.op == "MaxPool" and id(node) in found]
+        found.update(id(node) for pool in pools for node in _heatmap(pool))
     return found
+
+
+def _heatmap(pool):
+    """The nodes from a layer with weights to a max-pool that finds the peaks of what it makes (centernet.best_peaks).
+
+    That layer too: in FP16 a peak's neighbours would often be as high as the peak.
+    """
+    chain = [pool]
+    while chain[-1].op not in WEIGHTED and chain[-1].inputs[0].inputs:
+        chain.append(chain[-1].inputs[0].inputs[0])
+    return chain
 
 
 def float32_names(model):

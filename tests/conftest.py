@@ -38,6 +38,14 @@ ZOO = {
     "tf1_2018_ssd": "tf1_2018_ssd_mobilenet_v2_coco",
     "tf1_2018_faster_rcnn": "tf1_2018_faster_rcnn_inception_v2_coco",
 }
+# Those that only `make test-zoo` writes out.
+ZOO_ONLY = {
+    "efficientdet": "ssd_efficientdet_d0_512x512",
+    "centernet_resnet50": "centernet_resnet50_v1_fpn_512x512",
+    "centernet_mobilenet": "centernet_mobilenet_v2_fpn_512x512",
+    "centernet_hourglass": "centernet_hourglass20_512x512",
+    "centernet_keypoints": "centernet_mobilenet_v2_fpn_512x512_kpts_1class",
+}
 # FPNLite as users export it: other limits of suppression, other forms of it, images that the model decodes itself.
 USERS = {
     "limit_2_of_4": "ssd_mobilenet_v2_fpnlite_limit_2_of_4",
@@ -85,7 +93,7 @@ def model_folder(key):
     if key == "demo":
         return DEMO_MODEL
     script = need_shared("models", "materialize.py")
-    name = {**ZOO, **USERS}[key]
+    name = {**ZOO, **ZOO_ONLY, **USERS}[key]
     folder = MODELS / name
     made = "frozen_inference_graph.pb" if key.startswith("tf1_") else "saved_model/variables/variables.index"
     MODELS.mkdir(parents=True, exist_ok=True)

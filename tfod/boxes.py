@@ -13,6 +13,8 @@ import numpy as np
 
 from tfod.graph import before_reshaping, node_name
 
+# Of normalised boxes: half a pixel of 500.
+THIN = 1e-3
 # Ops that split boxes into their coordinates.
 COLUMNS = {"Unpack", "Split", "SplitV"}
 
@@ -106,10 +108,17 @@ def _twice(ops, window):
 
 
 def box_iou(a, b):
-    """Intersection over union of boxes [N, 4] and [M, 4] -> [N, M]; 0 where a box is empty."""
+    """Intersection over union of boxes [N, 4] and [M, 4] -> [N, M].
+
+    A box without area overlaps nothing, though it be a CenterNet's detection: where one of `a` is thinner than THIN, its
+    overlap with a box whose corners are as near as that counts as 1.
+    """
     top_left = np.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
     bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
     inter = (bottom_right - top_left).clip(min=0).prod(axis=2)
     area_a, area_b = ((x[:, 2:] - x[:, :2]).clip(min=0).prod(axis=1) for x in (a, b))
     union = area_a[:, None] + area_b[None] - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    iou = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    for i in np.flatnonzero((a[:, 2:] - a[:, :2]).min(axis=1) < THIN):
+        iou[i, np.abs(a[i] - b).max(axis=1) < THIN] = 1
+    return iou

@@ -5,6 +5,7 @@ TFOD's own .proto files (object_detection/protos, 2017 to 2022).
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from commandline import UserError, warn
@@ -41,10 +42,19 @@ SCHEMA = {
     " second_stage_mask_prediction_loss_weight use_matmul_crop_and_resize use_matmul_gather_in_matcher"
     " use_static_shapes:bool=false use_static_shapes_for_eval:bool=false use_partitioned_nms_in_first_stage"
     " use_static_balanced_label_sampler",
-    "CenterNet": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor post_processing:PostProcessing"
-    " compute_heatmap_sparse deepmac_mask_estimation densepose_estimation_task keypoint_estimation_task"
-    " keypoint_label_map_path mask_estimation_task object_center_params object_detection_task output_prediction_dict"
-    " temporal_offset_task track_estimation_task use_depthwise",
+    "CenterNet": "num_classes:int32 image_resizer:Resizer feature_extractor:FeatureExtractor post_processing:Unread"
+    " object_center_params:ObjectCenterParams object_detection_task:Unread keypoint_estimation_task:Keypoints*"
+    " mask_estimation_task:Unread densepose_estimation_task:Unread track_estimation_task:Unread temporal_offset_task:Unread"
+    " deepmac_mask_estimation:Unread compute_heatmap_sparse keypoint_label_map_path output_prediction_dict use_depthwise",
+    "ObjectCenterParams": "max_box_predictions:int32=100 object_center_loss_weight classification_loss heatmap_bias_init"
+    " min_box_overlap_iou use_labeled_classes keypoint_weights_for_center center_head_params peak_max_pool_kernel_size",
+    "Keypoints": "rescore_instances:bool=false task_name task_loss_weight loss keypoint_class_name keypoint_label_to_std"
+    " keypoint_regression_loss_weight keypoint_heatmap_loss_weight keypoint_offset_loss_weight heatmap_bias_init"
+    " keypoint_candidate_score_threshold num_candidates_per_keypoint peak_max_pool_kernel_size unmatched_keypoint_score"
+    " box_scale candidate_search_scale candidate_ranking_mode score_distance_offset score_distance_multiplier"
+    " std_dev_multiplier offset_peak_radius per_keypoint_offset predict_depth per_keypoint_depth keypoint_depth_loss_weight"
+    " clip_out_of_frame_keypoints rescoring_threshold gaussian_denom_ratio argmax_postprocessing heatmap_head_params"
+    " offset_head_params regress_head_params",
     # Of all three meta-architectures.
     "FeatureExtractor": "type:string batch_norm_trainable bgr_ordering bifpn channel_means channel_stds conv_hyperparams"
     " depth_multiplier first_stage_features_stride fpn min_depth num_layers override_base_feature_extractor_hyperparams"
@@ -75,6 +85,7 @@ SCHEMA = {
 ONE_OF = {"Model", "Resizer", "BoxCoder", "BoxPredictor"}
 # Where forks of TFOD add fields that need not matter: the check against TensorFlow tells.
 LOOSE = {"Ssd", "FasterRcnn", "CenterNet", "FeatureExtractor", "BoxPredictor", "MaskRcnnBoxPredictor"}
+LOOSE |= {"ObjectCenterParams", "Keypoints"}
 ENUMS = {
     "ScoreConverter": ("IDENTITY", "SIGMOID", "SOFTMAX"),
     "ResizeMethod": ("BILINEAR", "NEAREST_NEIGHBOR", "BICUBIC", "AREA"),
@@ -92,6 +103,7 @@ LIMITS = {
     **dict.fromkeys(("score_threshold", "first_stage_nms_score_threshold"), (0, 1)),
     **dict.fromkeys(("iou_threshold", "first_stage_nms_iou_threshold"), (0, 1)),
     **dict.fromkeys(("max_detections_per_class", "max_total_detections"), (1, 10_000)),  # grains on a photo: 4,500
+    "max_box_predictions": (1, 3840),  # 100; TensorRT sorts no more
     "first_stage_max_proposals": (1, 5000),  # 300; each is a crop of features
     "max_classes_per_detection": (1, 30_000),
     "soft_nms_sigma": (0, 100),
@@ -109,6 +121,7 @@ FEATURE_EXTRACTORS = (
     "ssd_resnet50_v1_fpn_keras",
     "ssd_resnet101_v1_fpn_keras",
     "ssd_resnet152_v1_fpn_keras",
+    *(f"ssd_efficientnet-b{size}_bifpn_keras" for size in range(8)),
     "faster_rcnn_resnet50_keras",
     "faster_rcnn_resnet101_keras",
     "faster_rcnn_resnet152_keras",
@@ -117,7 +130,24 @@ FEATURE_EXTRACTORS = (
     "ssd_mobilenet_v1",
     "ssd_mobilenet_v2",
     "faster_rcnn_inception_v2",
+    "resnet_v1_50_fpn",
+    "resnet_v1_101_fpn",
+    "resnet_v2_50",
+    "resnet_v2_101",
+    "mobilenet_v2_fpn",
+    "mobilenet_v2_fpn_sep_conv",
+    "hourglass_20",
+    "hourglass_104",
 )
+# What a CenterNet may give besides boxes: field -> its name.
+BESIDES_BOXES = {
+    "keypoint_estimation_task": "keypoints",
+    "mask_estimation_task": "masks",
+    "densepose_estimation_task": "DensePose",
+    "track_estimation_task": "tracks",
+    "temporal_offset_task": "temporal offsets",
+    "deepmac_mask_estimation": "DeepMAC's masks",
+}
 
 
 def _fields():
@@ -198,6 +228,8 @@ def read_pipeline_config(path):
     if part.feature_extractor.type not in FEATURE_EXTRACTORS:
         kind = part.feature_extractor.type[:60]
         config.warnings.append(f"the feature extractor {kind!r} is untested; trust the check's verdict")
+    if besides := [BESIDES_BOXES[field.name] for field, _ in part.ListFields() if field.name in BESIDES_BOXES]:
+        config.warnings.append(f"{', '.join(besides)} are left out: boxes alone are converted")
     for text in config.warnings:
         warn(f"{path}: {text}")
     return model
@@ -210,11 +242,11 @@ def _refuse_unsupported(model, path):
     """
 
     def refuse(what):
-        raise UserError(f"{path}: {what} is not supported; this tool converts SSD and Faster R-CNN with hard NMS")
+        raise UserError(
+            f"{path}: {what} is not supported; this tool converts SSD, CenterNet, and Faster R-CNN with hard NMS"
+        )
 
     meta = model.WhichOneof("one_of")
-    if meta == "center_net":
-        refuse("the meta-architecture CenterNet")
     if meta == "experimental_model":
         refuse("experimental_model")
     part = getattr(model, meta)
@@ -222,6 +254,10 @@ def _refuse_unsupported(model, path):
         refuse(
             f"the feature extractor {part.feature_extractor.type[:60]!r} (a model of video, with a state from frame to frame)"
         )
+    if meta == "center_net":
+        _refuse_center_net(part, refuse)
+        _refuse_resizer(part.image_resizer, refuse)
+        return part
     if meta == "faster_rcnn":
         _refuse_two_stage(part, refuse)
         post = part.second_stage_post_processing
@@ -257,7 +293,8 @@ def _refuse_out_of_range(message, path, place):
     """Raises UserError for a number that no model can mean (LIMITS), in this message or one within it."""
     for field, value in message.ListFields():
         if field.message_type:
-            _refuse_out_of_range(value, path, field.name)
+            for part in value if isinstance(value, Sequence) else [value]:
+                _refuse_out_of_range(part, path, field.name)
         elif field.name in LIMITS:
             least, most = LIMITS[field.name]
             for number in [value] if isinstance(value, int | float) else value:
@@ -286,6 +323,15 @@ def _refuse_two_stage(faster_rcnn, refuse):
         refuse("R-FCN (rfcn_box_predictor)")
     if predictor.mask_rcnn_box_predictor.predict_keypoints:
         refuse("predict_keypoints")
+
+
+def _refuse_center_net(center_net, refuse):
+    if center_net.HasField("post_processing"):
+        refuse("NMS in a CenterNet (post_processing)")
+    if not center_net.HasField("object_detection_task"):
+        refuse("a CenterNet without boxes (no object_detection_task)")
+    if any(task.rescore_instances for task in center_net.keypoint_estimation_task):
+        refuse("rescore_instances")
 
 
 def _refuse_ssd(ssd, refuse):

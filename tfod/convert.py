@@ -13,12 +13,13 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import onnx_utils
-from tfod import faster_rcnn, ssd
+from tfod import centernet, faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
 from tfod.fake_quant import drop_transposes, write_fake_quants
 from tfod.graph import detach_weights, tensor_name
 from tfod.preprocessing import Colours, add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
 from tfod.tensorflow_import import silenced
+from tfod.weighted_sums import write_weighted_sums
 
 # Field of the config's `model` message -> module, which has
 #   recognise(frozen) -> bool: whether a FrozenGraph is of this kind;
@@ -28,8 +29,8 @@ from tfod.tensorflow_import import silenced
 #   check_config(network, parts, config, folder): raises UserError where the config does not fit the network;
 #   add_detections(network, parts, config, metadata, window) -> {output name: tensor}: the post-processing;
 #   add_raw_detections(network, parts, config, metadata, window) -> (boxes, scores): what TensorFlow gives as
-#       raw_detection_boxes and raw_detection_scores, all that post-processing chooses from.
-META_ARCHITECTURES = {"ssd": ssd, "faster_rcnn": faster_rcnn}
+#       raw_detection_boxes and raw_detection_scores, all that post-processing chooses from; not of a CenterNet, which has none.
+META_ARCHITECTURES = {"ssd": ssd, "faster_rcnn": faster_rcnn, "center_net": centernet}
 RAW_OUTPUTS = ("raw_detection_boxes", "raw_detection_scores")
 
 
@@ -163,6 +164,7 @@ def convert_network(frozen, inputs, outputs):
 
     subgraph = frozen.extract(outputs.values(), dict(inputs.values()))
     write_fake_quants(frozen, subgraph)
+    write_weighted_sums(frozen, subgraph)
     weights = detach_weights(subgraph)
     names = {name: tensor_name(tensor) for name, (tensor, _) in inputs.items()}
     with silenced():
@@ -182,6 +184,7 @@ def convert_network(frozen, inputs, outputs):
     graph.fold_constants(size_threshold=sys.maxsize).cleanup()
     drop_transposes(graph)
     onnx_utils.fold_batch_norms(graph)
+    onnx_utils.plain_upsampling(graph)
     onnx_utils.name_by_place(graph.cleanup())
     shapes = {name: tensor.shape for name, tensor in zip(outputs, graph.outputs, strict=True)}
     return Network(

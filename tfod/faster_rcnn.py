@@ -41,7 +41,8 @@ class Parts:
 
 def recognise(frozen):
     """Whether the graph has two stages: proposals are suppressed before the final boxes are computed."""
-    return bool(find_nms_nodes(frozen, frozen.outputs["raw_detection_boxes"]))
+    boxes = frozen.outputs.get("raw_detection_boxes")
+    return boxes is not None and bool(find_nms_nodes(frozen, boxes))
 
 
 def find(frozen, images, config, resizer):

@@ -174,6 +174,17 @@ def tensor_name(tensor):
     return tensor if ":" in tensor else f"{tensor}:0"
 
 
+def reading_op(frozen, name):
+    """The op that reads what the node `name` makes, in whatever shape or type; None where there are several or none."""
+    while True:
+        readers = frozen.consumers(name)
+        if len(readers) != 1:
+            return None
+        (name,) = readers
+        if frozen.op(name) not in RESHAPING:
+            return frozen.op(name)
+
+
 def before_reshaping(frozen, tensor):
     """The tensor whose values `tensor` hands on in another shape or type."""
     while frozen.op(tensor) in RESHAPING:

@@ -132,8 +132,6 @@ class SavedModel:
         # TF1's graphs have everything in themselves, TF2's exporter writes functions.
         self._is_tf1 = not self._graph.as_graph_def().library.function
         missing = [name for name in self.OUTPUTS if name not in outputs]
-        if not self._is_tf1:
-            missing += [name for name in self.RAW if name not in outputs]
         if missing:
             raise UserError(f"{wrong}its signature lacks {', '.join(missing)}; export it with exporter_main_v2.py")
         if len(inputs) != 1:
@@ -152,7 +150,7 @@ class SavedModel:
 
     @property
     def has_raw_outputs(self):
-        """Whether it gives raw_detection_boxes and raw_detection_scores."""
+        """Whether it gives raw_detection_boxes and raw_detection_scores; CenterNet does not."""
         return self.outputs.keys() >= set(self.RAW)
 
     def _parses_examples(self):

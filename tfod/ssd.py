@@ -33,7 +33,8 @@ class Parts:
 
 def recognise(frozen):
     """Whether the graph has one stage: nothing is suppressed before the final boxes are computed."""
-    return not find_nms_nodes(frozen, frozen.outputs["raw_detection_boxes"])
+    boxes = frozen.outputs.get("raw_detection_boxes")
+    return boxes is not None and not find_nms_nodes(frozen, boxes)
 
 
 def find(frozen, images, config, resizer):
