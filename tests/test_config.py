@@ -422,14 +422,14 @@ def test_any_text_is_a_model_or_one_line(tmp_path):
         for _ in range(rng.choice([1, 1, 2, 5])):
             start = rng.randrange(len(text))
             text = text[:start] + rng.choice(bits) + text[start + rng.choice([0, 0, 1, 5, 40]) :]
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             read(tmp_path, text)
             outcomes["read"] += 1
         except UserError as error:
             assert "\n" not in str(error)
             outcomes["refused"] += 1
-        assert time.perf_counter() - begun < 1
+        assert time.process_time() - begun < 1
     assert min(outcomes.values()) > 50
 
 
@@ -437,9 +437,9 @@ def test_any_text_is_a_model_or_one_line(tmp_path):
     "text", ['model { ssd { type "' + "'\\" * 90_000, "model {" * 28_000, "model { ssd { " + "a: 1 " * 30_000]
 )
 def test_hostile_text_is_told_at_once(tmp_path, text):
-    begun = time.perf_counter()
+    begun = time.process_time()
     refusal(tmp_path, text)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_a_refusal_is_one_line_before_tensorflow_starts(tmp_path):
@@ -449,7 +449,7 @@ def test_a_refusal_is_one_line_before_tensorflow_starts(tmp_path):
     (tmp_path / "pipeline.config").write_text(text)
     options = ["--saved_model", tmp_path, "--onnx", tmp_path / "m.onnx"]
     process = subprocess.run(
-        [sys.executable, ROOT / "create_onnx.py", *options], capture_output=True, text=True, timeout=5
+        [sys.executable, ROOT / "create_onnx.py", *options], capture_output=True, text=True, timeout=60
     )
     assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1
@@ -465,7 +465,7 @@ def test_a_batch_that_cannot_be_meant_is_refused(tmp_path, resizer, number):
     (tmp_path / "pipeline.config").write_text(changed(FIXED, resizer))
     options = ["--saved_model", tmp_path, "--onnx", tmp_path / "m.onnx", "--batch_size", number]
     process = subprocess.run(
-        [sys.executable, ROOT / "create_onnx.py", *options], capture_output=True, text=True, timeout=5
+        [sys.executable, ROOT / "create_onnx.py", *options], capture_output=True, text=True, timeout=60
     )
     assert process.returncode == 2
     assert "--batch_size" in process.stderr.splitlines()[-1]
