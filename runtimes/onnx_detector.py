@@ -24,7 +24,7 @@ class OnnxDetector:
     """A detector.Detector on the runtime that `_load` loads the model into."""
 
     runtime: str
-    gpu = None
+    gpu = usual_batch = None
 
     def __init__(self, path, model=None):
         """model: the contents of the file, or what is to run in its place; None: read it. Raises UserError."""

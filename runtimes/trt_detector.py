@@ -140,6 +140,7 @@ class TrtDetector:
         self._path = Path(path)
         data = self._path.read_bytes()
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
+        self.version = self._trt.__version__
         self._lock, self.gpu = threading.RLock(), GpuContext(self._cuda, gpu)
         self._cuda_graphs, self._slots, self._context, self._engine = {}, [], None, None
         self._turn, self._resizer = 0, None
@@ -173,7 +174,8 @@ class TrtDetector:
         self._inputs = [name for name in names if mode(name) == of_input]
         self._outputs = [name for name in names if mode(name) != of_input]
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self.max_batch = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
+        profile = self._engine.get_tensor_profile_shape(self._inputs[0], 0)
+        self.usual_batch, self.max_batch = profile[1][0], profile[2][0]
         try:
             for _ in range(SLOTS):
                 inputs = {name: (self._shape(name, self.max_batch), self._types[name]) for name in self._inputs}
