@@ -18,7 +18,7 @@ TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
 class Network:
     """A model file, as Triton is told of it."""
 
-    file_name: str  # of the file in the repository: model.plan or model.onnx
+    file_name: str  # of the file in the repository: model.plan or model.onnx, what Triton's backends look for
     metadata: dict  # of the model file
     max_batch: int  # images at a time, at most
     usual_batch: int | None  # that it was optimised for; None: no particular
@@ -53,7 +53,6 @@ def network_config(name, network):
     lines = [
         f"name: {quoted(name)}",
         'platform: "tensorrt_plan"' if network.is_engine else 'backend: "onnxruntime"',
-        f"default_model_filename: {quoted(network.file_name)}",
         f"max_batch_size: {0 if fixed else network.max_batch}",
         *tensors("input", inputs),
         *tensors("output", outputs),

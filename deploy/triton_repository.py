@@ -69,7 +69,9 @@ def export(folder, name, network, data, names, source, *, threshold, instances, 
     models = [f"{name}_images"] if in_process else [name, f"{name}_images"]
     for target in (folder / name, folder / f"{name}_images"):
         if target.exists() and not is_ours(target):
-            raise UserError(f"--name {name}: {target} is there and export_triton.py did not make it; choose another name")
+            raise UserError(
+                f"--name {name}: {target} is there and export_triton.py did not make it; choose another name"
+            )
     head = f"{MADE_BY} {VERSION} of {source}.\n"
     # Beside the repository, not in it: a server may be watching that.
     with tempfile.TemporaryDirectory(prefix=".export_triton.", dir=folder.parent) as temporary:
@@ -135,8 +137,10 @@ def readme(name, network, source, threshold, in_process, tensorrt):
             container_note += " NVIDIA's support matrix says which does: put it in the place of xx.yy."
     note = f"`{name}` is the network itself: prepared pixels in, all detections out, as the project's README.md says."
     if in_process:
-        note = "The network runs within the Python model, on TensorRT." if network.is_engine else (
-            "The network runs within the Python model, on ONNX Runtime and processors."
+        note = (
+            "The network runs within the Python model, on TensorRT."
+            if network.is_engine
+            else ("The network runs within the Python model, on ONNX Runtime and processors.")
         )
     return README.format(
         name=name,
