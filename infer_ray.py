@@ -4,14 +4,15 @@
     python infer_ray.py --engine model.onnx --input photos --output results --resume
     python infer_ray.py --engine engine.trt --input s3://bucket/photos --output s3://bucket/results --address auto --gpus 8
 
-Each row is an image: path, boxes (xmin ymin xmax ymax, pixels of the image), scores, classes (from 0), names, masks
-(run-length encoded), error (why it cannot be read). pandas.read_parquet(OUTPUT) reads them all. Without --address it runs on
+Each row of OUTPUT/detections is an image: path, boxes (xmin ymin xmax ymax, pixels of the image), scores, classes (from 0), names, masks
+(run-length encoded), error (why it cannot be read). pandas.read_parquet reads that folder. Without --address it runs on
 this machine; on a cluster, an actor on each GPU, or for model.onnx on all processors of each machine. What an actor that
 dies had begun runs again. Exit status 1 if an image could not be read.
 """
 
-import functools
+import dataclasses
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -19,21 +20,21 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from commandline import ROOT, UserError, check_writable, make_folder, progress, run
+from commandline import ROOT, UserError, make_folder, progress, run
 from commandline.inputs import Images, find_images
 from commandline.options import add_decoder, add_image_options, count, image_options, make_parser, score
 
 import pyarrow as pa
 
 from deploy.closure import copy_needed
-from deploy.ray_detector import Job, RayDetector, images_done
+from deploy.ray_detector import DETECTIONS, Job, RayDetector, images_done
 from deploy.storage import Folder, find_remote, is_remote, shown
 from results import Summary
 from runtimes import is_onnx
 from tfod.labels import LABELS_HELP
 
 # Ray reports usage to its makers, and what it does to the terminal, unless told otherwise.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR"}
 os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
 import ray  # noqa: E402
 
@@ -54,7 +55,9 @@ def parse_args(argv=None):
     )
     add("-o", "--output", required=True, help="folder for the results, s3://... and gs://... too")
     add("--resume", action="store_true", help="do only the images that --output has no row of; broken ones have one")
-    add("--address", help="of a Ray cluster, auto for this machine's; default: Ray runs on this machine while this does")
+    add(
+        "--address", help="of a Ray cluster, auto for this machine's; default: Ray runs on this machine while this does"
+    )
     add("--gpus", type=count, metavar="N", help="GPUs that an engine runs on; default: all that Ray has")
     add("--cpus", type=count, metavar="N", help="processors an actor takes; default: its share of the machine")
     add("--task_images", type=count, default=256, metavar="N", help="images in a task, and in a file; default: 256")
@@ -137,7 +140,7 @@ def make_job(args):
 def left_to_do(images, output, job, args):
     """(the Images without a row in the output Folder, how many have one). Raises UserError for results of another run."""
     if not args.resume:
-        if output.files(".parquet"):
+        if output.files(DETECTIONS, ".parquet"):
             raise UserError(f"--output {shown(args.output)}: results lie there; go on with --resume, or choose another")
         return images, 0
     done = images_done(output, job.settings())
@@ -151,3 +154,115 @@ def make_output(args):
     if not is_remote(args.output):
         make_folder(args.output)
     return Folder(args.output)
+
+
+def connect(address, folder):
+    """Starts Ray here, or joins a cluster, to whose machines the code goes, by way of `folder`. Raises UserError."""
+    if not address:
+        ray.init(include_dashboard=False, logging_level="error")
+        return
+    copy_needed(ROOT / "deploy" / "ray_detector.py", folder)
+    try:
+        ray.init(address, logging_level="error", runtime_env={"working_dir": folder})
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--address {address}: {str(error).splitlines()[0]}") from error
+
+
+def plan_actors(machines, onnx, gpus, cpus):
+    """(number of actors, processors of each, GPUs of each) for machines, as Ray's {resource: amount} of each.
+
+    An engine has a GPU to itself, and its share of the machine's processors; ONNX Runtime all processors of the smallest
+    machine. Raises UserError for more than there is.
+    """
+    if not onnx:
+        shares = [(int(m["GPU"]), int(m.get("CPU", 0) // m["GPU"])) for m in machines if m.get("GPU", 0) >= 1]
+        most = sum(number for number, _ in shares)
+        if not most or (gpus or 0) > most:
+            raise UserError(f"--gpus {gpus or 'all'}: Ray has {most} GPUs here; give --gpus for fewer, or model.onnx")
+        return gpus or most, cpus or max(1, min(share for _, share in shares)), 1
+    cores = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    cpus = cpus or min(cores, default=1)
+    actors = sum(number // cpus for number in cores)
+    if not actors:
+        raise UserError(f"--cpus {cpus}: Ray has no machine with so many here; the largest has {max(cores, default=0)}")
+    return actors, cpus, 0
+
+
+def process(images, job, onnx, args, before):
+    """Runs the job on the Images, prints what was found; returns the status. before: images that had rows already."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    actors, cpus, gpus = plan_actors(machines, onnx, args.gpus, args.cpus)
+    tasks = tables(images, args.task_images)
+    actors = min(actors, len(tasks))
+    summary, skipped, started = Summary(), 0, time.perf_counter()
+    rows = detect_all(tasks, dataclasses.replace(job, cores=cpus), actors, gpus)
+    try:
+        with progress(None, total=len(images.files), unit="image") as bar:
+            for row in rows:
+                skipped += row.pop("skipped")
+                summary.merge(Summary(**row))
+                bar.update(summary.images + skipped - bar.n)
+    except KeyboardInterrupt:
+        print(
+            f"stopped: the rows of {summary.images + skipped} of {len(images.files)} images are in"
+            f" {shown(args.output)}; --resume does the rest",
+            file=sys.stderr,
+        )
+        return 130
+    except ray.exceptions.RayError as error:
+        raise UserError(reason_of(error)) from error
+    seconds = time.perf_counter() - started
+    if not summary.images:
+        raise UserError(f"none of the {len(images.files)} images could be read; {shown(args.output)} says why")
+    print(summary.text(args.nms_threshold))
+    where = f"{actors} {'GPU' if gpus else 'actor'}{'s' * (actors > 1)}"
+    rate = f"{(summary.images + skipped) / seconds:.1f} images/s"
+    print(
+        f"{summary.images} images in {seconds:.1f} s on Ray, {where}, {cpus} processors each: {rate}, its start included"
+    )
+    if skipped:
+        print(f"{skipped} of {len(images.files)} images were skipped (column error)")
+    if before:
+        print(f"{before} images had their rows before")
+    written = f"{shown(args.output).rstrip('/')}/{DETECTIONS}"
+    reading = f"pandas.read_parquet({written!r})"
+    print(
+        f"Wrote {len(images.files)} rows to {written}. Next: python -c {shlex.quote(f'import pandas; print({reading})')}"
+    )
+    return 1 if skipped or images.missing else 0
+
+
+def tables(images, size):
+    """The Images as tables of `size` rows, path and name: a task each."""
+    files = list(map(os.fsencode, images.files))  # as bytes: names of files need not be text
+    names = list(map(os.fsencode, images.names))
+    starts = range(0, len(files), size)
+    return [pa.table({"path": files[at : at + size], "name": names[at : at + size]}) for at in starts]
+
+
+def detect_all(tasks, job, actors, gpus):
+    """Yields the counts of each task, {name: value}, in whatever order they end."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    found = ray.data.from_arrow(tasks).map_batches(
+        RayDetector,
+        fn_constructor_args=(job,),
+        batch_size=None,  # a task's table as it is
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=job.cores,
+        num_gpus=gpus,
+    )
+    return found.iter_rows()
+
+
+def reason_of(error):
+    """What went wrong in an actor, in a line: the last of what Ray says that names an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
+    return re.sub(r"^[\w.]*UserError: ", "", (named or lines)[-1])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = {"tensorflow": "requirements.txt", "tf2onnx": "requirements.txt"}
 REQUIREMENTS |= {"av": "requirements-video.txt", "openvino": "requirements-openvino.txt"}
 REQUIREMENTS |= {"tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
+REQUIREMENTS |= dict.fromkeys(("ray", "pyarrow", "pandas", "tritonclient"), "requirements-scale.txt")
 
 
 class UserError(Exception):

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,7 @@ SCHEMA = pa.schema(
         "error": pa.string(),  # why the image cannot be read; null where it can
     }
 )
+DETECTIONS, PICTURES = "detections", "pictures"  # folders of the output
 SETTINGS = b"tfod_tensorrt"  # in the files' metadata: what --resume compares
 MANY = 1_000_000  # images that an actor may get: worker processes pay
 
@@ -95,7 +97,7 @@ class RayDetector:
 
     def __call__(self, table):
         """Writes the results of a table's images (`path`, `name`) as one file; returns one row, of a Summary and `skipped`."""
-        paths, names = table["path"].to_pylist(), table["name"].to_pylist()
+        paths, names = ([os.fsdecode(value) for value in table[key].to_pylist()] for key in ("path", "name"))
         rows, summary = [None] * len(paths), Summary()
 
         def skip(number, path, why):
@@ -120,7 +122,9 @@ class RayDetector:
         masks = None
         if self._job.masks_from is not None:
             size = item.placement.height, item.placement.width
-            masks = [encode_mask(m, box, *size, self._job.masks_from) for m, box in zip(found.masks, boxes, strict=True)]
+            masks = [
+                encode_mask(m, box, *size, self._job.masks_from) for m, box in zip(found.masks, boxes, strict=True)
+            ]
         return {
             "path": item.path,
             "boxes": boxes[:, [1, 0, 3, 2]].tolist(),
@@ -134,7 +138,8 @@ class RayDetector:
         """Writes rows as a Parquet file that is named after their images: a task that runs again writes the same file."""
         schema, file = SCHEMA.with_metadata({SETTINGS: self._job.settings()}), io.BytesIO()
         parquet.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
-        self._output.write(f"{hashlib.sha256(chr(10).join(paths).encode(errors='surrogateescape')).hexdigest()[:20]}.parquet", file.getvalue())
+        digest = hashlib.sha256(os.fsencode("\n".join(paths))).hexdigest()
+        self._output.write(f"{DETECTIONS}/{digest[:20]}.parquet", file.getvalue())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +155,7 @@ class Pictures:
     def write(self, item, name):
         """Writes pictures/NAME of a Detected; returns it without the image."""
         image = self.load(item.path) if item.image is None else item.image
-        found, name = item.found, f"pictures/{name}.{self.format}"
+        found, name = item.found, f"{PICTURES}/{name}.{self.format}"
         boxes = found.boxes * np.float32(image.shape[:2] * 2)
         masks = found.masks if self.masks_from is not None else None
         drawn = draw_detections(image, boxes, found.scores, found.classes, self.labels, masks, self.masks_from or 0.0)
@@ -164,7 +169,7 @@ def images_done(output, settings):
     settings: of Job.settings.
     """
     done = set()
-    for path in output.files(".parquet"):
+    for path in output.files(DETECTIONS, ".parquet"):
         try:
             with output.open(path) as file:
                 table = parquet.read_table(file, columns=["path"])

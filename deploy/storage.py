@@ -7,10 +7,8 @@ none, and no credentials (https://arrow.apache.org/docs/python/filesystems.html)
 import fnmatch
 import functools
 import glob
-import io
 import os
 import posixpath
-import stat
 import urllib.parse
 from pathlib import Path
 
@@ -113,9 +111,10 @@ class Folder:
         with self._system.open_output_stream(path) as file:
             file.write(data)
 
-    def files(self, extension):
-        """The paths, for `read`, of the files that lie directly in it and end so."""
-        found = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+    def files(self, folder, extension):
+        """The paths, for `open`, of the files that lie directly in a folder in it and end so."""
+        place = fs.FileSelector(posixpath.join(self._path, folder), allow_not_found=True)
+        found = self._system.get_file_info(place)
         names = (item for item in found if item.is_file and not item.base_name.startswith("."))
         return sorted(item.path for item in names if item.path.endswith(extension))
 
