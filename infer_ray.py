@@ -14,6 +14,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -93,7 +94,7 @@ def main(argv=None):
         print(f"All {total} images have their rows in {shown(args.output)}: nothing to do")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        connect(args.address, folder)
+        connect(args.address, Path(folder))
         try:
             return process(images, job, onnx, args, before)
         finally:
@@ -161,9 +162,11 @@ def connect(address, folder):
     if not address:
         ray.init(include_dashboard=False, logging_level="error")
         return
-    copy_needed(ROOT / "deploy" / "ray_detector.py", folder)
+    module = Path("deploy", "ray_detector.py")
+    copy_needed(ROOT / module, folder)
+    shutil.copyfile(ROOT / module, folder / module)
     try:
-        ray.init(address, logging_level="error", runtime_env={"working_dir": folder})
+        ray.init(address, logging_level="error", runtime_env={"working_dir": str(folder)})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--address {address}: {str(error).splitlines()[0]}") from error
 
