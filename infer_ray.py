@@ -160,7 +160,7 @@ def make_output(args):
 def connect(address, folder):
     """Starts Ray here, or joins a cluster, to whose machines the code goes, by way of `folder`. Raises UserError."""
     if not address:
-        ray.init(include_dashboard=False, logging_level="error")
+        ray.init("local", include_dashboard=False, logging_level="error")  # not a cluster that happens to be here
         return
     module = Path("deploy", "ray_detector.py")
     copy_needed(ROOT / module, folder)
@@ -261,10 +261,12 @@ def detect_all(tasks, job, actors, gpus):
 
 
 def reason_of(error):
-    """What went wrong in an actor, in a line: the last of what Ray says that names an error."""
+    """What went wrong in an actor, in a line: the UserError it raised, else the last error that Ray names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if ours := [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]:
+        return ours[0]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
-    return re.sub(r"^[\w.]*UserError: ", "", (named or lines)[-1])
+    return (named or lines)[-1]
 
 
 if __name__ == "__main__":

@@ -107,7 +107,6 @@ class Folder:
             with whole_file(path) as temporary:
                 temporary.write_bytes(data)
             return
-        self._system.create_dir(posixpath.dirname(path), recursive=True)
         with self._system.open_output_stream(path) as file:
             file.write(data)
 
