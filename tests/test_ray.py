@@ -249,7 +249,7 @@ def test_an_object_store(convert, tmp_path, monkeypatch):
         pattern = f"s3://photos/in/b/*{address}"
         assert sorted(infer_ray.find([pattern], "out").files) == [f"s3://photos/in/b/{p.name}" for p in PICTURES[1::2]]
         assert infer_ray.main(["--engine", str(model), "--input", options[0], "--output", options[1], "--resume"]) == 0
-        with pytest.raises(UserError, match="s3://photos/none: .*does not exist"):
+        with pytest.raises(UserError, match=r"s3://photos/none: .*does not exist"):
             infer_ray.find([f"s3://photos/none{address}"], "out")
     finally:
         server.stop()
