@@ -32,7 +32,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test: lint
+test: lint build/tritonserver/.ready
 	$(IN_VENV) -m pytest -m "not zoo and not gpu" --numprocesses 2 --dist loadfile
 
 test-zoo: $(VENV)/.ready-dev
@@ -50,9 +50,15 @@ $(VENV)/.ready: requirements.txt requirements-runtime.txt | $(VENV)/bin/python
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.ready-dev: requirements-dev.txt requirements-video.txt requirements-openvino.txt $(VENV)/.ready
+$(VENV)/.ready-dev: requirements-dev.txt requirements-video.txt requirements-openvino.txt requirements-scale.txt $(VENV)/.ready
 	@echo "Installing what the tests need"
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The server that the tests of export_triton.py start: its Python has packages that differ from ours.
+build/tritonserver/.ready: requirements-tritonserver.txt | $(VENV)/bin/python
+	@$(IN_VENV) -m venv build/tritonserver
+	@build/tritonserver/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tritonserver.txt
 	@touch $@
 
 clean:
