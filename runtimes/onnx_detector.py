@@ -24,7 +24,8 @@ class OnnxDetector:
     """A detector.Detector on the runtime that `_load` loads the model into."""
 
     runtime: str
-    gpu = usual_batch = None
+    gpu = None
+    usual_batch = None
 
     def __init__(self, path, model=None, cores=None):
         """model: the contents of the file, or what is to run in its place; None: read it. cores: that it may use; None:

@@ -175,7 +175,8 @@ class TrtDetector:
         self._outputs = [name for name in names if mode(name) != of_input]
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         profile = self._engine.get_tensor_profile_shape(self._inputs[0], 0)
-        self.usual_batch, self.max_batch = profile[1][0], profile[2][0]
+        self.usual_batch = profile[1][0]
+        self.max_batch = profile[2][0]
         try:
             for _ in range(SLOTS):
                 inputs = {name: (self._shape(name, self.max_batch), self._types[name]) for name in self._inputs}
