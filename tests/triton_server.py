@@ -83,13 +83,14 @@ def triton_server(repository, folder):
 def wait_until_ready(server):
     import tritonclient.http
 
-    client, end = tritonclient.http.InferenceServerClient(server.http), time.monotonic() + STARTS_WITHIN
-    while time.monotonic() < end:
-        assert server.process.poll() is None, server.log
-        with contextlib.suppress(OSError):
-            if client.is_server_ready():
-                return
-        time.sleep(0.1)
+    end = time.monotonic() + STARTS_WITHIN
+    with tritonclient.http.InferenceServerClient(server.http) as client:  # a server waits for open connections to end
+        while time.monotonic() < end:
+            assert server.process.poll() is None, server.log
+            with contextlib.suppress(OSError):
+                if client.is_server_ready():
+                    return
+            time.sleep(0.1)
     raise AssertionError(server.log)
 
 
