@@ -158,15 +158,16 @@ def make_output(args):
 
 
 def connect(address, folder):
-    """Starts Ray here, or joins a cluster, to whose machines the code goes, by way of `folder`. Raises UserError."""
-    if not address:
-        ray.init("local", include_dashboard=False, logging_level="error")  # not a cluster that happens to be here
-        return
+    """Starts Ray here, or joins a cluster; gives its processes the code, by way of `folder`. Raises UserError.
+
+    Here too: they would look for modules in the folder that the command is given in first.
+    """
     module = Path("deploy", "ray_detector.py")
     copy_needed(ROOT / module, folder)
     shutil.copyfile(ROOT / module, folder / module)
+    where = {"address": address} if address else {"address": "local", "include_dashboard": False}
     try:
-        ray.init(address, logging_level="error", runtime_env={"working_dir": str(folder)})
+        ray.init(**where, logging_level="error", runtime_env={"working_dir": str(folder)})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--address {address}: {str(error).splitlines()[0]}") from error
 

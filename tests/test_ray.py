@@ -45,8 +45,8 @@ def cluster():
         started.shutdown()
 
 
-def start(address, model, images, output, *options):
-    """infer_ray.py as a process."""
+def start(address, model, images, output, *options, cwd=None):
+    """infer_ray.py as a process, in the folder `cwd`."""
     command = [
         sys.executable,
         ROOT / "infer_ray.py",
@@ -59,7 +59,8 @@ def start(address, model, images, output, *options):
         *options,
     ]
     command += ["--address", address] if address else []
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), **pipes, text=True, cwd=cwd)
 
 
 def finish(process, status=0):
@@ -178,8 +179,20 @@ def test_masks_pictures_and_images_that_cannot_be_read(exported, tmp_path):
         shutil.copy(path, images)
     (images / "broken.png").write_bytes(b"no image")
     (images / "empty.jpg").touch()
-    options = ["--detection_type", "segmentation", "--pictures", "--format", "png", "--nms_threshold", "0.2"]
-    printed, _ = finish(start(None, model, images, tmp_path / "out", *options, "--cpus", "1"), 1)
+    options = [
+        "--detection_type",
+        "segmentation",
+        "--pictures",
+        "--format",
+        "png",
+        "--nms_threshold",
+        "0.2",
+        "--cpus",
+        "1",
+    ]
+    (tmp_path / "here" / "commandline").mkdir(parents=True)  # a package of a like name where the command is given
+    (tmp_path / "here" / "commandline" / "__init__.py").touch()
+    printed, _ = finish(start(None, model, images, tmp_path / "out", *options, cwd=tmp_path / "here"), 1)
     assert "2 of 5 images were skipped" in printed
     rows = rows_of(tmp_path / "out")
     assert {Path(path).name: row["error"] for path, row in rows.items() if row["error"] is not None} == {
