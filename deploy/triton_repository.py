@@ -13,7 +13,7 @@ import onnx
 
 from deploy.closure import copy_needed
 from deploy.triton_config import images_config, network_config
-from runtimes import ort_graph
+from runtimes import standard_graph
 
 # How config.pbtxt begins in the folders that a later export may replace.
 MADE_BY = "# Made by export_triton.py"
@@ -113,7 +113,7 @@ def is_ours(model):
 
 def standard_form(model):
     """The bytes of an ONNX file that Triton's backend for ONNX Runtime runs: no plugins."""
-    standard = ort_graph.prepare(model)
+    standard = standard_graph.prepare(model)
     onnx.helper.set_model_props(standard, {entry.key: entry.value for entry in model.metadata_props})
     return standard.SerializeToString()
 
