@@ -32,7 +32,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test: lint build/tritonserver/.ready
+test: lint build/servers/.ready
 	$(IN_VENV) -m pytest -m "not zoo and not gpu" --numprocesses 2 --dist loadfile
 
 test-zoo: $(VENV)/.ready-dev
@@ -55,10 +55,11 @@ $(VENV)/.ready-dev: requirements-dev.txt requirements-video.txt requirements-ope
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# The server that the tests of export_triton.py start: its Python has packages that differ from ours.
-build/tritonserver/.ready: requirements-tritonserver.txt | $(VENV)/bin/python
-	@$(IN_VENV) -m venv build/tritonserver
-	@build/tritonserver/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tritonserver.txt
+# Servers that the tests start; they need packages of other versions than the project.
+build/servers/.ready: requirements-servers.txt | $(VENV)/bin/python
+	@echo "Installing the servers that the tests start into build/servers: 0.6 GB"
+	@$(IN_VENV) -m venv build/servers
+	@build/servers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-servers.txt
 	@touch $@
 
 clean:

@@ -9,10 +9,9 @@ from pathlib import Path
 from commandline import ROOT, UserError
 from commandline.version import VERSION
 
-import onnx
-
 from deploy.closure import copy_needed
 from deploy.triton_config import images_config, network_config
+from onnx_utils import read_metadata
 from runtimes import standard_graph
 
 # How config.pbtxt begins in the folders that a later export may replace.
@@ -112,10 +111,10 @@ def is_ours(model):
 
 
 def standard_form(model):
-    """The bytes of an ONNX file that Triton's backend for ONNX Runtime runs: no plugins."""
-    standard = standard_graph.prepare(model)
-    onnx.helper.set_model_props(standard, {entry.key: entry.value for entry in model.metadata_props})
-    return standard.SerializeToString()
+    """A converted model as the bytes of a file that Triton's backend for ONNX Runtime runs: no plugins."""
+    if read_metadata(model, "the model")["ops"] != "standard":
+        model = standard_graph.standard_file(model)
+    return model.SerializeToString()
 
 
 def packages(network, in_process, tensorrt):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from commandline import UserError, warn
 
-import onnx_utils
 from runtimes.detector import detect
 
 __all__ = ["detect", "open_detector", "open_detectors"]
@@ -65,6 +64,7 @@ def is_onnx(path):
 
 def open_onnx(path, gpu, runtime, cores=None):
     """Opens an ONNX file on a runtime: see open_detector."""
+    import onnx_utils  # here: where only engines run, or a Triton server, there may be no package for ONNX
     from runtimes.openvino_detector import OpenVinoDetector
     from runtimes.ort_detector import OrtDetector
 

@@ -1,13 +1,11 @@
 """export_triton.py: the repository, and the real Triton server on it."""
 
-import concurrent.futures
-import contextlib
-import io
 import itertools
-import os
+import json
 import re
 import shutil
-import sys
+import subprocess
+import urllib.request
 
 from commandline import UserError
 from commandline.version import VERSION
@@ -17,8 +15,8 @@ import onnx
 import pytest
 from conftest import DEMO
 from PIL import Image
+from servers import PYTHON, read_configs, triton_server
 from test_install import run_without
-from triton_server import triton_server
 
 import export_triton
 import infer
@@ -54,17 +52,6 @@ def export(repository, model, *options):
     assert export_triton.main(["--engine", str(model), "--repository", str(repository), *options]) is None
 
 
-def ask(client, contents, model="detector_images"):
-    """The response of a server to encoded images, {output name: array}; client: of tritonclient.http or .grpc."""
-    module = sys.modules[type(client).__module__.removesuffix("._client")]
-    images = module.InferInput("images", [len(contents), 1], "BYTES")
-    images.set_data_from_numpy(np.array([[content] for content in contents], object))
-    response = client.infer(model, [images])
-    return {name: response.as_numpy(name) for name in ("num_detections", "boxes", "scores", "classes", "names")} | (
-        {"masks": masks} if (masks := response.as_numpy("masks")) is not None else {}
-    )
-
-
 def tables(response):
     """infer.py's table of each image of a response, as text."""
     for row, (count,) in enumerate(response["num_detections"]):
@@ -97,61 +84,42 @@ def found_by_infer(convert, photos, tmp_path_factory):
 
 def test_detections_are_those_of_infer(convert, found_by_infer, tmp_path):
     """200 requests of 1 to 4 photos from 8 threads over HTTP and gRPC; every tenth has an image that is none."""
-    http = pytest.importorskip("tritonclient.http")
-    grpc = pytest.importorskip("tritonclient.grpc")
     export(tmp_path / "models", convert("demo", "--batch_size", "dynamic")[0], "--in_process")
     contents = itertools.cycle(found_by_infer)
     requests = [list(itertools.islice(contents, 1 + number % 4)) for number in range(REQUESTS)]
-    broken = set(range(3, REQUESTS, 10))
+    broken = range(3, REQUESTS, 10)
     for number in broken:
         requests[number][-1] = requests[number][-1][:2000] if number % 20 == 3 else b"no image"
-
-    def ask_all(thread):
-        module, address = (http, server.http) if thread % 2 else (grpc, server.grpc)
-        with module.InferenceServerClient(address) as client:
-            for number in range(thread, REQUESTS, THREADS):
-                if number in broken:
-                    last = len(requests[number]) - 1
-                    with pytest.raises(
-                        Exception, match=rf"image {last} of the request \(from 0\) cannot be read: (it is|.*truncated)"
-                    ):
-                        ask(client, requests[number])
-                else:
-                    response = ask(client, requests[number])
-                    assert list(tables(response)) == [found_by_infer[content] for content in requests[number]]
-        return True
-
     with triton_server(tmp_path / "models", tmp_path) as server:
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            assert sum(pool.map(ask_all, range(THREADS))) == THREADS
-        with http.InferenceServerClient(server.http) as client:
-            response = ask(
-                client, [PICTURES[0].read_bytes(), *(content for content, t in found_by_infer.items() if not t)]
-            )
-            assert response["num_detections"][-1] == 0
-            names = (DEMO / "ssd_mobilenet_v1_shapes" / "labels.txt").read_text().split()
-            count = response["num_detections"][0, 0]
-            assert [names[label].encode() for label in response["classes"][0, :count]] == response["names"][
-                0, :count
-            ].tolist()
-            (statistics,) = client.get_inference_statistics("detector_images")["model_stats"]
-            # One call of the Python model for several requests: what they have in common is computed once.
-            assert statistics["execution_count"] < statistics["inference_count"] / 2
-            run_readme(tmp_path, server.http)
+        answers = server.ask([("detector_images", photos) for photos in requests], THREADS)
+        for number, (photos, answer) in enumerate(zip(requests, answers, strict=True)):
+            if number in broken:
+                assert f"image {len(photos) - 1} of the request (from 0) cannot be read: " in answer
+            else:
+                assert list(tables(answer)) == [found_by_infer[content] for content in photos]
+                check_names(answer)
+        with urllib.request.urlopen(f"http://{server.http}/v2/models/detector_images/stats") as response:
+            (statistics,) = json.load(response)["model_stats"]
+        # One call of the Python model for several requests: what they have in common is computed once.
+        assert statistics["execution_count"] < statistics["inference_count"] / 2
+        run_readme(tmp_path, server.http)
+
+
+def check_names(answer):
+    """Each detection has its class's name, each slot beyond none."""
+    names = (DEMO / "ssd_mobilenet_v1_shapes" / "labels.txt").read_text().split()
+    for row, (count,) in enumerate(answer["num_detections"]):
+        wanted = [names[label].encode() for label in answer["classes"][row, :count]]
+        assert answer["names"][row].tolist() == wanted + [b""] * (answer["names"].shape[1] - count)
 
 
 def run_readme(folder, address):
     """Runs the client of the repository's README as it stands, but for the address."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "models" / "README.md").read_text(), re.DOTALL)
     shutil.copy(PICTURES[1], folder / "photo.jpg")
-    printed, before = io.StringIO(), os.getcwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code.replace("localhost:8000", address), "README.md", "exec"), {})
-    finally:
-        os.chdir(before)
-    assert printed.getvalue().split()[0] in ("circle", "square", "triangle", "star", "ring")
+    command = [PYTHON, "-c", code.replace("localhost:8000", address)]
+    printed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    assert printed.split()[0] in ("circle", "square", "triangle", "star", "ring")
 
 
 def test_the_network_as_a_model_of_its_own(convert, exported, tmp_path):
@@ -159,7 +127,6 @@ def test_the_network_as_a_model_of_its_own(convert, exported, tmp_path):
 
     The wheel has no backend for ONNX Runtime: the network runs in the Python backend, by its own config.pbtxt but for that.
     """
-    tritonclient = pytest.importorskip("tritonclient.grpc")
     models = {"masks": exported("mask", "--batch_size", "dynamic")[1], "fixed": convert("demo", "--batch_size", "4")[0]}
     for name, model in models.items():
         export(tmp_path / "models", model, "--name", name, "--nms_threshold", "0.2", "--max_batch", "4")
@@ -167,45 +134,29 @@ def test_the_network_as_a_model_of_its_own(convert, exported, tmp_path):
         config.write_text(config.read_text().replace("onnxruntime", "python"))
         (config.parent / "1" / "model.py").write_text(PYTHON_NETWORK)
     contents = [path.read_bytes() for path in PICTURES[:3]]
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(triton_server(tmp_path / "models", tmp_path))
-        with tritonclient.InferenceServerClient(server.grpc) as client:
-            for name, model in models.items():
-                response = ask(client, contents, f"{name}_images")
-                with open_detector(model) as detector:
-                    wanted = [detect_image(detector, load_image(path)).above(0.2) for path in PICTURES[:3]]
-                assert sum(len(found.scores) for found in wanted) > 5
-                for row, (found, path) in enumerate(zip(wanted, PICTURES, strict=False)):
-                    (count,) = response["num_detections"][row]
-                    assert count == len(found.scores)
-                    pixels = found.boxes * np.float32(load_image(path).shape[:2] * 2)
-                    np.testing.assert_allclose(response["boxes"][row, :count][:, [1, 0, 3, 2]], pixels, atol=1e-3)
-                    np.testing.assert_allclose(response["scores"][row, :count], found.scores, atol=1e-6)
-                    assert response["classes"][row, :count].tolist() == found.classes.tolist()
-                    if name == "masks":
-                        np.testing.assert_allclose(response["masks"][row, :count], found.masks, atol=1e-5)
-                assert ("masks" in response) == (name == "masks")
-            with pytest.raises(Exception, match="batch-size must be <= 4"):
-                ask(client, contents * 2, "masks_images")
-
-
-def config_of(text):
-    """config.pbtxt as Triton reads it."""
-    pytest.importorskip("tritonclient.grpc")
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
+    requests = [("masks_images", contents), ("fixed_images", contents), ("masks_images", contents * 2)]
+    with triton_server(tmp_path / "models", tmp_path) as server:
+        *answers, refused = server.ask(requests)
+    assert "batch-size must be <= 4" in refused
+    for (name, model), answer in zip(models.items(), answers, strict=True):
+        with open_detector(model, runtime="onnxruntime") as detector:
+            wanted = [detect_image(detector, load_image(path)).above(0.2) for path in PICTURES[:3]]
+        assert sum(len(found.scores) for found in wanted) > 5
+        assert ("masks" in answer) == (name == "masks")
+        for row, (found, path) in enumerate(zip(wanted, PICTURES, strict=False)):
+            (count,) = answer["num_detections"][row]
+            assert count == len(found.scores)
+            pixels = found.boxes * np.float32(load_image(path).shape[:2] * 2)
+            np.testing.assert_allclose(answer["boxes"][row, :count][:, [1, 0, 3, 2]], pixels, atol=1e-3)
+            np.testing.assert_allclose(answer["scores"][row, :count], found.scores, atol=1e-6)
+            assert answer["classes"][row, :count].tolist() == found.classes.tolist()
+            if name == "masks":
+                np.testing.assert_allclose(answer["masks"][row, :count], found.masks, atol=1e-5)
 
 
 def tensors_of(described):
-    return {
-        tensor.name: (
-            type(tensor).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name,
-            list(tensor.dims),
-        )
-        for tensor in described
-    }
+    """{name: (type, dims)} of a config's inputs or outputs."""
+    return {tensor["name"]: (tensor["data_type"], list(map(int, tensor["dims"]))) for tensor in described}
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
@@ -214,28 +165,30 @@ def test_what_an_engine_is_told_of(exported, layout):
     metadata = read_metadata(load(exported("mask", "--batch_size", "dynamic")[1]), "model.onnx")
     metadata |= {"input_format": layout, "input_type": "uint8"}
     network = triton_config.Network("model.plan", metadata, 16, 4)
-    config = config_of(triton_config.network_config("photos", network))
-    assert (config.name, config.platform, config.backend) == ("photos", "tensorrt_plan", "")
-    assert config.max_batch_size == 16
-    assert list(config.dynamic_batching.preferred_batch_size) == [4, 16]
-    (group,) = config.instance_group
-    assert (group.count, group.kind) == (1, type(group).KIND_GPU)
+    config, images, within = read_configs(
+        [
+            triton_config.network_config("photos", network),
+            triton_config.images_config("photos_images", network, "photos", 0.3, 2),
+            triton_config.images_config("photos_images", network, None, 0.3, 1),
+        ]
+    )
+    assert (config["name"], config["platform"], config["max_batch_size"]) == ("photos", "tensorrt_plan", 16)
+    assert config["dynamic_batching"]["preferred_batch_size"] == [4, 16]
+    assert config["instance_group"] == [{"count": 1, "kind": "KIND_GPU"}]
     side, most, mask = metadata["resizer"]["height"], metadata["max_detections"], metadata["mask_size"]
     image = [side, side, 3] if layout == "NHWC" else [3, side, side]
-    assert tensors_of(config.input) == {"input_tensor": ("TYPE_UINT8", image), "true_shape": ("TYPE_FP32", [2])}
-    assert tensors_of(config.output) == {
+    assert tensors_of(config["input"]) == {"input_tensor": ("TYPE_UINT8", image), "true_shape": ("TYPE_FP32", [2])}
+    assert tensors_of(config["output"]) == {
         "num_detections": ("TYPE_INT32", [1]),
         "detection_boxes": ("TYPE_FP32", [most, 4]),
         "detection_scores": ("TYPE_FP32", [most]),
         "detection_classes": ("TYPE_INT32", [most]),
         "detection_masks": ("TYPE_FP32", [most, *mask]),
     }
-    config = config_of(triton_config.images_config("photos_images", network, "photos", 0.3, 2))
-    assert (config.backend, config.max_batch_size) == ("python", 16)
-    assert config.parameters["network"].string_value == "photos"
-    assert (config.instance_group[0].count, config.instance_group[0].kind) == (2, type(group).KIND_CPU)
-    within = config_of(triton_config.images_config("photos_images", network, None, 0.3, 1))
-    assert within.instance_group[0].kind == type(group).KIND_GPU
+    assert (images["backend"], images["max_batch_size"]) == ("python", 16)
+    assert images["parameters"]["network"] == {"string_value": "photos"}
+    assert images["instance_group"] == [{"count": 2, "kind": "KIND_CPU"}]
+    assert within["instance_group"] == [{"count": 1, "kind": "KIND_GPU"}]
 
 
 def test_the_network_is_in_standard_ops_and_a_fixed_batch_in_its_shapes(convert, tmp_path):
@@ -243,10 +196,11 @@ def test_the_network_is_in_standard_ops_and_a_fixed_batch_in_its_shapes(convert,
     model = onnx.load(tmp_path / "models" / "shapes" / "1" / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
-    config = config_of((tmp_path / "models" / "shapes" / "config.pbtxt").read_text())
-    assert (config.backend, config.max_batch_size, config.HasField("dynamic_batching")) == ("onnxruntime", 0, False)
+    (config,) = read_configs([(tmp_path / "models" / "shapes" / "config.pbtxt").read_text()])
+    assert config["backend"] == "onnxruntime"
+    assert not {"max_batch_size", "dynamic_batching"} & config.keys()
     shapes = {tensor.name: [d.dim_value for d in tensor.type.tensor_type.shape.dim] for tensor in model.graph.output}
-    assert {name: dims for name, (_, dims) in tensors_of(config.output).items()} == shapes
+    assert {name: dims for name, (_, dims) in tensors_of(config["output"]).items()} == shapes
     assert (tmp_path / "models" / "shapes" / "labels.txt").read_text().split()[0] == "circle"
 
 
