@@ -34,9 +34,10 @@ from results import Summary
 from runtimes import is_onnx
 from tfod.labels import LABELS_HELP
 
-# Ray reports usage to its makers, and what it does to the terminal, unless told otherwise.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR"}
-os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
+# Unless told otherwise, Ray reports usage to its makers, and what it does to the terminal; started by `uv run`, its workers
+# would be too, with packages that they install.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+os.environ |= {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
 import ray  # noqa: E402
 
 
@@ -168,8 +169,9 @@ def connect(address, folder):
     where = {"address": address} if address else {"address": "local", "include_dashboard": False}
     try:
         ray.init(**where, logging_level="error", runtime_env={"working_dir": str(folder)})
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address {address}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        failed = f"--address {address}" if address else "Ray does not start on this machine"
+        raise UserError(f"{failed}: {str(error).splitlines()[0]}") from error
 
 
 def plan_actors(machines, onnx, gpus, cpus):

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.parse
 from pathlib import Path
 
 from commandline import UserError
@@ -17,22 +19,37 @@ from commandline import UserError
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT, need_shared
+from servers import s3_server
 from test_install import run_without
 
 import infer
 
-# Ray listens on loopback alone then, and takes that for the address of this machine; read when it is imported.
+# Read when Ray is imported: it listens on loopback alone then, and takes that for the address of this machine.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# On two cores that other things run on too, a process may take minutes to start, and not answer for as long.
+PATIENCE = {"RAY_worker_register_timeout_seconds": "300", "RAY_health_check_failure_threshold": "60"}
+PATIENCE |= {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
+os.environ |= PATIENCE
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
+from pyarrow import fs  # noqa: E402
+
 import infer_ray  # noqa: E402
 
+ENDS_WITHIN = 480
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
-LOOPBACK = "127.0.0.1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sessions():
+    """The folder of all that Ray writes of its own here; sockets lie in it, so that its path must be short."""
+    with tempfile.TemporaryDirectory(prefix="ray.", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(sessions):
     """The address of a cluster of two nodes, one processor each, on loopback."""
     from ray.cluster_utils import Cluster
 
@@ -65,7 +82,10 @@ def start(address, model, images, output, *options, cwd=None):
 
 def finish(process, status=0):
     """(standard output, standard error) of a process that ends with that status."""
-    printed, errors = process.communicate(timeout=240)
+    try:
+        printed, errors = process.communicate(timeout=ENDS_WITHIN)
+    finally:
+        process.kill()
     assert process.returncode == status, printed + errors
     return printed, errors
 
@@ -86,14 +106,6 @@ def table_of(row):
     return "".join(infer.result_rows(boxes, row["scores"], row["classes"]))
 
 
-def check_against_infer(rows, model, images, folder, *options):
-    """Each image's row is infer.py's table, to the digit."""
-    infer.main(["--engine", str(model), "--input", str(images), "--output", str(folder), *options])
-    tables = {path.stem: path.read_text() for path in folder.glob("*.tsv")}
-    assert {Path(path).stem: table_of(row) for path, row in rows.items() if row["error"] is None} == tables
-    assert any(tables.values())
-
-
 @pytest.fixture
 def links(tmp_path):
     """links(count): a folder with so many links to the demo's pictures."""
@@ -108,164 +120,127 @@ def links(tmp_path):
     return make
 
 
-def actors():
-    """The process ids of the actors on this machine."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if entry.read_bytes().startswith(b"ray::MapWorker(MapBatches(RayDetector))"):
-                found.append(int(entry.parent.name))
-    return found
+@pytest.fixture
+def actors(sessions):
+    """actors(): the process ids of the actors that these tests started."""
+
+    def find():
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                named = (process / "cmdline").read_bytes().startswith(b"ray::MapWorker(MapBatches(RayDetector))")
+                if named and sessions.encode() in (process / "environ").read_bytes():
+                    found.append(int(process.name))
+        return found
+
+    return find
 
 
 def wait_for_files(folder, count, process):
     """Waits until so many files of results are there."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + ENDS_WITHIN
     while len(list(folder.glob("detections/*.parquet"))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_two_nodes_find_what_infer_finds(cluster, convert, tmp_path):
-    """The 188 images of COCO, three at a time; the code and the model travel to the nodes."""
-    model, images = convert("demo", "--batch_size", "dynamic")[0], need_shared("coco", "val2017")
-    options = ["--batch_size", "3", "--task_images", "32", "--nms_threshold", "0.05"]
-    printed, _ = finish(start(cluster, model, images, tmp_path / "out", *options))
-    assert "on Ray, 2 actors, 1 processors each" in printed
-    rows = rows_of(tmp_path / "out")
-    assert rows.keys() == {str(path) for path in images.glob("*.jpg")}
-    check_against_infer(rows, model, images, tmp_path / "tables", "--nms_threshold", "0.05")
-
-
-def test_a_killed_actor_loses_nothing_and_resume_does_what_is_missing(cluster, convert, links, tmp_path):
-    model, folder, out = convert("demo", "--batch_size", "dynamic")[0], links(1500), tmp_path / "out"
+def test_a_killed_actor_loses_nothing_and_resume_does_what_is_missing(cluster, convert, links, actors, tmp_path):
+    """On two nodes, three images at a time; the code and the model travel to them."""
+    model, folder, out = convert("demo", "--batch_size", "dynamic")[0], links(1000), tmp_path / "out"
     (folder / "broken.jpg").write_bytes(b"no image")
-    process = start(cluster, model, folder, out, "--task_images", "25")
+    options = ["--batch_size", "3", "--task_images", "20"]
+    process = start(cluster, model, folder, out, *options)
     wait_for_files(out, 4, process)
-    killed = actors()
-    assert len(killed) == 2
-    os.kill(killed[0], signal.SIGKILL)
+    os.kill(actors()[0], signal.SIGKILL)
+    assert len(list(out.glob("detections/*.parquet"))) < 50
     printed, _ = finish(process, 1)
-    assert "1 of 1501 images were skipped" in printed
+    assert "1 of 1001 images were skipped" in printed
+    assert "on Ray, 2 actors, 1 processors each" in printed
     rows = rows_of(out)
     assert rows.keys() == {str(path) for path in folder.iterdir()}
-    wanted = {table_of(rows[str(folder / f"{number:05}.jpg")]) for number in range(0, 1500, len(PICTURES))}
-    assert len(wanted) == 1
+    assert infer.main(["--engine", str(model), "--input", str(DEMO / "images"), "--output", str(tmp_path)]) == 0
+    wanted = [(tmp_path / f"{path.stem}.tsv").read_text() for path in PICTURES]
+    assert any(wanted)
+    for number in range(1000):
+        assert table_of(rows[str(folder / f"{number:05}.jpg")]) == wanted[number % len(PICTURES)]
+
     files = sorted(out.glob("detections/*.parquet"))
-    before = {path: path.stat().st_mtime_ns for path in files[2:]}
-    missing = {path: parquet.read_table(path, columns=["path"]).to_pylist() for path in files[:2]}
+    kept = {path: path.stat().st_mtime_ns for path in files[2:]}
+    lost = {row["path"] for path in files[:2] for row in parquet.read_table(path, columns=["path"]).to_pylist()}
     for path in files[:2]:
         path.unlink()
+    command = ["--engine", str(model), "--input", str(folder), "--output", str(out)]
     with pytest.raises(UserError, match="go on with --resume"):
-        infer_ray.main(["--engine", str(model), "--input", str(folder), "--output", str(out)])
+        infer_ray.main(command)
     with pytest.raises(UserError, match="made by another model or other options"):
-        again = ["--resume", "--nms_threshold", "0.9"]
-        infer_ray.main(["--engine", str(model), "--input", str(folder), "--output", str(out), *again])
-    lost = {row["path"] for path in files[:2] for row in missing[path]}
-    process = start(cluster, model, folder, out, "--task_images", "25", "--resume")
+        infer_ray.main([*command, "--resume", "--nms_threshold", "0.9"])
+    process = start(cluster, model, folder, out, *options, "--resume")
     printed, _ = finish(process, int(str(folder / "broken.jpg") in lost))
-    assert f"{1501 - len(lost)} images had their rows before" in printed
+    assert f"{1001 - len(lost)} images had their rows before" in printed
     assert rows_of(out).keys() == rows.keys()
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert infer_ray.main(["--engine", str(model), "--input", str(folder), "--output", str(out), "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert infer_ray.main([*command, "--resume"]) == 0
 
 
-def test_masks_pictures_and_images_that_cannot_be_read(exported, tmp_path):
-    """On this machine, which Ray is started on and ended with; what infer.py --json writes, in rows."""
+def test_from_s3_to_s3_with_masks_and_pictures(exported, actors, tmp_path, monkeypatch):
+    """On this machine, which Ray is started on and ended with: what infer.py --json writes, in rows; infer.py's pictures.
+
+    moto's server on loopback speaks S3's protocol; pyarrow's client knows no other.
+    """
     model, images = exported("mask", "--batch_size", "dynamic")[1], tmp_path / "in"
     images.mkdir()
     for path in PICTURES[:3]:
         shutil.copy(path, images)
     (images / "broken.png").write_bytes(b"no image")
     (images / "empty.jpg").touch()
-    options = [
-        "--detection_type",
-        "segmentation",
-        "--pictures",
-        "--format",
-        "png",
-        "--nms_threshold",
-        "0.2",
-        "--cpus",
-        "1",
-    ]
     (tmp_path / "here" / "commandline").mkdir(parents=True)  # a package of a like name where the command is given
     (tmp_path / "here" / "commandline" / "__init__.py").touch()
-    printed, _ = finish(start(None, model, images, tmp_path / "out", *options, cwd=tmp_path / "here"), 1)
-    assert "2 of 5 images were skipped" in printed
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    common = ["--nms_threshold", "0.2", "--detection_type", "segmentation", "--format", "png"]
+    with s3_server(tmp_path) as server:
+        store = {"scheme": "http", "endpoint_override": server, "region": "us-east-1"}
+        client, address = fs.S3FileSystem(**store, allow_bucket_creation=True), f"?{urllib.parse.urlencode(store)}"
+        client.create_dir("photos")
+        keys = {path.name: f"photos/in/{'ab'[number % 2]}/{path.name}" for number, path in enumerate(images.iterdir())}
+        for name, key in keys.items():
+            with client.open_output_stream(key) as file:
+                file.write((images / name).read_bytes())
+        with client.open_output_stream("photos/in/a/notes.txt") as file:
+            file.write(b"no image")
+        places = [f"s3://photos/in{address}", f"s3://photos/out{address}"]
+        process = start(None, model, *places, *common, "--pictures", "--cpus", "1", cwd=tmp_path / "here")
+        printed, _ = finish(process, 1)
+        assert "2 of 5 images were skipped" in printed
+        assert "s3://photos/out/detections" in printed
+        assert actors() == []
+        fs.copy_files("photos/out", str(tmp_path / "out"), source_filesystem=client)
+        pattern = f"s3://photos/in/b/*{address}"
+        assert set(infer_ray.find([pattern], "out").files) == {f"s3://{key}" for key in keys.values() if "/b/" in key}
+        again = ["--engine", str(model), "--input", places[0], "--output", places[1], *common, "--resume"]
+        assert infer_ray.main(again) == 0
+        with pytest.raises(UserError, match=r"s3://photos/none: .*does not exist"):
+            infer_ray.find([f"s3://photos/none{address}"], "out")
+
     rows = rows_of(tmp_path / "out")
+    assert rows.keys() == {f"s3://{key}" for key in keys.values()}
     assert {Path(path).name: row["error"] for path, row in rows.items() if row["error"] is not None} == {
         "broken.png": "it is not an image that Pillow reads (JPEG, PNG, BMP, GIF, WEBP, TIFF)",
         "empty.jpg": "the file is empty",
     }
-    common = [
-        "--engine",
-        str(model),
-        "--input",
-        str(images),
-        "--output",
-        str(tmp_path / "infer"),
-        "--nms_threshold",
-        "0.2",
-    ]
-    results = tmp_path / "results.json"
-    assert infer.main([*common, "--json", str(results), "--format", "png", "--detection_type", "segmentation"]) == 1
+    command = ["--engine", str(model), "--input", str(images), "--output", str(tmp_path / "infer"), *common]
+    assert infer.main([*command, "--json", str(tmp_path / "results.json")]) == 1
     wanted = collections.defaultdict(list)
-    for entry in json.loads(results.read_text()):
-        wanted[Path(entry["file_name"]).stem].append(entry)
+    for entry in json.loads((tmp_path / "results.json").read_text()):
+        wanted[Path(entry["file_name"]).name].append(entry["segmentation"])
     assert len(wanted) == 3
-    for stem, entries in wanted.items():
-        row = rows[str(images / f"{stem}.jpg")]
-        assert [dict(mask) | {"size": list(mask["size"])} for mask in row["masks"]] == [
-            e["segmentation"] for e in entries
-        ]
+    for name, masks in wanted.items():
+        row, stem = rows[f"s3://{keys[name]}"], Path(name).stem
+        assert [dict(mask) | {"size": list(mask["size"])} for mask in row["masks"]] == masks
         assert table_of(row) == (tmp_path / "infer" / f"{stem}.tsv").read_text()
-        drawn = tmp_path / "out" / "pictures" / f"{stem}.png"
-        assert drawn.read_bytes() == (tmp_path / "infer" / f"{stem}.png").read_bytes()
-    assert actors() == []
-
-
-def test_an_object_store(convert, tmp_path, monkeypatch):
-    """Images from S3, results to S3: moto's server on loopback speaks its protocol, pyarrow's client knows no other."""
-    server_module = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    server = server_module.ThreadedMotoServer(ip_address=LOOPBACK, port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "testing")
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="photos")
-        for number, path in enumerate(PICTURES):
-            client.upload_file(str(path), "photos", f"in/{'ab'[number % 2]}/{path.name}")
-        client.put_object(Bucket="photos", Key="in/a/broken.jpg", Body=b"no image")
-        client.put_object(Bucket="photos", Key="in/a/notes.txt", Body=b"no image")
-        address = f"?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
-        model = convert("demo", "--batch_size", "dynamic")[0]
-        options = [f"s3://photos/in{address}", f"s3://photos/out{address}", "--pictures"]
-        printed, _ = finish(start(None, model, *options, "--cpus", "1"), 1)
-        assert "s3://photos/out/detections" in printed
-        keys = [item["Key"] for item in client.list_objects_v2(Bucket="photos", Prefix="out/")["Contents"]]
-        assert {key for key in keys if "/pictures/" in key} == {
-            f"out/pictures/{'ab'[number % 2]}/{path.stem}.jpg" for number, path in enumerate(PICTURES)
-        }
-        (tmp_path / "detections").mkdir()
-        for key in keys:
-            if key.endswith(".parquet"):
-                client.download_file("photos", key, str(tmp_path / "detections" / Path(key).name))
-        rows = rows_of(tmp_path)
-        assert rows["s3://photos/in/a/broken.jpg"]["error"].startswith("it is not an image")
-        assert len(rows) == len(PICTURES) + 1
-        check_against_infer(rows, model, DEMO / "images", tmp_path / "tables")
-        pattern = f"s3://photos/in/b/*{address}"
-        assert sorted(infer_ray.find([pattern], "out").files) == [f"s3://photos/in/b/{p.name}" for p in PICTURES[1::2]]
-        assert infer_ray.main(["--engine", str(model), "--input", options[0], "--output", options[1], "--resume"]) == 0
-        with pytest.raises(UserError, match=r"s3://photos/none: .*does not exist"):
-            infer_ray.find([f"s3://photos/none{address}"], "out")
-    finally:
-        server.stop()
+        drawn = tmp_path / "out" / "pictures" / keys[name].removeprefix("photos/in/")
+        assert drawn.with_suffix(".png").read_bytes() == (tmp_path / "infer" / f"{stem}.png").read_bytes()
 
 
 def test_who_gets_which_processors():
@@ -284,7 +259,7 @@ def test_who_gets_which_processors():
             infer_ray.plan_actors(*arguments)
 
 
-def test_mistakes(convert, tmp_path):
+def test_mistakes(cluster, convert, tmp_path):
     model, images, out = str(convert("demo")[0]), str(DEMO / "images"), str(tmp_path / "out")
     for options, said in (
         (["--engine", "absent.onnx", "--input", images], "absent.onnx: no such file"),
@@ -296,7 +271,7 @@ def test_mistakes(convert, tmp_path):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             infer_ray.main([*options, "--output", out])
-    process = start(None, model, images, out, "--batch_size", "9", "--cpus", "1")  # seen where the model is opened
+    process = start(cluster, model, images, out, "--batch_size", "9")  # seen where the model is opened
     _, errors = finish(process, 2)
     assert errors.splitlines()[-1].startswith("infer_ray.py: --batch_size 9: the model takes 1 to 1 images")
 
@@ -315,7 +290,22 @@ def memory(pid):
 
 
 @pytest.mark.zoo
-def test_memory_is_flat_over_20_000_links(convert, links, tmp_path):
+def test_two_nodes_find_what_infer_finds(cluster, convert, tmp_path):
+    """The 188 images of COCO, three at a time."""
+    model, images = convert("demo", "--batch_size", "dynamic")[0], need_shared("coco", "val2017")
+    options = ["--batch_size", "3", "--task_images", "32", "--nms_threshold", "0.05"]
+    finish(start(cluster, model, images, tmp_path / "out", *options))
+    rows = rows_of(tmp_path / "out")
+    assert rows.keys() == {str(path) for path in images.glob("*.jpg")}
+    command = ["--engine", str(model), "--input", str(images), "--output", str(tmp_path / "tables")]
+    assert infer.main([*command, "--nms_threshold", "0.05"]) == 0
+    tables = {path.stem: path.read_text() for path in (tmp_path / "tables").glob("*.tsv")}
+    assert {Path(path).stem: table_of(row) for path, row in rows.items()} == tables
+    assert any(tables.values())
+
+
+@pytest.mark.zoo
+def test_memory_is_flat_over_20_000_links(convert, links, actors, tmp_path):
     """From the 4,000th image on neither the actor nor what started it grows by more than 60 MB."""
     model, out = convert("demo", "--batch_size", "dynamic")[0], tmp_path / "out"
     process = start(None, model, links(20_000), out, "--batch_size", "8", "--cpus", "2")

@@ -196,6 +196,9 @@ def test_the_network_is_in_standard_ops_and_a_fixed_batch_in_its_shapes(convert,
     model = onnx.load(tmp_path / "models" / "shapes" / "1" / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
+    assert read_metadata(model, "model.onnx")["ops"] == "standard"
+    export(tmp_path / "again", tmp_path / "models" / "shapes" / "1" / "model.onnx", "--name", "shapes")
+    assert (tmp_path / "again" / "shapes" / "1" / "model.onnx").read_bytes() == model.SerializeToString()
     (config,) = read_configs([(tmp_path / "models" / "shapes" / "config.pbtxt").read_text()])
     assert config["backend"] == "onnxruntime"
     assert not {"max_batch_size", "dynamic_batching"} & config.keys()
