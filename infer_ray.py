@@ -169,9 +169,10 @@ def connect(address, folder):
     where = {"address": address} if address else {"address": "local", "include_dashboard": False}
     try:
         ray.init(**where, logging_level="error", runtime_env={"working_dir": str(folder)})
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a bare one where its processes do not start in time
         failed = f"--address {address}" if address else "Ray does not start on this machine"
-        raise UserError(f"{failed}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{failed}: {reason}") from error
 
 
 def plan_actors(machines, onnx, gpus, cpus):
