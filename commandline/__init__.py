@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = {"tensorflow": "requirements.txt", "tf2onnx": "requirements.txt"}
 REQUIREMENTS |= {"av": "requirements-video.txt", "openvino": "requirements-openvino.txt"}
 REQUIREMENTS |= {"tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
-REQUIREMENTS |= dict.fromkeys(("ray", "pyarrow", "pandas", "tritonclient"), "requirements-scale.txt")
+REQUIREMENTS |= dict.fromkeys(("ray", "pyarrow", "pandas"), "requirements-scale.txt")
+REQUIREMENTS |= {"tritonclient": "requirements-triton.txt"}
 
 
 class UserError(Exception):
