@@ -27,8 +27,9 @@ import infer
 # Read when Ray is imported: it listens on loopback alone then, and takes that for the address of this machine.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # On two cores that other things run on too, a process may take minutes to start, and not answer for as long.
-os.environ |= {"RAY_worker_register_timeout_seconds": "300", "RAY_agent_register_timeout_ms": "300000"}
-os.environ["RAY_health_check_failure_threshold"] = "60"
+PATIENCE = {"worker_register_timeout_seconds": 300, "agent_register_timeout_ms": 300_000}
+PATIENCE |= {"health_check_failure_threshold": 60}
+os.environ |= {f"RAY_{name}": str(value) for name, value in PATIENCE.items()}
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
 from pyarrow import fs  # noqa: E402
