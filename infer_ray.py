@@ -36,8 +36,8 @@ from tfod.labels import LABELS_HELP
 
 # Unless told otherwise, Ray reports usage to its makers, and what it does to the terminal; started by `uv run`, its workers
 # would be too, with packages that they install.
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-os.environ |= {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
 import ray  # noqa: E402
 
 
