@@ -20,7 +20,6 @@ from commandline.inputs import find_images
 from commandline.options import count, make_parser
 
 import numpy as np
-import tritonclient.grpc
 
 
 def parse_args(argv=None):
@@ -36,6 +35,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    import tritonclient.grpc  # here: --help and --version need no packages
+
     photos = [Path(path).read_bytes() for path in find_images(args.input).files[: args.requests]]
     with tritonclient.grpc.InferenceServerClient(args.address) as client:
         seconds_of(client, args.name, photos[:20])
@@ -54,6 +55,8 @@ def main(argv=None):
 
 def seconds_of(client, name, photos):
     """How long each photo's request took, one after another."""
+    import tritonclient.grpc
+
     taken = []
     for photo in photos:
         images = tritonclient.grpc.InferInput("images", [1, 1], "BYTES")
