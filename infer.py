@@ -377,7 +377,7 @@ def process(source, images, options, results):
         except (KeyboardInterrupt, UserError) as error:
             written.close()
             workers.close()  # what was being written is
-            if options.folder:
+            if options.folder and workers.processes:  # a thread that ends leaves nothing
                 remove_parts(options.folder)
             if isinstance(error, UserError):
                 raise

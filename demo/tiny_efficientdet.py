@@ -19,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from commandline import run
 
+from demo.exports import write_export
 from demo.train_demo_ssd import BOX_SCALES, CLASSES, SIZE, Export, decode, pipeline_config, postprocess
 
 STRIDES = (8, 16, 32)  # of the levels
@@ -131,17 +132,15 @@ def save_export(folder):
     """Writes folder/saved_model and folder/pipeline.config."""
     import tensorflow as tf
 
-    folder = Path(folder)
     module = exported_module(tf)
     module(tf.zeros([1, SIZE, SIZE, 3], tf.uint8))  # makes the variables
-    tf.saved_model.save(module, str(folder / "saved_model"), signatures={"serving_default": module.__call__})
     text = (
         pipeline_config(EXPORT)
         .replace("      depth_multiplier: 0.25\n", "")
         .replace("mobilenet_v1", "efficientnet-b0_bifpn")
     )
     text = text.replace("encode_background_as_zeros: true", "add_background_class: false")
-    (folder / "pipeline.config").write_text(text)
+    write_export(folder, module, text)
 
 
 def main():

@@ -21,6 +21,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from commandline import run
 
+from demo.exports import write_export
+
 CLASSES = 4
 STRIDE = 8
 ANCHOR_SIDES = (24.0, 48.0)  # pixels
@@ -240,10 +242,7 @@ def save_export(folder, export):
     """Writes folder/saved_model and folder/pipeline.config."""
     import tensorflow as tf
 
-    folder = Path(folder)
-    module = exported_module(tf, export)
-    tf.saved_model.save(module, str(folder / "saved_model"), signatures={"serving_default": module.__call__})
-    (folder / "pipeline.config").write_text(pipeline_config(export))
+    write_export(folder, exported_module(tf, export), pipeline_config(export))
 
 
 def main():

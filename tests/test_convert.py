@@ -255,6 +255,16 @@ def truncated_variables(folder):
     data.write_bytes(data.read_bytes()[:1000])
 
 
+def no_raw_boxes(folder):
+    import_tensorflow()
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    path = folder / "saved_model" / "saved_model.pb"
+    model = SavedModel.FromString(path.read_bytes())
+    del model.meta_graphs[0].signature_def["serving_default"].outputs["raw_detection_boxes"]
+    path.write_bytes(model.SerializeToString())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -267,6 +277,7 @@ def truncated_variables(folder):
         (no_model, "no saved_model.pb"),
         (broken_model, "cannot be loaded"),
         (truncated_variables, "cannot be loaded"),
+        (no_raw_boxes, "gives no raw_detection_boxes, and is no CenterNet"),
     ],
 )
 def test_files_that_do_not_belong_together(tmp_path, change, said):

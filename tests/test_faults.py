@@ -101,7 +101,7 @@ def test_sigterm_stops_as_ctrl_c_does(model, tmp_path, whom):
 
 
 def test_a_killed_script_leaves_no_process(model, tmp_path):
-    """Nor does what it left half-written stay after the next stop."""
+    """Its workers end with it."""
     out = tmp_path / "out"
     process = start("infer.py", "--engine", model, "--input", many(tmp_path / "in", 3000), "--output", out, cores=4)
     wait_for(process, out, "*.tsv", 20)

@@ -210,8 +210,8 @@ def test_damaged_calibrations(model, tmp_path):
         quantization.read_cache(path, model)
 
 
-def test_an_array_of_metadata_is_not_taken_for_numbers(metadata):
-    """Whole numbers are whole: 320.0 and True are none."""
+def test_whole_numbers_are_whole(metadata):
+    """320.0 and True are none."""
     for value in (320.0, True, np.int64(3)):
         with pytest.raises(UserError, match="num_classes"):
             onnx_utils.check_metadata({**metadata, "num_classes": value}, "model")

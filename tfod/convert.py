@@ -97,6 +97,10 @@ def read_model(saved_model, model_config, image_size=None):
     frozen = saved_model.freeze()
     if not architecture.recognise(frozen):
         found = [name for name, other in META_ARCHITECTURES.items() if other.recognise(frozen)]
+        if not found and RAW_OUTPUTS[0] not in frozen.outputs:
+            raise UserError(
+                f"{folder} gives no {RAW_OUTPUTS[0]}, and is no CenterNet; export it with exporter_main_v2.py"
+            )
         raise wrong_config(folder, f"it says {kind}, the model is {found[0] if found else 'something else'}")
     images = find_preprocessed_images(frozen)
     colours = probe_preprocessing(frozen, images, resizer)
