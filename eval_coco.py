@@ -184,7 +184,7 @@ def detect(detector, known, batch_size, workers, args):
     )
     results, evaluated, started = [], {}, time.perf_counter()
     load = functools.partial(load_image, **image_options(args))
-    decoder = choose_decoder(args.decoder, detector, list(known), args.exif_rotate)
+    decoder = choose_decoder(args.decoder, detector, list(known), batch_size, args.exif_rotate)
     # To paste masks holds Python's lock: processes do it, on however few cores.
     pasting = Workers(PROCESSES_FROM_IMAGES, cores=max(PROCESSES_FROM_CORES, os.cpu_count() or 1)) if masks else workers
     with contextlib.nullcontext() if pasting is workers else pasting, progress(known, unit="image") as bar:

@@ -200,7 +200,7 @@ def process_all(detectors, images, videos, options, args):
     size, status = choose_batch_size(detectors[0], args.batch_size, 1), 0
     with results_file(args.json) as results:
         if images.files:
-            source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files))
+            source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files, size))
             status = process(source, images, options, results)
         for video in videos:
             status = max(status, process_video(detectors[0], video, size, options, results, args.frames))
@@ -325,9 +325,9 @@ def write_one(detected, name, options):
         return options.coco_results(found, image_id, str(path), (placement.height, placement.width))
 
 
-def choose_decoders(args, detectors, files):
+def choose_decoders(args, detectors, files, size):
     """The GpuDecoder of each detector, or None where processors decode."""
-    decoders = [choose_decoder(args.decoder, detector, files, args.exif_rotate) for detector in detectors]
+    decoders = [choose_decoder(args.decoder, detector, files, size, args.exif_rotate) for detector in detectors]
     return decoders if all(decoders) else None
 
 
@@ -502,7 +502,7 @@ def benchmark(detectors, images, options, args):
     detector, size = detectors[0], choose_batch_size(detectors[0], args.batch_size, 1)
     names = dict(zip(images.files, images.names, strict=True))
     repeated = list(itertools.islice(itertools.cycle(images.files), max(size, args.benchmark_images)))
-    source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files))
+    source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files, size))
     with open_workers(detector, len(repeated), size) as workers:
         workers.warm_up()
         decoder = source.decoders and source.decoders[0]

@@ -19,35 +19,53 @@ import numpy as np
 from image_batcher import Batch
 from images.decoding import ImageError, load_image
 from images.resizing import placement_of
-from runtimes.workers import in_order
+from runtimes.workers import MAX_THREADS, in_order
 
 PACKAGES = "nvidia-nvimgcodec-cu12 and nvidia-nvjpeg-cu12"
-# Images decoded at a time: the hardware takes 10,600 a second from 32 on, half as many one by one.
-DECODED_TOGETHER = 32
-READERS = 4  # threads that read files and, where need be, decode them
+# Batches decoded at a time, and images, at least and at most. The hardware takes 10,500 a second from 32 on, 12,000 from 64,
+# far fewer one by one; and the batches under way must keep the GPU busy meanwhile.
+BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 64
+READ_AHEAD = 2  # such chunks of files
+# So many processors keep up with the fastest engine on one image at a time, and are faster: 991 images/s, the GPU 798.
+CORES_FOR_ONE_BY_ONE = 8
 LARGEST = 16_000_000  # pixels; larger ones go the CPU's way, which has limits of its own
-# One thread a pixel of the network's input. TF1's bilinear resize (images.resizing) in float32, each product and sum rounded
-# by itself: __fmul_rn and __fadd_rn are not merged into one rounding.
+# What the kernel is told of each image, as `struct Image`: `height` and `width` are those that it is resized to.
+TABLE = np.dtype(
+    [("pixels", np.uint64), ("stride", np.int64)]
+    + [(name, np.int32) for name in ("rows", "columns", "height", "width")]
+    + [(name, np.float32) for name in ("scale_y", "scale_x")]
+)
+# One thread a pixel of the network's input, one layer of blocks an image. TF1's bilinear resize (images.resizing) in float32,
+# each product and sum rounded by itself: __fmul_rn and __fadd_rn are not merged into one rounding.
 KERNEL = """
+struct Image {
+    const unsigned char *pixels;
+    long long stride;
+    int rows, columns, height, width;
+    float scale_y, scale_x;
+};
+
 __device__ float between(float a, float b, float weight) {
     return __fadd_rn(a, __fmul_rn(__fsub_rn(b, a), weight));
 }
 
-extern "C" __global__ void resize(const unsigned char *image, long long stride, int rows, int columns, TYPE *out,
-                                  int height, int width, int new_height, int new_width, float scale_y, float scale_x,
+extern "C" __global__ void resize(const Image *images, TYPE *out, int height, int width,
                                   float pad_r, float pad_g, float pad_b) {
     int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
     if (x >= width || y >= height) return;
+    Image image = images[blockIdx.z];
+    out += (size_t)blockIdx.z * 3 * height * width;
     float pad[3] = {pad_r, pad_g, pad_b};
-    float at_y = __fmul_rn((float)y, scale_y), at_x = __fmul_rn((float)x, scale_x);
+    float at_y = __fmul_rn((float)y, image.scale_y), at_x = __fmul_rn((float)x, image.scale_x);
     int top = (int)floorf(at_y), left = (int)floorf(at_x);
-    int bottom = min(top + 1, rows - 1), right = min(left + 1, columns - 1);
+    int bottom = min(top + 1, image.rows - 1), right = min(left + 1, image.columns - 1);
     float down = __fsub_rn(at_y, (float)top), across = __fsub_rn(at_x, (float)left);
-    bool inside = y < new_height && x < new_width;
+    bool inside = y < image.height && x < image.width;
     for (int c = 0; c < 3; c++) {
         float value = pad[c];
         if (inside) {
-            const unsigned char *upper = image + top * stride + c, *lower = image + bottom * stride + c;
+            const unsigned char *upper = image.pixels + top * image.stride + c;
+            const unsigned char *lower = image.pixels + bottom * image.stride + c;
             value = between(between(upper[left * 3], upper[right * 3], across),
                             between(lower[left * 3], lower[right * 3], across), down);
         }
@@ -69,23 +87,33 @@ class DeviceImage:
 
 
 class GpuResizer:
-    """Resizes DeviceImages into an engine's input, [H, W, 3] or [3, H, W], float32 or uint8."""
+    """Resizes DeviceImages into an engine's input, [n, H, W, 3] or [n, 3, H, W], float32 or uint8."""
 
     def __init__(self, resizer, spec):
         """resizer: of the model's metadata; spec: its InputSpec. A CUDA context is current. Raises UserError without nvcc."""
-        self._resizer, self._spec = resizer, spec
-        self._pad = [np.float32(value) for value in resizer.get("pad_value", (0, 0, 0))]
-        self.image_bytes = 3 * spec.height * spec.width * spec.dtype.itemsize
-        self._kernel = _compile(spec.dtype.name, spec.layout)
-        self._grid = -(-spec.width // 32), -(-spec.height // 8)
+        import pycuda.driver as cuda
 
-    def resize(self, image, true_shape, pointer, stream):
-        """Queues the resize of a DeviceImage to height, width (`true_shape`), to the memory at `pointer`, in a stream."""
-        height, width = map(int, true_shape)
-        scales = np.float32(image.height) / np.float32(height), np.float32(image.width) / np.float32(width)
-        sizes = image.height, image.width, pointer, self._spec.height, self._spec.width, height, width
-        arguments = image.pointer, image.stride, *sizes, *scales, *self._pad
-        self._kernel.prepared_async_call(self._grid, (32, 8, 1), stream, *arguments)
+        self._spec, self._copy = spec, cuda.memcpy_htod_async
+        self._pad = [np.float32(value) for value in resizer.get("pad_value", (0, 0, 0))]
+        self._kernel = _compile(spec.dtype.name, spec.layout)
+
+    def resize(self, images, true_shapes, table, device_table, pointer, stream):
+        """Queues the resize of DeviceImages to (height, width) `true_shapes` [n, 2], to the memory at `pointer`, in a stream.
+
+        table, device_table: TABLE [n], page-locked, and the memory on the GPU that it goes to; theirs until the stream has
+        got there.
+        """
+        rows = zip(images, np.asarray(true_shapes, np.int32).tolist(), strict=True)
+        table[:] = [
+            (image.pointer, image.stride, image.height, image.width, height, width, 0, 0)
+            for image, (height, width) in rows
+        ]
+        for scale, old, new in (("scale_y", "rows", "height"), ("scale_x", "columns", "width")):
+            table[scale] = table[old].astype(np.float32) / table[new].astype(np.float32)
+        self._copy(device_table, table, stream)
+        grid = -(-self._spec.width // 32), -(-self._spec.height // 8), len(table)
+        arguments = int(device_table), int(pointer), self._spec.height, self._spec.width, *self._pad
+        self._kernel.prepared_async_call(grid, (32, 8, 1), stream, *arguments)
 
 
 @functools.cache
@@ -96,7 +124,7 @@ def _compile(dtype, layout):
     kind, rounding = ("float", "") if dtype == "float32" else ("unsigned char", "__float2uint_rn")
     options = [f"-DTYPE={kind}", f"-DPLANES={int(layout == 'NCHW')}", f"-DROUND(x)={rounding}(x)"]
     kernel = SourceModule(KERNEL, options=options, no_extern_c=True).get_function("resize")
-    kernel.prepare("PqiiPiiiifffff")
+    kernel.prepare("PPiifff")
     return kernel
 
 
@@ -180,14 +208,15 @@ class _Uploaded:
                 self._memory.free()
 
 
-def choose_decoder(choice, detector, files, exif_rotate=False):
+def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
     """The GpuDecoder for an open detector and image files, or None where processors are to decode.
 
     choice: "auto", "cpu" or "gpu", of --decoder. Warns where only a package is missing; raises UserError where "gpu" cannot
     be.
     """
     reason = _why_not(detector, files)
-    if choice == "cpu" or (choice == "auto" and reason):
+    processors_suffice = batch_size == 1 and (os.cpu_count() or 1) >= CORES_FOR_ONE_BY_ONE
+    if choice == "cpu" or (choice == "auto" and (reason or processors_suffice)):
         return None
     if reason:
         raise UserError(f"--decoder gpu: {reason}; use --decoder cpu")
@@ -214,24 +243,29 @@ def _why_not(detector, files):
 
 
 class GpuBatcher:
-    """As image_batcher.ImageBatcher, with DeviceImages for tensors: read by threads, decoded by the GPU, in order."""
+    """As image_batcher.ImageBatcher, with DeviceImages for tensors, in order.
+
+    One thread reads ahead, the thread that asks for batches decodes: the codec takes and leaves Python's lock for each image,
+    so that whatever runs in Python beside it makes it wait (BENCHMARKS.md).
+    """
 
     def __init__(self, paths, resizer, batch_size, decoder, load=load_image):
         self.paths, self.batch_size, self.skipped = paths, batch_size, 0
         self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
         self.by_cpu = 0  # images that were decoded by the CPU
         self._resizer, self._decoder, self._load = resizer, decoder, load
+        self._together = min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
 
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images."""
         batch, numbers = [], itertools.count()
         with (
-            concurrent.futures.ThreadPoolExecutor(READERS) as readers,
-            concurrent.futures.ThreadPoolExecutor(1) as decoding,
+            concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as processors,
+            concurrent.futures.ThreadPoolExecutor(1) as reader,
         ):
-            chunks = in_order(functools.partial(readers.submit, self._read), _chunks(self.paths), READERS)
-            for chunk in in_order(functools.partial(decoding.submit, self._decode), chunks, 2):
-                for path, image in chunk:
+            read = functools.partial(reader.submit, self._read, processors)
+            for chunk in in_order(read, _chunks(self.paths, self._together), READ_AHEAD):
+                for path, image in self._decode(chunk):
                     number = next(numbers)
                     if isinstance(image, str):
                         self.skipped += 1
@@ -244,12 +278,12 @@ class GpuBatcher:
             if batch:
                 yield Batch(*map(list, zip(*batch, strict=True)))
 
-    def _read(self, paths):
-        """[(path, the bytes of a baseline JPEG, or the image as the CPU decodes it, or why it cannot be read)]."""
+    def _read(self, processors, paths):
+        """[(path, the bytes of a baseline JPEG, or the future of what the CPU makes of the file)]."""
         chunk = []
         for path in paths:
             data = self._baseline(path)
-            chunk.append((path, self._by_cpu(path) if data is None else data))
+            chunk.append((path, processors.submit(self._by_cpu, path) if data is None else data))
         return chunk
 
     def _baseline(self, path):
@@ -278,7 +312,7 @@ class GpuBatcher:
         found = iter(self._decoder.decode([data for _, data in chunk if isinstance(data, bytes)]))
         images = []
         for path, data in chunk:
-            image = next(found) if isinstance(data, bytes) else data
+            image = next(found) if isinstance(data, bytes) else data.result()
             if image is None:
                 image = self._by_cpu(path)
             if isinstance(image, np.ndarray):
@@ -288,6 +322,6 @@ class GpuBatcher:
         return images
 
 
-def _chunks(paths):
+def _chunks(paths, size):
     paths = iter(paths)
-    return iter(lambda: list(itertools.islice(paths, DECODED_TOGETHER)), [])
+    return iter(lambda: list(itertools.islice(paths, size)), [])

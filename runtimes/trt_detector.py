@@ -18,7 +18,7 @@ import numpy as np
 import onnx_utils
 from runtimes.cuda_graph import CudaGraph
 from runtimes.detector import STAGES, image_input, input_spec, shape_input, split_detections
-from runtimes.gpu_images import DeviceImage, GpuResizer
+from runtimes.gpu_images import TABLE, DeviceImage, GpuResizer
 
 REBUILD = "build it here with build_engine.py"
 # Batches that may be under way: one is copied in while one is computed and one's results are copied out.
@@ -113,6 +113,9 @@ class Slot:
         self.device_outputs = cuda.mem_alloc(output_bytes)
         self.host_outputs = cuda.pagelocked_empty(output_bytes, np.uint8)
         self.images = None  # DeviceImages that are being read
+        most = max(shape[0] for shape, _ in inputs.values())
+        self.table = cuda.pagelocked_empty(most * TABLE.itemsize, np.uint8).view(TABLE)
+        self.device_table = cuda.mem_alloc(self.table.nbytes)
         self.begun, self.copied, self.computing, self.computed, self.done = (cuda.Event() for _ in range(5))
 
     def seconds(self):
@@ -121,7 +124,7 @@ class Slot:
         return copying / 1000, self.computing.time_till(self.computed) / 1000
 
     def free(self):
-        for memory in (*self.device_inputs.values(), self.device_outputs):
+        for memory in (*self.device_inputs.values(), self.device_outputs, self.device_table):
             memory.free()
 
 
@@ -239,9 +242,10 @@ class TrtDetector:
         if isinstance(batch[0], DeviceImage):
             slot.images = batch  # they are read until `finish`
             self._resizer = self._resizer or GpuResizer(self.metadata["resizer"], spec)
-            for row, (image, shape) in enumerate(zip(batch, true_shapes, strict=True)):
-                place = int(slot.device_inputs[name]) + row * self._resizer.image_bytes
-                self._resizer.resize(image, shape, place, self._copying_in)
+            table = slot.table[: len(batch)]
+            self._resizer.resize(
+                batch, true_shapes, table, slot.device_table, slot.device_inputs[name], self._copying_in
+            )
         else:
             # From page-locked memory copies go on beside the network; those made from it before have ended: see `finish`.
             copy(slot.device_inputs[name], image_input(batch, spec, slot.host_inputs[name][:size]), self._copying_in)

@@ -22,7 +22,7 @@ from images.decoding import ImageError, load_image
 from images.resizing import preprocess
 from runtimes import open_detector, quantization, standard_graph, trt_graph
 from runtimes.detector import InputSpec, detect_image
-from runtimes.gpu_images import DeviceImage, GpuResizer, choose_decoder
+from runtimes.gpu_images import TABLE, DeviceImage, GpuResizer, choose_decoder
 from runtimes.pipeline import Times, batcher_for, detect_files, open_workers
 from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
 
@@ -349,25 +349,31 @@ def test_images_are_resized_to_the_last_bit(layout, dtype, keep):
     spec = InputSpec("images", None, resizer["height"], resizer["width"], layout, np.dtype(dtype), None)
     cuda.init()
     rng = np.random.default_rng(0)
+    images, wanted, shapes = [], [], []
     with GpuContext(cuda):
-        gpu_resizer, stream = GpuResizer(resizer, spec), cuda.Stream()
-        memory = cuda.mem_alloc(gpu_resizer.image_bytes)
         for size in SIZES:
             image = rng.integers(0, 256, (*size, 3), np.uint8)
             try:
-                wanted, placement = preprocess(image, resizer, np.empty((*spec_shape(spec), 3), dtype))
+                tensor, placement = preprocess(image, resizer, np.empty((*spec_shape(spec), 3), dtype))
             except ImageError:
                 assert keep
                 continue
             pixels = cuda.to_device(image)
-            device_image = DeviceImage(int(pixels), 3 * size[1], *size, pixels)
-            gpu_resizer.resize(device_image, placement.true_shape, int(memory), stream)
-            stream.synchronize()
-            found = np.empty(spec_shape(spec, layout), dtype)
-            cuda.memcpy_dtoh(found, memory)
-            found = found if layout == "NHWC" else found.transpose(1, 2, 0)
-            np.testing.assert_array_equal(found, wanted, err_msg=str(size))
+            images.append(DeviceImage(int(pixels), 3 * size[1], *size, pixels))
+            wanted.append(tensor)
+            shapes.append(placement.true_shape)
+        assert len(images) > 4
+        found = np.empty((len(images), *spec_shape(spec, layout)), dtype)
+        table = cuda.pagelocked_empty(len(images) * TABLE.itemsize, np.uint8).view(TABLE)
+        memory, device_table, stream = cuda.mem_alloc(found.nbytes), cuda.mem_alloc(table.nbytes), cuda.Stream()
+        GpuResizer(resizer, spec).resize(images, shapes, table, device_table, memory, stream)
+        stream.synchronize()
+        cuda.memcpy_dtoh(found, memory)
+        found = found if layout == "NHWC" else found.transpose(0, 2, 3, 1)
+        for image, tensor, result in zip(images, wanted, found, strict=True):
+            np.testing.assert_array_equal(result, tensor, err_msg=f"{image.height} x {image.width}")
         memory.free()
+        device_table.free()
 
 
 def spec_shape(spec, layout=None):
@@ -390,7 +396,7 @@ def test_decoding_on_the_gpu_gives_the_same(engine, size, tmp_path):
             target.symlink_to(source)
     files = sorted(tmp_path.iterdir())
     with open_detector(engine("fp32")[0]) as detector, open_workers(detector, 0, size) as workers:
-        decoder = choose_decoder("gpu", detector, files)
+        decoder = choose_decoder("gpu", detector, files, size)
         batcher = batcher_for(detector, files, size, workers, decoder=decoder)
         for batch in batcher:
             for path, image in zip(batch.paths, batch.tensors, strict=True):

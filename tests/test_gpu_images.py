@@ -14,7 +14,15 @@ from PIL import Image
 
 from image_batcher import ImageBatcher
 from images.decoding import ImageError, load_image
-from runtimes.gpu_images import DECODED_TOGETHER, DeviceImage, GpuBatcher, baseline_size, choose_decoder
+from runtimes import gpu_images
+from runtimes.gpu_images import (
+    FEWEST_TOGETHER,
+    MOST_TOGETHER,
+    DeviceImage,
+    GpuBatcher,
+    baseline_size,
+    choose_decoder,
+)
 from runtimes.workers import Workers
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -110,7 +118,7 @@ def test_images_come_in_order_whoever_decodes_them(size, resizer, tmp_path, caps
     for batch in batches:
         for path, image in zip(batch.paths, batch.tensors, strict=True):
             np.testing.assert_array_equal(image.owner, load_image(path))
-    assert max(decoder.chunks) <= DECODED_TOGETHER
+    assert max(decoder.chunks) <= MOST_TOGETHER
     assert batcher.by_cpu > 7
 
 
@@ -125,7 +133,7 @@ def test_it_reads_only_some_way_ahead():
     pictures = iter(GpuBatcher([PICTURES[0], *files], FIXED, 1, StandIn(), load))
     next(pictures)
     pictures.close()
-    assert len(read) < 12 * DECODED_TOGETHER
+    assert len(read) <= 5 * FEWEST_TOGETHER
 
 
 def detector(**changes):
@@ -142,19 +150,31 @@ def detector(**changes):
 )
 def test_where_processors_decode(changes, files, said, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
-    assert choose_decoder("auto", detector(**changes), files) is None
-    assert choose_decoder("cpu", detector(**changes), files) is None
+    assert choose_decoder("auto", detector(**changes), files, 8) is None
+    assert choose_decoder("cpu", detector(**changes), files, 8) is None
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=said):
-        choose_decoder("gpu", detector(**changes), files)
+        choose_decoder("gpu", detector(**changes), files, 8)
 
 
 def test_without_the_packages_it_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
     monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
-    assert choose_decoder("auto", detector(), PICTURES) is None
+    assert choose_decoder("auto", detector(), PICTURES, 8) is None
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert "nvidia-nvimgcodec-cu12" in said
     with pytest.raises(UserError, match="--decoder gpu: nvidia-nvimgcodec-cu12"):
-        choose_decoder("gpu", detector(), PICTURES)
+        choose_decoder("gpu", detector(), PICTURES, 8)
+
+
+@pytest.mark.parametrize(("cores", "size", "decodes"), [(16, 1, False), (16, 8, True), (4, 1, True)])
+def test_one_image_at_a_time_is_the_processors_where_there_are_many(cores, size, decodes, monkeypatch):
+    """The choice of "auto"; "gpu" has its way. The decoder itself is not to be had here: asking for it is the choice."""
+    monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
+    monkeypatch.setattr(gpu_images.os, "cpu_count", lambda: cores)
+    asked = []
+    monkeypatch.setattr(gpu_images, "GpuDecoder", lambda *arguments: asked.append(arguments) or "decoder")
+    assert choose_decoder("auto", detector(), PICTURES, size) == ("decoder" if decodes else None)
+    assert choose_decoder("gpu", detector(), PICTURES, size) == "decoder"
+    assert len(asked) == 1 + decodes
