@@ -17,6 +17,8 @@ RESHAPING = {
     "Tile",
     "PlaceholderWithDefault",
 }
+# Ops that pick rows by their index: in CenterNets of July 2020 (the zoo's) GatherV2, in later ones GatherNd.
+PICKING = {"GatherNd", "GatherV2"}
 # Ops whose result depends on a tensor's shape alone.
 SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank"}
 
