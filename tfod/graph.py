@@ -124,6 +124,7 @@ class FrozenGraph:
             node = result.node.add()
             node.CopyFrom(nodes[name])
             node.attr.pop("_output_shapes", None)
+            node.attr.pop("_class", None)  # where to place it: beside a node that may be left out
             if not control:
                 data = [source for source in node.input if not source.startswith("^")]
                 del node.input[:]

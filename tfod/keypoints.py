@@ -91,7 +91,7 @@ class _Search:
         return Task(
             self._heads(peaks, candidates),
             peaks,
-            self._valid_from(candidates),
+            self._valid_from(peaks.top_k),
             unmatched_score=unmatched,
             ranking=ranking,
             ranking_value=value,
@@ -105,8 +105,10 @@ class _Search:
         return [name for name, op in self.nodes.items() if op in ops]
 
     def _constant(self, tensor):
-        """A constant's value, through reshaping; None for what is none."""
-        return self.frozen.constant(before_reshaping(self.frozen, tensor))
+        """A constant's value, through reshaping, into the branch of a condition too; None for what is none."""
+        while self.frozen.op(tensor) in {*RESHAPING, "Switch"}:
+            tensor = self.frozen.inputs(tensor)[0]
+        return self.frozen.constant(tensor)
 
     def _factor(self, tensor):
         """The constant in a product, or None."""
@@ -187,12 +189,12 @@ class _Search:
             tensor = self.frozen.inputs(tensor)[0]
         return tensor
 
-    def _valid_from(self, candidates):
+    def _valid_from(self, top_k):
         """The constant that candidates' scores are compared with to count the valid ones."""
         found = set()
         for name in self._of("GreaterEqual"):
             value, limit = self.frozen.inputs(name)
-            if node_name(value) in candidates and self._constant(limit) is not None:
+            if node_name(before_reshaping(self.frozen, value)) == top_k and self._constant(limit) is not None:
                 found.add(float(self._constant(limit)))
         if len(found) != 1:
             raise _Unknown("the least score of their candidates was not found")
@@ -228,23 +230,29 @@ class _Search:
 
     def _class_id(self):
         """The class that an object's is compared with (_get_instance_indices)."""
-        found = set()
+        found = []
         for name in self._of("Equal"):
             if name in self.chosen:
-                for tensor in map(lambda x: before_reshaping(self.frozen, x), self.frozen.inputs(name)):
-                    value = self.frozen.inputs(tensor)[1] if self.frozen.op(tensor) == "Fill" else tensor
-                    if (value := self._constant(value)) is not None:
-                        found.add(int(value.reshape(-1)[0]))
-        if len(found) > 1:
-            raise _Unknown("they are of several classes")
-        return found.pop() if found else None
+                filled = [x for x in self.frozen.inputs(name) if node_name(x) not in self.chosen]
+                values = [self.frozen.inputs(x)[1] if self.frozen.op(x) == "Fill" else x for x in filled]
+                found += [self._constant(x) for x in values]
+        scatters = self._of("ScatterNd")
+        if len(found) > 1 or bool(found) != bool(scatters) or any(value is None for value in found):
+            raise _Unknown("the class that they are of was not found")
+        return int(found[0].reshape(-1)[0]) if found else None
 
     def _order(self):
         """The rows that keypoints are scattered to (_pad_to_full_keypoint_dim)."""
+        orders = set()
         for name in self._of("ScatterNd"):
-            if (rows := self._constant(self.frozen.inputs(name)[0])) is not None:
-                return tuple(rows.reshape(-1).tolist())
-        return None
+            rows = self.frozen.inputs(name)[0]
+            if self._constant(rows) is not None:
+                orders.add(tuple(self._constant(rows).reshape(-1).tolist()))
+            elif node_name(rows) not in self.chosen:  # else of the detections that have keypoints
+                raise _Unknown("their order was not found")
+        if len(orders) > 1 or any(sorted(order) != list(range(len(order))) for order in orders):
+            raise _Unknown("their order was not found")
+        return orders.pop() if orders else None
 
 
 def add_keypoints(ops, network, task, places, corners):
