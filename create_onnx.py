@@ -235,7 +235,9 @@ def with_keypoints(options, model, label_file):
     names, skeleton = keypoint_names(label_file, model.config.keypoint_estimation_task, count)
     skeleton = options.skeleton or skeleton or ()
     if any(end >= count for edge in skeleton for end in edge):
-        warn(f"keypoint_edge of the pipeline.config joins a keypoint that there is not: the model has {count}; left out")
+        warn(
+            f"keypoint_edge of the pipeline.config joins a keypoint that there is not: the model has {count}; left out"
+        )
         skeleton = ()
     return dataclasses.replace(options, keypoints=names, skeleton=skeleton)
 

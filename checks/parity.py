@@ -21,7 +21,9 @@ class Report:
     # Mean over pixels, largest over pairs, without boxes that end at the image's bottom or right: their crop's last
     # samples are zero or not by the last bit of the box (faster_rcnn.crop_features), in TensorFlow itself.
     mask_difference: float = 0.0
-    keypoint_difference: float = 0.0  # largest, over coordinates and scores of keypoints and pairs, but for those elsewhere
+    keypoint_difference: float = (
+        0.0  # largest, over coordinates and scores of keypoints and pairs, but for those elsewhere
+    )
     keypoints: int = 0  # of the pairs, scores above 0 on either side
     # Keypoints that moved to another candidate, or on one side only: of two that are as near, the last bit decides.
     keypoints_elsewhere: int = 0
@@ -128,15 +130,23 @@ def _compare_keypoints(theirs, ours, pairs):
     """What a Report says of the keypoints of `pairs` [(index in theirs, index in ours)]."""
     if theirs.keypoints is None or not pairs:
         return {}
-    a, b = (side.where(list(rows)) for side, rows in zip((theirs, ours), zip(*pairs, strict=True), strict=True))
-    shown = np.maximum(a.keypoint_scores, b.keypoint_scores) > 0
-    apart = np.maximum(np.abs(a.keypoints - b.keypoints).max(axis=2), np.abs(a.keypoint_scores - b.keypoint_scores))
+    places, scores = keypoint_differences(theirs, ours, pairs)
+    apart = np.maximum(places, scores)
     elsewhere = apart > FAR
     return {
         "keypoint_difference": float(apart[~elsewhere].max(initial=0)),
-        "keypoints": int(shown.sum()),
+        "keypoints": len(apart),
         "keypoints_elsewhere": int(elsewhere.sum()),
     }
+
+
+def keypoint_differences(theirs, ours, pairs):
+    """How far the keypoints of pairs [(index in theirs, index in ours)] are apart: (largest difference of their coordinates,
+    normalised, of their scores), [keypoints] each, of those that either side has."""
+    a, b = (side.where([pair[i] for pair in pairs]) for i, side in enumerate((theirs, ours)))
+    found = np.maximum(a.keypoint_scores, b.keypoint_scores) > 0
+    places = np.abs(a.keypoints - b.keypoints).max(axis=2)
+    return places[found], np.abs(a.keypoint_scores - b.keypoint_scores)[found]
 
 
 def has_equal(these, others, far=1e-4):

@@ -61,7 +61,10 @@ def make_weights(export):
     }
     for stack in (0, 1):
         shapes |= {f"{head}_{stack}": (3, 3, CHANNELS, CHANNELS) for head in ("center", "box_scale", "box_offset")}
-        shapes |= {f"center_{stack}/last": (1, 1, CHANNELS, export.classes), f"box_scale_{stack}/last": (1, 1, CHANNELS, 2)}
+        shapes |= {
+            f"center_{stack}/last": (1, 1, CHANNELS, export.classes),
+            f"box_scale_{stack}/last": (1, 1, CHANNELS, 2),
+        }
         shapes[f"box_offset_{stack}/last"] = (1, 1, CHANNELS, 2)
     if export.joints:
         lasts = export.joints.shapes(CHANNELS)

@@ -35,9 +35,7 @@ class Joints:
     def shapes(self, channels):
         """{name of a head's last convolution: shape of its weights}."""
         offsets = 2 if self.shared_offset else 2 * self.count
-        return dict(
-            zip(HEADS, ((1, 1, channels, n) for n in (self.count, offsets, 2 * self.count)), strict=True)
-        )
+        return dict(zip(HEADS, ((1, 1, channels, n) for n in (self.count, offsets, 2 * self.count)), strict=True))
 
     def config(self):
         """The text of the task."""
@@ -106,9 +104,7 @@ def of_some(tf, joints, heads, rows, y, x, boxes):
         return tf.transpose(spread, [1, 0, 2, 3]), tf.transpose(spread_values, [1, 0, 2])
 
     points, values = tf.cond(tf.shape(rows)[0] > 0, some, none)
-    return tf.cond(
-        tf.shape(rows)[0] > 0, spread, lambda: (tf.zeros([1, most, count, 2]), tf.zeros([1, most, count]))
-    )
+    return tf.cond(tf.shape(rows)[0] > 0, spread, lambda: (tf.zeros([1, most, count, 2]), tf.zeros([1, most, count])))
 
 
 def candidates(tf, joints, logits, offsets):
@@ -150,7 +146,9 @@ def regressed(tf, joints, vectors, y, x):
         picked = tf.gather_nd(vectors, tf.stack([tf.zeros_like(y), y, x], axis=1))
     dy, dx = tf.unstack(tf.reshape(picked, [1, -1, joints.count, 2]), axis=3)
     y, x = tf.cast(y[None, :, None], tf.float32), tf.cast(x[None, :, None], tf.float32)
-    return tf.reshape(tf.reshape(tf.stack([y + dy, x + dx], axis=3), [1, -1, 2 * joints.count]), [1, -1, joints.count, 2])
+    return tf.reshape(
+        tf.reshape(tf.stack([y + dy, x + dx], axis=3), [1, -1, 2 * joints.count]), [1, -1, joints.count, 2]
+    )
 
 
 def ranked(tf, joints, distances, values, boxes):

@@ -46,6 +46,14 @@ class Detections:
         parts = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return Detections(**{name: None if part is None else part[kept] for name, part in parts})
 
+    def points(self, size, least):
+        """The keypoints [D, K, 2] y, x in pixels of an image of `size` (height, width), NaN where they score less than `least`,
+        or 0: the object's class has none; None where the model gives none."""
+        if self.keypoints is None:
+            return None
+        hidden = (self.keypoint_scores < least) | (self.keypoint_scores <= 0)
+        return np.where(hidden[..., None], np.float32(np.nan), self.keypoints * np.float32(size))
+
     def above(self, score):
         """The detections that score at least that."""
         return self.where(self.scores >= score)
@@ -98,7 +106,9 @@ class Found:
     box: tuple  # ymin, xmin, ymax, xmax in pixels of the image
     label: int  # its class, from 0
     mask: np.ndarray | None  # [h, w], the probability of the object, over its box
-    keypoints: np.ndarray | None = None  # [K, 3]: y and x in pixels of the image, score; metadata["keypoints"] names them
+    keypoints: np.ndarray | None = (
+        None  # [K, 3]: y and x in pixels of the image, score; metadata["keypoints"] names them
+    )
 
 
 def detect(detector, image, threshold=0.3, names=None):

@@ -215,7 +215,9 @@ class _Search:
             factors = [x for x in map(self._size_factor, addends) if x is not None]
             if factors:
                 return "score_scaled_distance_ratio", factors[0]
-        raise _Unknown("candidate_ranking_mode is none of min_distance, score_distance_ratio, score_scaled_distance_ratio")
+        raise _Unknown(
+            "candidate_ranking_mode is none of min_distance, score_distance_ratio, score_scaled_distance_ratio"
+        )
 
     def _size_factor(self, tensor):
         """The factor of the longer side of a box, or None."""

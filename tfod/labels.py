@@ -21,9 +21,10 @@ LABELS_HELP = (
 )
 # The keypoints of COCO's people, in the order of its annotations, and the lines between them (person_keypoints_*.json).
 COCO_KEYPOINTS = (
-    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist"
-    " left_hip right_hip left_knee right_knee left_ankle right_ankle"
-).split()
+    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow"),
+    *("right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee"),
+    *("left_ankle", "right_ankle"),
+)
 COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9))
 COCO_SKELETON += ((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 # How a label map begins, comments apart.
@@ -108,7 +109,7 @@ def _label_map_keypoints(path, classes):
     items = [item for item in label_map.item if item.keypoints]
     items = [item for item in items if item.name in classes] or items
     points = sorted(items[0].keypoints, key=lambda point: point.id) if len(items) == 1 else []
-    return [point.label for point in points] or None
+    return tuple(point.label for point in points) or None
 
 
 def _message_class():
