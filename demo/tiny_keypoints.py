@@ -155,6 +155,8 @@ def ranked(tf, joints, distances, values, boxes):
     """Index of the best candidate [1, m, K] (TFOD: refine_keypoints)."""
     if joints.ranking == "min_distance":
         return tf.argmin(distances, axis=2)
+    if joints.ranking == "gaussian_weighted":  # with one sigma for all
+        return tf.argmax(values[:, None] * tf.exp(-distances * distances / (2 * joints.ranking_value**2)), axis=2)
     if joints.ranking == "score_distance_ratio":
         away = distances + joints.ranking_value
     else:
