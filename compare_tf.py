@@ -23,8 +23,10 @@ from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import (
     add_gpus,
     add_image_options,
+    add_keypoint_threshold,
     add_preprocessor,
     add_runtime,
+    check_detection_type,
     check_preprocessor,
     count,
     count_from_0,
@@ -36,7 +38,7 @@ from commandline.options import (
 import numpy as np
 
 from checks import coco, parity, report
-from checks.annotations import keep_masks, open_annotations
+from checks.annotations import keep_keypoints, keep_masks, open_annotations
 from checks.matching import match_categories
 from images.aspect import FIT_HELP, choose_fit
 from images.decoding import ImageError, load_image
@@ -80,7 +82,14 @@ def parse_args(argv=None):
         type=score,
         help="largest difference in score, largest share unmatched; default: 0.02 (fp32), 0.05 (fp16), 0.25 (int8)",
     )
-    add("-d", "--detection_type", choices=["bbox", "segmentation"], default="bbox", help="compare boxes, or masks too")
+    add(
+        "-d",
+        "--detection_type",
+        choices=list(coco.KINDS),
+        help="compare boxes, or masks or keypoints too, and of which the AP is; default: boxes, keypoints too where the model"
+        " gives them, and the AP of boxes",
+    )
+    add_keypoint_threshold(parser)
     add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add("--pictures", type=count_from_0, default=24, metavar="N", help="pictures shown in the report; default: 24")
     add_image_options(parser)
@@ -103,6 +112,8 @@ class Comparison:
     unmatched: tuple  # (indices of theirs, of ours) that are in no pair, from the threshold on
     classes_differ: int  # of those, pairs that overlap but for their class
     mask_ious: list
+    # Of the keypoints of the pairs: parity.keypoint_differences; None where there are none.
+    keypoints: tuple | None = None
 
     @property
     def scores(self):
@@ -148,7 +159,10 @@ def compare_detections(path, theirs, ours, size, threshold, mask_threshold=None)
     masks = []
     if mask_threshold is not None:
         masks = [mask_iou(theirs, i, ours, j, size, mask_threshold) for i, j, _ in pairs]
-    return Comparison(Path(path), size, theirs, ours, pairs, unmatched, differ, masks)
+    points = None
+    if theirs.keypoints is not None:
+        points = parity.keypoint_differences(theirs, ours, [pair[:2] for pair in pairs])
+    return Comparison(Path(path), size, theirs, ours, pairs, unmatched, differ, masks, points)
 
 
 def mask_iou(theirs, i, ours, j, size, threshold):
@@ -207,9 +221,25 @@ def summarise(comparisons, threshold, tolerance):
     }
     if masks:
         numbers |= {"smallest_mask_iou": min(masks), "median_mask_iou": float(np.median(masks))}
+    if comparisons and comparisons[0].keypoints is not None:
+        numbers |= summarise_keypoints(comparisons)
     agree = total and (apart.max() if len(apart) else 0) <= tolerance and share <= tolerance
+    agree = agree and numbers.get("share_keypoints_elsewhere", 0) <= tolerance
     numbers["verdict"] = "PASSED" if agree else "FAILED" if total else "NOT COMPARED"
     return numbers
+
+
+def summarise_keypoints(comparisons):
+    """The numbers of the matched detections' keypoints. Elsewhere: 1 % of the image's height or width away, or on one side
+    moved to a peak of the heatmap."""
+    places, scores = (np.concatenate(parts) for parts in zip(*(each.keypoints for each in comparisons), strict=True))
+    elsewhere = np.maximum(places, scores) > parity.FAR
+    largest = (float(x[~elsewhere].max(initial=0)) if len(x) else None for x in (places, scores))
+    return {
+        "keypoints": len(places),
+        "share_keypoints_elsewhere": float(elsewhere.mean()) if len(places) else 0.0,
+        **dict(zip(("largest_keypoint_distance", "largest_keypoint_score_difference"), largest, strict=True)),
+    }
 
 
 def _spread(differences):
@@ -228,13 +258,13 @@ def main(argv=None):
         metadata = detector.metadata
         check_preprocessor(args.preprocessor, metadata)
         choose_fit(metadata, args.fit, files, args.exif_rotate)
-        masks = args.detection_type == "segmentation"
-        if masks and not metadata.get("mask_size"):
-            raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
+        check_detection_type(args.detection_type, metadata, args.engine)
         names = labels_of(args.labels, metadata, args.engine)
         truth = read_truth(args, files, names, metadata) if args.annotations else None
         # What scores less the engine was told to leave out.
         args.least = max(args.nms_threshold, metadata["score_threshold"])
+        args.with_keypoints = bool(metadata.get("keypoints")) and args.detection_type in (None, "keypoints")
+        args.skeleton = metadata.get("skeleton") or ()
         output = make_folder(args.output)
         args.ran_on = detector.runtime
         with SavedModel(folder) as saved_model:
@@ -281,8 +311,9 @@ def run_both(saved_model, detector, files, args):
     comparisons, times = [], {"TensorFlow": [], "engine": []}
     load = functools.partial(load_image, **image_options(args))
     mask_threshold = args.iou_threshold if args.detection_type == "segmentation" else None
+    metadata = detector.metadata if args.with_keypoints else {**detector.metadata, "keypoints": None}
     sides = {
-        "TensorFlow": lambda image: parity.tensorflow_detections(saved_model, image, detector.metadata),
+        "TensorFlow": lambda image: parity.tensorflow_detections(saved_model, image, metadata),
         "engine": lambda image: detect_image(detector, image),
     }
     for path in progress(files, unit="image"):
@@ -312,6 +343,8 @@ def read_truth(args, files, names, metadata):
         return None
     if args.detection_type == "segmentation":
         keep_masks(args.annotations, annotations, set(known.values()))
+    if args.detection_type == "keypoints":
+        keep_keypoints(args.annotations, annotations, set(known.values()), len(metadata["keypoints"]))
     categories = match_categories(args.annotations, annotations, names, metadata)
     return GroundTruth(annotations, known, categories)
 
@@ -333,7 +366,9 @@ def both_average_precisions(truth, comparisons, metadata, args):
                 found = getattr(comparison, side)
                 results += coco.results_of(found, image_id, comparison.size, metadata["class_offset"], threshold)
         results = coco.in_categories(results, truth.categories)
-        numbers = coco.evaluate(truth.annotations, results, known.values(), args.detection_type).numbers
+        sigmas = coco.sigmas_of(len(metadata["keypoints"])) if args.detection_type == "keypoints" else None
+        kind = args.detection_type or "bbox"
+        numbers = coco.evaluate(truth.annotations, results, known.values(), kind, sigmas=sigmas).numbers
         result[name] = {key: numbers[key] for key in ("AP", "AP50")}
     return result
 
@@ -382,6 +417,11 @@ def rows(numbers):
     if "median_mask_iou" in numbers:
         lines.append(("smallest IoU of masks", f"{numbers['smallest_mask_iou']:.4f}"))
         lines.append(("median IoU of masks", f"{numbers['median_mask_iou']:.4f}"))
+    if "keypoints" in numbers:
+        lines.append(("keypoints of matches", str(numbers["keypoints"])))
+        lines.append(("of these elsewhere", f"{100 * numbers['share_keypoints_elsewhere']:.2g} %"))
+        lines.append(("of others: largest distance", _text(numbers["largest_keypoint_distance"])))
+        lines.append(("largest score difference", _text(numbers["largest_keypoint_score_difference"])))
     for side, result in (numbers.get("average_precision") or {}).items():
         lines.append((f"{side}: AP, AP50", ", ".join(_share(result[key]) for key in ("AP", "AP50"))))
     lines += [(f"{side}: ms an image, median", f"{value:.1f}") for side, value in ms.items()]
@@ -431,6 +471,8 @@ def draw_side(image, found, unmatched, names, args, seen_width):
         args.iou_threshold,
         dashed=found.boxes[unmatched] * pixels,
         seen_width=seen_width,
+        points=shown.points(image.shape[:2], args.keypoint_threshold) if args.with_keypoints else None,
+        skeleton=args.skeleton,
     )
 
 

@@ -33,9 +33,9 @@ from checks.conversion import (
 )
 from images.decoding import ImageError, load_image
 from runtimes import standard_graph
-from tfod.config import describe_resizer, read_pipeline_config
+from tfod.config import describe_resizer, read_pipeline_config, read_skeleton
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
-from tfod.labels import find_labels, read_labels
+from tfod.labels import find_labels, keypoint_names, read_labels
 from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model, naming_model
 
 UNCHECKED = "an engine may leave out the weakest of so many detections; the check, without --no_check, says which"
@@ -167,16 +167,16 @@ def main(argv=None):
     pictures = read_pictures(args) if args.check_image else None
     if args.second_nms_threshold is not None and not config.HasField("faster_rcnn"):
         warn("--second_nms_threshold has no effect: the model has one stage; --first_nms_threshold is what it has")
-    labels = find_class_names(args.labels, folder, config)
+    label_file, labels = find_class_names(args.labels, folder, config)
     options = Options(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name != "labels"},
-        labels=labels,
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if hasattr(args, field.name)}
     )
+    options = dataclasses.replace(options, labels=labels, skeleton=read_skeleton(config_path))
     with steps() as step:
-        return make(folder, config, options, args, pictures, step)
+        return make(folder, config, options, args, pictures, label_file, step)
 
 
-def make(folder, config, options, args, pictures, step):
+def make(folder, config, options, args, pictures, label_file, step):
     """Writes the ONNX file of a SavedModel and checks it; prints what came of it; returns the status."""
     started = time.perf_counter()
     step(f"reading {folder}")
@@ -184,6 +184,7 @@ def make(folder, config, options, args, pictures, step):
         step("converting the network")
         with naming_model(folder, "cannot be converted"):
             model = read_model(saved_model, config, args.image_size)
+        options = with_keypoints(options, model, label_file)
         if args.tf2onnx:
             with whole_file(args.tf2onnx) as path:
                 onnx_utils.save(gs.export_onnx(model.network.graph), path)
@@ -226,15 +227,30 @@ def write(model, options, ops, raw=False):
     return standard_graph.standard_file(written) if ops == "standard" else written
 
 
+def with_keypoints(options, model, label_file):
+    """Options with the names of a model's keypoints and what joins them, of the label map and the config; COCO's else."""
+    if "joint_logits" not in model.network.outputs:
+        return options
+    count = model.network.shapes["joint_logits"][-1]
+    names, skeleton = keypoint_names(label_file, model.config.keypoint_estimation_task, count)
+    skeleton = options.skeleton or skeleton or ()
+    if any(end >= count for edge in skeleton for end in edge):
+        warn(
+            f"keypoint_edge of the pipeline.config joins a keypoint that there is not: the model has {count}; left out"
+        )
+        skeleton = ()
+    return dataclasses.replace(options, keypoints=names, skeleton=skeleton)
+
+
 def find_class_names(path, folder, config):
-    """The names of --labels, or of a file beside the SavedModel; None where there are none."""
+    """(file, names) of --labels, or of a file beside the SavedModel; (None, None) where there are none."""
     count = getattr(config, config.WhichOneof("one_of")).num_classes
     if path:
-        return read_labels(path, count)
+        return path, read_labels(path, count)
     path, names = find_labels([folder.resolve().parent, folder, folder / "assets"], count)
     if path:
         print(f"Class names: {count}, of {path}")
-    return names
+    return path, names
 
 
 def read_pictures(args):

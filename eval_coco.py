@@ -1,14 +1,17 @@
-"""Evaluates a model on annotated images: COCO's average precision and recall of boxes or masks.
+"""Evaluates a model on annotated images: COCO's average precision and recall of boxes, masks or keypoints.
 
     python eval_coco.py --engine model.onnx --input val2017 --annotations instances_val2017.json
     python eval_coco.py --engine engine.trt --input val2017 --annotations instances_val2017.json --output evaluation
     python eval_coco.py --engine mask.onnx --input train more/test --annotations mine.json --detection_type segmentation
+    python eval_coco.py --engine pose.onnx --input val2017 --annotations person_keypoints_val2017.json \\
+        --detection_type keypoints
 
 With --output, writes detections.json (COCO results), metrics.json, per_class.csv and report.html, a page to look at.
 """
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -24,18 +27,20 @@ from commandline.options import (
     add_image_options,
     add_preprocessor,
     add_runtime,
+    check_detection_type,
     check_preprocessor,
     count,
     count_from_0,
     image_options,
     make_parser,
     score,
+    size,
 )
 
 from PIL import Image
 
 from checks import coco, report
-from checks.annotations import keep_masks, open_annotations
+from checks.annotations import keep_keypoints, keep_masks, open_annotations
 from checks.matching import match_categories
 from images.aspect import FIT_HELP, choose_fit
 from images.decoding import load_image
@@ -63,9 +68,17 @@ def parse_args(argv=None):
     add(
         "-d",
         "--detection_type",
-        choices=["bbox", "segmentation"],
+        choices=list(coco.KINDS),
         default="bbox",
-        help="evaluate boxes or masks; default: bbox",
+        help="evaluate boxes, masks or keypoints; default: bbox",
+    )
+    add(
+        "--oks_sigmas",
+        nargs="+",
+        type=size,
+        metavar="S",
+        help="of keypoints: how far off each may be, in parts of its object's size, one number each;"
+        f" default: COCO's of 17 keypoints, else {coco.USUAL_SIGMA:g}",
     )
     add(
         "-t",
@@ -113,18 +126,20 @@ def main(argv=None):
         )
     with open_detector(args.engine, args.gpus, args.runtime) as detector:
         metadata = detector.metadata
-        check_model(metadata, args)
+        sigmas = check_model(metadata, args)
         choose_fit(metadata, args.fit, list(known), args.exif_rotate)
         if args.detection_type == "segmentation":
             keep_masks(args.annotations, truth, set(known.values()))
+        if args.detection_type == "keypoints":
+            keep_keypoints(args.annotations, truth, set(known.values()), len(metadata["keypoints"]))
         names = labels_of(args.labels, metadata, args.engine)
         categories = match_categories(args.annotations, truth, names, metadata)
         output = make_folder(args.output) if args.output else None
         usual = 1 if metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
-        size = choose_batch_size(detector, args.batch_size, usual)
-        with open_workers(detector, len(known), size) as workers:
+        images = choose_batch_size(detector, args.batch_size, usual)
+        with open_workers(detector, len(known), images) as workers:
             try:
-                results, evaluated, seconds = detect(detector, known, size, workers, args)
+                results, evaluated, seconds = detect(detector, known, images, workers, args)
             except KeyboardInterrupt:
                 print("stopped: nothing was evaluated, nothing was written", file=sys.stderr)
                 return 130
@@ -134,19 +149,20 @@ def main(argv=None):
                 )
             begun = time.perf_counter()
             results = coco.in_categories(results, categories)
-            evaluation = coco.evaluate(truth, results, evaluated.values(), args.detection_type, workers=workers)
+            kind = args.detection_type
+            evaluation = coco.evaluate(truth, results, evaluated.values(), kind, workers=workers, sigmas=sigmas)
             measuring = time.perf_counter() - begun
     print(
         f"{len(evaluated)} images in {seconds:.1f} s: {len(evaluated) / seconds:.1f} images/s;"
         f" the metric took {measuring:.1f} s"
     )
-    for key, text in coco.NUMBERS.items():
+    for key, text in coco.numbers_of(args.detection_type).items():
         print(f"{text:28} {show(evaluation.numbers[key])}")
     if not output:
         print(f"Evaluated {args.engine}. Next: add --output DIR for a report with curves, classes and pictures")
         return 0
     write_results(output, args, metadata, evaluation, results, evaluated)
-    worst = coco.find_mistakes(truth, results, evaluated.values(), args.detection_type) if args.pictures else ()
+    worst = coco.find_mistakes(truth, results, evaluated.values(), kind, sigmas) if args.pictures else ()
     write_report(output / "report.html", args, metadata, evaluation, worst, truth, evaluated)
     print(f"Wrote detections.json, metrics.json, per_class.csv and report.html. Next: open {output / 'report.html'}")
     return 0
@@ -158,16 +174,24 @@ def show(value):
 
 
 def check_model(metadata, args):
-    """Warns where the numbers will mean little; raises UserError where masks are asked of a model that has none."""
+    """Warns where the numbers will mean little; raises UserError where masks or keypoints are asked of a model that has none.
+
+    Returns the sigmas of keypoints (coco.sigmas_of), None where they are not evaluated.
+    """
     check_preprocessor(args.preprocessor, metadata)
-    if args.detection_type == "segmentation" and not metadata.get("mask_size"):
-        raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
+    check_detection_type(args.detection_type, metadata, args.engine)
     threshold = max(args.nms_threshold, metadata["score_threshold"])
     if threshold > MEANINGLESS_FROM:
         where = "--nms_threshold" if args.nms_threshold >= threshold else f"the NMS in {args.engine}"
         warn(
             f"{where} leaves out what scores less than {threshold:g}: average precision counts those too and comes out low"
         )
+    if args.detection_type != "keypoints":
+        return None
+    count, given = len(metadata["keypoints"]), args.oks_sigmas
+    if given and len(given) != count:
+        raise UserError(f"--oks_sigmas: {len(given)} numbers for {count} keypoints; give one for each")
+    return coco.sigmas_of(count, given)
 
 
 def detect(detector, known, batch_size, workers, args):
@@ -193,7 +217,10 @@ def detect(detector, known, batch_size, workers, args):
             for item in detect_files(detector, list(known), batch_size, workers, load=load, decoder=decoder):
                 evaluated[item.path] = known[item.path]
                 shape = item.placement.height, item.placement.width
-                yield item.found.above(args.nms_threshold), known[item.path], shape
+                found = item.found.above(args.nms_threshold)
+                if args.detection_type != "keypoints":
+                    found = dataclasses.replace(found, keypoints=None, keypoint_scores=None)
+                yield found, known[item.path], shape
 
         made = pasting.map(to_results, found_in_files()) if masks else (to_results(*item) for item in found_in_files())
         for entries in made:
@@ -224,11 +251,11 @@ def write_results(output, args, metadata, evaluation, results, evaluated):
 
 def write_report(path, args, metadata, evaluation, worst, truth, evaluated):
     """report.html: the numbers, the classes, precision-recall curves, the worst mistakes as pictures."""
-    numbers = [(text, show(evaluation.numbers[key])) for key, text in coco.NUMBERS.items()]
+    numbers = [(text, show(evaluation.numbers[key])) for key, text in coco.numbers_of(args.detection_type).items()]
     found = [row for row in evaluation.classes if row[2]]
     rows = [(name, count, show(ap), show(ap50)) for _, name, count, ap, ap50 in sorted(found, key=lambda row: -row[3])]
     files = {image_id: file for file, image_id in evaluated.items()}
-    kind = "boxes" if args.detection_type == "bbox" else "masks"
+    kind = {"bbox": "boxes", "segmentation": "masks"}.get(args.detection_type, "keypoints")
     parts = [
         report.section("COCO numbers", report.table(("", kind), numbers, "numbers")),
         report.section("Precision and recall", report.plots(*curves(evaluation))),
@@ -240,17 +267,19 @@ def write_report(path, args, metadata, evaluation, worst, truth, evaluated):
     ]
     if worst:
         missed, false_alarms = worst
+        fits = "matches by an OKS of 0.5" if kind == "keypoints" else "overlaps by half"
         load = functools.partial(load_image, **image_options(args))
         parts += [
             report.section(
                 "Worst misses",
                 mistakes(missed[: args.pictures], files, truth, "share of the image", load),
-                note=f"The largest objects that no detection of their class from {coco.SEEN} on overlaps by half.",
+                note=f"The largest objects that no detection of their class from {coco.SEEN} on {fits}.",
             ),
             report.section(
                 "Worst false alarms",
                 mistakes(false_alarms[: args.pictures], files, truth, "score", load),
-                note="The surest detections that overlap no object of their class by half.",
+                note="The surest detections that match no object of their class: "
+                + ("OKS below 0.5." if kind == "keypoints" else "they overlap none by half."),
             ),
         ]
     subtitle = f"{metadata['source']}, {args.engine}: {len(evaluated)} images of {show_inputs(args.input)}, {Path(args.annotations).name}"

@@ -9,7 +9,7 @@
     python infer.py --engine engine.trt --input photos --benchmark --batch_size 8
 
 Each line of NAME.tsv is a detection: xmin, ymin, xmax, ymax (pixels of the original image), score, class (0-based: the
-line of a labels file). Results lie in the output folder as the images do in the input folder; those of several inputs, as
+line of a labels file), then x, y and score of each keypoint where the model gives keypoints, empty where the class has none. Results lie in the output folder as the images do in the input folder; those of several inputs, as
 seen from the folder that has them all. Exit status 1 if an image could not be read.
 """
 
@@ -42,8 +42,10 @@ from commandline.options import (
     add_decoder,
     add_gpus,
     add_image_options,
+    add_keypoint_threshold,
     add_preprocessor,
     add_runtime,
+    check_detection_type,
     check_preprocessor,
     count,
     image_options,
@@ -92,7 +94,11 @@ def parse_args(argv=None):
         help=f"images: {INPUTS}; videos (clip.mp4, ...), a camera (camera:0) or a stream (rtsp://...)",
     )
     add("-o", "--output", help="folder for pictures and tables; created if need be")
-    add("--json", metavar="FILE", help="also write all detections in COCO's results format, masks run-length encoded")
+    add(
+        "--json",
+        metavar="FILE",
+        help="also write all detections in COCO's results format, masks run-length encoded, keypoints too",
+    )
     add("--frames", type=count, metavar="N", help="stop a video or camera after N frames")
     add_gpus(parser, several=True)
     add_runtime(parser)
@@ -106,7 +112,13 @@ def parse_args(argv=None):
         metavar="SCORE",
         help="leave out detections that score less; 0 keeps all that the model gives; default: 0.3",
     )
-    add("-d", "--detection_type", choices=["bbox", "segmentation"], default="bbox", help="draw boxes, or masks too")
+    add(
+        "-d",
+        "--detection_type",
+        choices=["bbox", "segmentation", "keypoints"],
+        help="what is drawn and written: boxes, or masks or keypoints too; default: keypoints where the model gives them, else bbox",
+    )
+    add_keypoint_threshold(parser)
     add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add("-b", "--batch_size", type=count, metavar="N", help="images at a time, of a dynamic model; default: 1")
     add(
@@ -129,16 +141,22 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def result_rows(boxes, scores, classes):
-    """Detections as lines `xmin ymin xmax ymax score class`, tab-separated. boxes [N, 4] yxyx in pixels."""
-    for (ymin, xmin, ymax, xmax), value, label in zip(boxes, scores, classes, strict=True):
-        yield f"{xmin:.2f}\t{ymin:.2f}\t{xmax:.2f}\t{ymax:.2f}\t{value:.6f}\t{label}\n"
+def result_rows(found, size):
+    """Detections of an image of `size` (height, width) as lines `xmin ymin xmax ymax score class`, tab-separated, in pixels;
+    then `x y score` of each keypoint, empty where the class has none."""
+    points = found.points(size, 0)
+    rows = zip(found.boxes * np.float32((*size, *size)), found.scores, found.classes, strict=True)
+    for i, ((ymin, xmin, ymax, xmax), value, label) in enumerate(rows):
+        columns = [f"{xmin:.2f}", f"{ymin:.2f}", f"{xmax:.2f}", f"{ymax:.2f}", f"{value:.6f}", str(label)]
+        for (y, x), certainty in () if points is None else zip(points[i], found.keypoint_scores[i], strict=True):
+            columns += ["", "", ""] if np.isnan(y) else [f"{x:.2f}", f"{y:.2f}", f"{certainty:.6f}"]
+        yield "\t".join(columns) + "\n"
 
 
-def write_results(path, boxes, scores, classes):
+def write_results(path, found, size):
     """Writes detections (see result_rows) as a file."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(result_rows(boxes, scores, classes))
+        file.writelines(result_rows(found, size))
 
 
 def write_picture(path, picture):
@@ -173,8 +191,7 @@ def main(argv=None):
         choose_fit(detector.metadata, args.fit, images.files, args.exif_rotate)
         for other in detectors[1:]:  # on more GPUs
             other.metadata["resizer"] = detector.metadata["resizer"]
-        if args.detection_type == "segmentation" and not detector.metadata.get("mask_size"):
-            raise UserError(f"--detection_type segmentation: {args.engine} gives no masks; use bbox")
+        check_detection_type(args.detection_type, detector.metadata, args.engine)
         options = make_options(detector, args)
         if args.benchmark:
             return benchmark(detectors, images, options, args)
@@ -184,6 +201,7 @@ def main(argv=None):
 def make_options(detector, args):
     """The Options of a command line for an open detector; makes the output folder."""
     labels = labels_of(args.labels, detector.metadata, args.engine)
+    with_points = args.detection_type in (None, "keypoints") and bool(detector.metadata.get("keypoints"))
     return Options(
         make_folder(args.output) if args.output else None,
         labels,
@@ -192,6 +210,8 @@ def make_options(detector, args):
         args.format,
         detector.metadata["class_offset"] if args.json else None,
         functools.partial(load_image, **image_options(args)),
+        args.keypoint_threshold if with_points else None,
+        detector.metadata.get("skeleton") or (),
     )
 
 
@@ -231,17 +251,28 @@ class Options:
     format: str
     class_offset: int | None  # of COCO results; None: they are not wanted
     load: functools.partial  # of load_image
+    points_from: float | None  # score of the keypoints that are drawn; None: they are not wanted
+    skeleton: list  # pairs of keypoints
 
     def chosen(self, found):
         """Of Detections, those that are written."""
-        found = found.above(self.threshold)
-        return found if self.masks_from is not None else dataclasses.replace(found, masks=None)
+        left_out = {} if self.masks_from is not None else {"masks": None}
+        left_out |= {} if self.points_from is not None else {"keypoints": None, "keypoint_scores": None}
+        return dataclasses.replace(found.above(self.threshold), **left_out)
 
     def draw(self, image, found):
         """The image [H, W, 3] with Detections on it, as a Pillow image."""
         boxes = found.boxes * np.float32(image.shape[:2] * 2)
         return draw_detections(
-            image, boxes, found.scores, found.classes, self.labels, found.masks, self.masks_from or 0.0
+            image,
+            boxes,
+            found.scores,
+            found.classes,
+            self.labels,
+            found.masks,
+            self.masks_from or 0.0,
+            points=found.points(image.shape[:2], self.points_from),
+            skeleton=self.skeleton,
         )
 
     def coco_results(self, found, image_id, file_name, size):
@@ -316,8 +347,7 @@ def write_one(detected, name, options):
         if options.folder:
             output = options.folder / name
             output.parent.mkdir(parents=True, exist_ok=True)
-            rows = found.boxes * placement.size, found.scores, found.classes
-            write_results(output.with_name(f"{output.name}.tsv"), *rows)
+            write_results(output.with_name(f"{output.name}.tsv"), found, (placement.height, placement.width))
             image = options.load(path) if detected.image is None else detected.image
             write_picture(output.with_name(f"{output.name}.{options.format}"), options.draw(image, found))
         stem = Path(path).stem
@@ -468,10 +498,10 @@ class VideoResults:
             raise
 
     def add(self, number, picture, found, size):
-        """Adds a frame: a Pillow image, and its Detections as lines `frame xmin ymin xmax ymax score class`."""
+        """Adds a frame: a Pillow image, and its Detections as lines `frame xmin ymin xmax ymax score class ...`."""
         self._writer.add(picture)
         self.frames += 1
-        for row in result_rows(found.boxes * np.float32(size * 2), found.scores, found.classes):
+        for row in result_rows(found, size):
             self._table.write(f"{number}\t{row}")
 
     def __enter__(self):

@@ -156,6 +156,7 @@ def _resizer(x):
 
 # What metadata say, and what each of it can be. They come with a file, and decide how much memory is asked for.
 LARGEST_SIDE, MOST_CLASSES, MOST_DETECTIONS, MOST_IMAGES = 16_384, 100_000, 100_000, 4096
+MOST_KEYPOINTS = 10_000
 # What a batch's input may be. Its activations take some ten times as much.
 MOST_INPUT_BYTES = 2e9
 RESIZER = {
@@ -186,12 +187,14 @@ METADATA = {
     "iou_threshold": _or_none(_number(0, 1)),  # None: without suppression
     "max_detections": _whole(1, MOST_DETECTIONS),
     "mask_size": _or_none(_list(_whole(1, LARGEST_SIDE), 2)),
+    "keypoints": _or_none(_list(_or_none(_text))),  # their names; None: the model gives none
+    "skeleton": _or_none(_list(_list(_whole(0, MOST_KEYPOINTS - 1), 2))),  # pairs of them
     "zero_outside": _flag,
     "proposal_score_threshold": _number(0, 1),
     "precision": _one_of("fp32", "fp16", "int8"),
 }
 # Not in the metadata of every file.
-OPTIONAL = {"zero_outside", "proposal_score_threshold", "precision"}
+OPTIONAL = {"zero_outside", "proposal_score_threshold", "precision", "keypoints", "skeleton"}
 
 
 def check_metadata(found, path):
@@ -213,6 +216,9 @@ def check_metadata(found, path):
     if metadata["labels"] is not None and len(metadata["labels"]) != metadata["num_classes"]:
         names = len(metadata["labels"])
         raise UserError(f"{path}: its metadata have {names} names for {metadata['num_classes']} classes; make it again")
+    ends = [end for edge in metadata.get("skeleton") or () for end in edge]
+    if ends and max(ends) >= len(metadata.get("keypoints") or ()):
+        raise UserError(f"{path}: its metadata join keypoint {max(ends)}, which there is not; make it again")
     return metadata
 
 

@@ -70,13 +70,25 @@ LETTERS, TITLE, FRAME, PAGE_WIDTH = 12, 15, 1.5, 1100
 
 
 def draw_detections(
-    image, boxes, scores, classes, names, masks=None, mask_threshold=0.5, with_scores=True, dashed=(), seen_width=None
+    image,
+    boxes,
+    scores,
+    classes,
+    names,
+    masks=None,
+    mask_threshold=0.5,
+    with_scores=True,
+    dashed=(),
+    seen_width=None,
+    points=None,
+    skeleton=(),
 ):
     """Draws boxes [N, 4] yxyx in pixels on RGB [H, W, 3]; scores [N] and classes [N] (0-based) label them.
     names: of the classes, None for one without a name.
 
     masks: [N, h, w], each over its box, or None. with_scores: write the scores too. dashed: boxes
-    that get a frame to be noticed (mark_dashed). Returns a Pillow image. Lines and letters follow the image's size, or
+    that get a frame to be noticed (mark_dashed). points: keypoints [N, K, 2] y, x in pixels, NaN where none is drawn;
+    skeleton: pairs of them to be joined. Returns a Pillow image. Lines and letters follow the image's size, or
     seen_width, the pixels of the screen that its width will have, where that needs larger ones.
     Better detections are drawn over worse ones. A name that no font here has is replaced by its id (label_font.runs).
     """
@@ -91,6 +103,8 @@ def draw_detections(
     font_size = max(10, round(shorter / 36), round(LETTERS * shrunk))
     for i in order:
         _draw_box(draw, boxes[i], class_colour(int(classes[i])), line)
+        if points is not None:
+            _draw_keypoints(draw, points[i], skeleton, class_colour(int(classes[i])), line)
     for box in dashed:
         mark_dashed(picture, box)
     taken, plates = [], []
@@ -169,6 +183,21 @@ def _draw_box(draw, box, colour, line):
     for grow, width, fill in ((edge, line + 2 * edge, (0, 0, 0)), (0, line, colour)):
         frame = [xmin - grow, ymin - grow, max(xmax + grow, xmin), max(ymax + grow, ymin)]
         draw.rectangle(frame, outline=fill, width=width)
+
+
+def _draw_keypoints(draw, points, skeleton, colour, line):
+    """Dots at points [K, 2] (y, x), in a colour for each keypoint, over the lines of the skeleton in the object's."""
+    shown = [tuple(point[::-1].tolist()) if np.isfinite(point).all() else None for point in points]
+    edge = max(1, line // 3)
+    ends = [(shown[a], shown[b]) for a, b in skeleton if shown[a] and shown[b]]
+    for width, fill in ((line + 2 * edge, (0, 0, 0)), (line, colour)):
+        for pair in ends:
+            draw.line(pair, fill=fill, width=width)
+    for number, point in enumerate(shown):
+        if point:
+            for radius, fill in ((1.5 * line + edge + 1, (0, 0, 0)), (1.5 * line + 1, class_colour(number))):
+                (x, y) = point
+                draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,7 +50,7 @@ def load_annotations(path):
 
     Images and categories keep their ids, whatever their type, and objects refer to them by these; `imgs` have file_name,
     width and height, and `cats` have a name, where the file tells them. Each object has an id from 1 on (to pycocotools 0
-    is "no match"), a bbox, area (else the box's), iscrowd (else 0) and its segmentation as it is. Raises UserError.
+    is "no match"), a bbox, area (else the box's), iscrowd (else 0), its segmentation and keypoints as they are. Raises UserError.
     """
     content = read_json(path)
     images, without = _images(content["images"], path)
@@ -179,6 +179,8 @@ def _objects(entries, images, categories):
             }
             if entry.get("segmentation"):
                 note["segmentation"] = entry["segmentation"]
+            if entry.get("keypoints"):
+                note["keypoints"] = entry["keypoints"]
             notes.append(note)
     return notes, without
 
@@ -299,6 +301,35 @@ def keep_masks(path, truth, image_ids):
     _say_left_out(path, without, total, "objects")
     if dropped:
         warn(f"--annotations {path}: {dropped} parts of masks left out: a polygon needs three points or more")
+    truth.dataset["annotations"] = kept
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+
+
+def keep_keypoints(path, truth, image_ids, count):
+    """Gives each object on those images `keypoints` [x, y, v, ...] of `count`, and num_keypoints, those with v above 0.
+
+    Objects without labelled keypoints are neither to be found nor false alarms (pycocotools ignores them). Raises UserError
+    if no object has any.
+    """
+    without, kept = collections.Counter(), [x for x in truth.dataset["annotations"] if x["image_id"] in image_ids]
+    for note in kept:
+        points, fault = note.get("keypoints"), None
+        if not isinstance(points, list) or not all(map(_is_number, points)):
+            fault = "without keypoints"
+        elif len(points) != 3 * count:
+            fault = f"with {len(points) / 3:g} keypoints, the model has {count}"
+        if fault:
+            without[fault] += 1
+            points = [0] * (3 * count)
+        note |= {"keypoints": points, "num_keypoints": sum(seen > 0 for seen in points[2::3])}
+    if not any(note["num_keypoints"] for note in kept):
+        why = f" ({_reasons(without)})" if without else ""
+        raise UserError(f"--annotations {path}: no object has labelled keypoints{why}; give a person_keypoints_*.json")
+    if without:
+        warn(
+            f"--annotations {path}: {sum(without.values()):,} of {len(kept):,} objects do not count: {_reasons(without)}"
+        )
     truth.dataset["annotations"] = kept
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()

@@ -13,18 +13,20 @@ import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval as PycocotoolsEvaluation
+from pycocotools.cocoeval import Params
 
 from checks.annotations import load_annotations
 from checks.matching import match_images
 from images.decoding import load_image
 from visualize import paste_mask
 
+PYCOCOTOOLS = COCO, PycocotoolsEvaluation
 try:
     import faster_coco_eval
 
     LIBRARY = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
 except ImportError:
-    LIBRARY = COCO, PycocotoolsEvaluation
+    LIBRARY = PYCOCOTOOLS
 
 # The twelve numbers of COCOeval.summarize, in its order (cocodataset.org/#detection-eval).
 NUMBERS = {
@@ -41,6 +43,23 @@ NUMBERS = {
     "AR_medium": "AR, medium objects",
     "AR_large": "AR, large objects",
 }
+# The ten of keypoints (cocodataset.org/#keypoints-eval); OKS, the similarity of an object's keypoints, is in an IoU's place.
+KEYPOINT_NUMBERS = {
+    "AP": "AP, OKS 0.50:0.95",
+    "AP50": "AP, OKS 0.50",
+    "AP75": "AP, OKS 0.75",
+    "AP_medium": "AP, medium objects",
+    "AP_large": "AP, large objects",
+    "AR": "AR, OKS 0.50:0.95",
+    "AR50": "AR, OKS 0.50",
+    "AR75": "AR, OKS 0.75",
+    "AR_medium": "AR, medium objects",
+    "AR_large": "AR, large objects",
+}
+# --detection_type -> pycocotools' iouType, the key of the annotations and results that is compared.
+KINDS = {"bbox": ("bbox", "bbox"), "segmentation": ("segm", "segmentation"), "keypoints": ("keypoints", "keypoints")}
+# How far a keypoint may be off, in parts of the object's size, where it is none of COCO's.
+USUAL_SIGMA = 0.05
 # From this score on a detection is one that a user would see: an object that only weaker ones find counts as missed.
 SEEN = 0.3
 # From so many results on, the time to hand them to other processes is little against what it saves.
@@ -62,18 +81,25 @@ class Mistake:
 class Evaluation:
     """COCO's numbers; shares are 0..1, and -1 where there is nothing to measure."""
 
-    numbers: dict  # {key of NUMBERS: value}
+    numbers: dict  # {key of numbers_of(detection_type): value}
     classes: list  # [(category id, name, objects, AP, AP50)]
     curves: dict  # {IoU: precision [101] at recall 0, 0.01, ... 1, mean over the classes}
     class_curves: dict  # {category id: precision [101]} at IoU 0.50
 
 
+def numbers_of(detection_type):
+    """{key of Evaluation.numbers: what it is}."""
+    return KEYPOINT_NUMBERS if detection_type == "keypoints" else NUMBERS
+
+
 def results_of(detections, image_id, size, class_offset, mask_threshold=None):
     """Detections of an image of `size` (height, width) as a list of COCO results; their category_id is the model's.
 
-    mask_threshold: adds each mask, pasted into its box and cut off there, run-length encoded; one at a time.
+    mask_threshold: adds each mask, pasted into its box and cut off there, run-length encoded; one at a time. Keypoints, where
+    there are some, are x, y, 1 each, or 0, 0, 0 where the class has none; their scores stand beside.
     """
     height, width = size
+    points = detections.points(size, 0)
     boxes = detections.boxes * np.float32([height, width, height, width])
     corners = np.column_stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]])
     results = []
@@ -83,6 +109,10 @@ def results_of(detections, image_id, size, class_offset, mask_threshold=None):
         entry = {"image_id": image_id, "category_id": label + class_offset, "bbox": box, "score": score}
         if mask_threshold is not None:
             entry["segmentation"] = encode_mask(detections.masks[i], boxes[i], height, width, mask_threshold)
+        if points is not None:
+            shown = np.nan_to_num(np.column_stack([points[i, :, ::-1], np.isfinite(points[i, :, 0])]))
+            entry["keypoints"] = shown.ravel().tolist()
+            entry["keypoint_scores"] = detections.keypoint_scores[i].tolist()
         results.append(entry)
     return results
 
@@ -108,22 +138,32 @@ def encode_mask(mask, box, height, width, threshold):
     return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
 
 
-def evaluate(truth, results, image_ids, detection_type="bbox", library=None, workers=None):
-    """COCO's numbers of `results` (of in_categories) on those images. detection_type: bbox or segmentation.
+def sigmas_of(count, given=None):
+    """OKS's constants [count] of keypoints: those given, COCO's of its 17, else the usual one."""
+    if given is not None:
+        return np.float64(given)
+    usual = Params("keypoints").kpt_oks_sigmas
+    return usual if len(usual) == count else np.full(count, USUAL_SIGMA)
+
+
+def evaluate(truth, results, image_ids, detection_type="bbox", library=None, workers=None, sigmas=None):
+    """COCO's numbers of `results` (of in_categories) on those images. detection_type: of KINDS; sigmas: of keypoints (see
+    sigmas_of), which pycocotools measures.
 
     library: of the evaluation's COCO and COCOeval; default: faster-coco-eval where it is installed (five times as fast on
     5,000 images, BENCHMARKS.md), else pycocotools. Their numbers are the same. workers: a workers.Workers of processes to
     share the classes out to, which have no say in one another's numbers.
     """
-    kind = "bbox" if detection_type == "bbox" else "segm"
-    image_ids, library = set(image_ids), library or LIBRARY
-    dataset, results = _numbered(truth, results, image_ids, kind)
+    kind, _ = KINDS[detection_type]
+    image_ids = set(image_ids)
+    library = library or (PYCOCOTOOLS if kind == "keypoints" else LIBRARY)
+    dataset, results = _numbered(truth, results, image_ids, detection_type)
     if workers and workers.processes and len(results) >= SHARED_OUT_FROM:
         parts = _share_out(dataset, results, workers.count)
-        measured = [workers.submit(_measure, *part, kind, library) for part in parts]
+        measured = [workers.submit(_measure, *part, kind, library, sigmas) for part in parts]
         measured = [future.result() for future in measured]
     else:
-        measured = [_measure(dataset, results, kind, library)]
+        measured = [_measure(dataset, results, kind, library, sigmas)]
     keys, precision, recall = zip(*measured, strict=True)
     order = np.argsort(np.concatenate(keys))
     precision = np.concatenate(precision, axis=2)[:, :, order]  # [IoU, recall, class, size, most]
@@ -134,21 +174,22 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None, wor
         summary.summarize()
     precision = precision[:, :, :, 0, -1]  # all sizes, most detections
     return Evaluation(
-        dict(zip(NUMBERS, map(float, summary.stats), strict=False)),
+        dict(zip(numbers_of(detection_type), map(float, summary.stats), strict=False)),
         _per_class(truth, image_ids, precision),
         _curves(precision),
         {key: precision[0, :, k] for k, key in enumerate(truth.cats) if (precision[0, :, k] > -1).all()},
     )
 
 
-def _numbered(truth, results, image_ids, kind):
+def _numbered(truth, results, image_ids, detection_type):
     """(dataset, results) of those images as both libraries take them, whatever the annotations are like.
 
     Both need a dataset of every key that either reads, and ids that are whole numbers from 1 on: here the places among the
     annotations' images and categories. Sizes come from a box where there is one, so masks go without.
     """
     images, categories = ({key: number for number, key in enumerate(each, 1)} for each in (truth.imgs, truth.cats))
-    shape = "bbox" if kind == "bbox" else "segmentation"
+    shape = KINDS[detection_type][1]
+    copied = ["id", "bbox", "area", "iscrowd", shape] + (["num_keypoints"] if shape == "keypoints" else [])
     dataset = {
         "info": {},
         "licenses": [],
@@ -159,7 +200,7 @@ def _numbered(truth, results, image_ids, kind):
         "categories": [{"id": number} for number in categories.values()],
         "annotations": [
             {
-                **{key: note[key] for key in ("id", "bbox", "area", "iscrowd", shape)},
+                **{key: note[key] for key in copied},
                 "image_id": images[note["image_id"]],
                 "category_id": categories[note["category_id"]],
             }
@@ -180,12 +221,14 @@ def _numbered(truth, results, image_ids, kind):
     return dataset, results
 
 
-def _measure(dataset, results, kind, library):
+def _measure(dataset, results, kind, library, sigmas=None):
     """(class ids, precision [IoU, recall, class, size, most], recall [IoU, class, size, most]) of what _numbered gives."""
     truth_class, evaluation_class = library
     with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
         truth = _indexed(truth_class, dataset)
         evaluation = evaluation_class(truth, _load_results(truth, results), kind)
+        if sigmas is not None:
+            evaluation.params.kpt_oks_sigmas = sigmas
         evaluation.evaluate()
         evaluation.accumulate()
     return list(evaluation.params.catIds), evaluation.eval["precision"], evaluation.eval["recall"]
@@ -230,15 +273,17 @@ def _without_garbage_collection():
             gc.enable()
 
 
-def find_mistakes(truth, results, image_ids, detection_type="bbox"):
-    """(missed objects, largest first; false alarms, surest first): lists of Mistake, at IoU 0.5, of detections from SEEN on."""
-    kind = "bbox" if detection_type == "bbox" else "segm"
+def find_mistakes(truth, results, image_ids, detection_type="bbox", sigmas=None):
+    """(missed objects, largest first; false alarms, surest first): lists of Mistake, at IoU (or OKS) 0.5, of detections from SEEN on."""
+    kind, _ = KINDS[detection_type]
     seen = [entry for entry in results if entry["score"] >= SEEN]
-    dataset, seen = _numbered(truth, seen, set(image_ids), kind)
+    dataset, seen = _numbered(truth, seen, set(image_ids), detection_type)
     with contextlib.redirect_stdout(io.StringIO()):
         numbered = _indexed(COCO, dataset)
         evaluation = PycocotoolsEvaluation(numbered, _load_results(numbered, seen), kind)
         evaluation.params.iouThrs = np.array([0.5])
+        if sigmas is not None:
+            evaluation.params.kpt_oks_sigmas = sigmas
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
         evaluation.evaluate()
     images, categories = list(truth.imgs), list(truth.cats)

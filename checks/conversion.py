@@ -81,13 +81,18 @@ def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUI
         allowed += reports[1].compared // 25 if allowed else 0
         compared += f", and the {reports[1].compared:,} boxes and scores they are chosen from,"
     report = parity.join(reports)
-    largest = max(report.box_difference, report.score_difference, report.mask_difference)
+    largest = max(getattr(report, name) for name in parity.LARGEST)
     passed = largest <= TOLERANCE and report.unmatched <= allowed
-    masks = f", mask difference {report.mask_difference:.1e}" if metadata["mask_size"] else ""
+    passed &= report.keypoints_elsewhere <= parity.allowed_elsewhere(report)
+    more = f", mask difference {report.mask_difference:.1e}" if metadata["mask_size"] else ""
+    ends = f", {report.unmatched} unmatched"
+    if metadata.get("keypoints"):
+        more += f", keypoint difference {report.keypoint_difference:.1e}"
+        ends += f", {report.keypoints_elsewhere} of {report.keypoints:,} keypoints elsewhere"
     return Verdict(
         "PASSED" if passed else "FAILED",
         f"{compared} of TensorFlow and ONNX Runtime in {where}: largest box difference {report.box_difference:.1e},"
-        f" score difference {report.score_difference:.1e}{masks} (tolerance {TOLERANCE:.0e}), {report.unmatched} unmatched",
+        f" score difference {report.score_difference:.1e}{more} (tolerance {TOLERANCE:.0e}){ends}",
     )
 
 

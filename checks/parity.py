@@ -21,9 +21,17 @@ class Report:
     # Mean over pixels, largest over pairs, without boxes that end at the image's bottom or right: their crop's last
     # samples are zero or not by the last bit of the box (faster_rcnn.crop_features), in TensorFlow itself.
     mask_difference: float = 0.0
+    keypoint_difference: float = (
+        0.0  # largest, over coordinates and scores of keypoints and pairs, but for those elsewhere
+    )
+    keypoints: int = 0  # of the pairs, scores above 0 on either side
+    # Keypoints that moved to another candidate, or on one side only: of two that are as near, the last bit decides.
+    keypoints_elsewhere: int = 0
 
 
-# A box farther off than this in any coordinate (normalised) is another box, not a less exact one.
+LARGEST = ("box_difference", "score_difference", "mask_difference", "keypoint_difference")
+SUMMED = ("compared", "unmatched", "keypoints", "keypoints_elsewhere")
+# A box or keypoint farther off than this in any coordinate (normalised) is another one, not a less exact one.
 FAR = 0.01
 
 
@@ -50,8 +58,9 @@ def network_pixels(image, resizer):
 
 def join(reports):
     """One Report of several pictures' reports."""
-    largest = [max(getattr(report, f"{what}_difference") for report in reports) for what in ("box", "score", "mask")]
-    return Report(sum(report.compared for report in reports), sum(report.unmatched for report in reports), *largest)
+    sums = {name: sum(getattr(report, name) for report in reports) for name in SUMMED}
+    largest = {name: max(getattr(report, name) for report in reports) for name in LARGEST}
+    return Report(**sums, **largest)
 
 
 def allowed_unmatched(metadata):
@@ -64,13 +73,20 @@ def allowed_unmatched(metadata):
     return metadata["max_detections"] // 25 if metadata.get("zero_outside") else 0
 
 
+def allowed_elsewhere(report):
+    """How many keypoints of a Report may be elsewhere in a right conversion: 0.5 %."""
+    return report.keypoints // 200
+
+
 def tensorflow_detections(saved_model, pixels, metadata):
     """Runs the untouched SavedModel on RGB [H, W, 3]; returns Detections, boxes normalised to that image."""
     result = saved_model.detect(pixels)
     count = int(result["num_detections"])
     classes = result["detection_classes"][:count].astype(np.int32) - metadata["class_offset"]
-    masks = result["detection_masks"][:count] if metadata.get("mask_size") else None
-    return Detections(result["detection_boxes"][:count], result["detection_scores"][:count], classes, masks)
+    more = ["masks"] if metadata.get("mask_size") else []
+    more += ["keypoints", "keypoint_scores"] if metadata.get("keypoints") else []
+    parts = {part: result[f"detection_{part}"][:count] for part in ("boxes", "scores", *more)}
+    return Detections(classes=classes, **parts)
 
 
 def match_by_rank(theirs, ours, tie=1e-4):
@@ -82,7 +98,7 @@ def match_by_rank(theirs, ours, tie=1e-4):
     """
     free = np.ones(len(ours.scores), bool)
     box_difference = score_difference = mask_difference = 0.0
-    pairs, unmatched = 0, []
+    pairs, unmatched = [], []
     for rank, (box, score, label) in enumerate(zip(theirs.boxes, theirs.scores, theirs.classes, strict=True)):
         near = np.flatnonzero(free & (ours.classes == label) & (np.abs(ours.scores - score) < tie))
         if rank < len(free) and free[rank] and ours.classes[rank] == label:
@@ -96,7 +112,7 @@ def match_by_rank(theirs, ours, tie=1e-4):
             continue
         chosen = near[distance.argmin()]
         free[chosen] = False
-        pairs += 1
+        pairs.append((rank, chosen))
         box_difference = max(box_difference, float(distance.min()))
         score_difference = max(score_difference, float(abs(ours.scores[chosen] - score)))
         if theirs.masks is not None and box[2:].max() < 1 - 1e-6:
@@ -106,7 +122,31 @@ def match_by_rank(theirs, ours, tie=1e-4):
     if len(theirs.scores) == len(ours.scores) and unmatched:
         last = min(theirs.scores[-1], ours.scores[-1])
         unmatched = [score for score in unmatched if score - last >= tie]
-    return Report(pairs, len(unmatched), box_difference, score_difference, mask_difference)
+    differences = box_difference, score_difference, mask_difference
+    return Report(len(pairs), len(unmatched), *differences, **_compare_keypoints(theirs, ours, pairs))
+
+
+def _compare_keypoints(theirs, ours, pairs):
+    """What a Report says of the keypoints of `pairs` [(index in theirs, index in ours)]."""
+    if theirs.keypoints is None or not pairs:
+        return {}
+    places, scores = keypoint_differences(theirs, ours, pairs)
+    apart = np.maximum(places, scores)
+    elsewhere = apart > FAR
+    return {
+        "keypoint_difference": float(apart[~elsewhere].max(initial=0)),
+        "keypoints": len(apart),
+        "keypoints_elsewhere": int(elsewhere.sum()),
+    }
+
+
+def keypoint_differences(theirs, ours, pairs):
+    """How far the keypoints of pairs [(index in theirs, index in ours)] are apart: (largest difference of their coordinates,
+    normalised, of their scores), [keypoints] each, of those that either side has."""
+    a, b = (side.where([pair[i] for pair in pairs]) for i, side in enumerate((theirs, ours)))
+    found = np.maximum(a.keypoint_scores, b.keypoint_scores) > 0
+    places = np.abs(a.keypoints - b.keypoints).max(axis=2)
+    return places[found], np.abs(a.keypoint_scores - b.keypoint_scores)[found]
 
 
 def has_equal(these, others, far=1e-4):

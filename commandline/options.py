@@ -24,6 +24,26 @@ def make_parser(description):
     return parser
 
 
+KEYPOINT_THRESHOLD = 0.3
+
+
+def add_keypoint_threshold(parser):
+    parser.add_argument(
+        "--keypoint_threshold",
+        type=score,
+        default=KEYPOINT_THRESHOLD,
+        metavar="SCORE",
+        help=f"draw keypoints that score at least that; default: {KEYPOINT_THRESHOLD:g}",
+    )
+
+
+def check_detection_type(chosen, metadata, engine):
+    """Raises UserError where --detection_type asks for what the model does not give."""
+    for kind, what, given in (("segmentation", "masks", "mask_size"), ("keypoints", "keypoints", "keypoints")):
+        if chosen == kind and not metadata.get(given):
+            raise UserError(f"--detection_type {kind}: {engine} gives no {what}; use bbox")
+
+
 def score(text):
     """An option's value: a score or an overlap, 0 to 1."""
     value = _number(text, float)

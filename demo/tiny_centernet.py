@@ -20,8 +20,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from commandline import run
 
 from demo.exports import write_export
+from demo.tiny_keypoints import HEADS, Joints, keypoints_of
 
-CLASSES = 4
 STRIDE = 4
 CHANNELS = 16
 # What TFOD's feature extractors do to colours: (channels, mean, deviation); hourglass: as the zoo's configs say.
@@ -43,6 +43,9 @@ class Export:
     total: int = 100
     levels: int | None = None  # heatmap logits rounded to so many a unit: equal scores in many places
     seed: int = 1
+    classes: int = 4
+    joints: Joints | None = None  # of its keypoints
+    size: float = 2.0  # of boxes without weights, places
 
 
 def make_weights(export):
@@ -58,10 +61,17 @@ def make_weights(export):
     }
     for stack in (0, 1):
         shapes |= {f"{head}_{stack}": (3, 3, CHANNELS, CHANNELS) for head in ("center", "box_scale", "box_offset")}
-        shapes |= {f"center_{stack}/last": (1, 1, CHANNELS, CLASSES), f"box_scale_{stack}/last": (1, 1, CHANNELS, 2)}
+        shapes |= {
+            f"center_{stack}/last": (1, 1, CHANNELS, export.classes),
+            f"box_scale_{stack}/last": (1, 1, CHANNELS, 2),
+        }
         shapes[f"box_offset_{stack}/last"] = (1, 1, CHANNELS, 2)
+    if export.joints:
+        lasts = export.joints.shapes(CHANNELS)
+        shapes |= {head: (3, 3, CHANNELS, CHANNELS) for head in lasts} | {f"{head}/last": lasts[head] for head in lasts}
     gain = {"conv1": 0.02 if BACKBONES[export.backbone][2][0] == 1 else 1.6}
     gain |= {f"{head}_{stack}/last": 2.0 for stack in (0, 1) for head in ("center", "box_scale", "box_offset")}
+    gain |= {f"{HEADS[0]}/last": 3.0, f"{HEADS[2]}/last": 1.5}
     weights = {}
     for name, shape in shapes.items():
         inputs = np.prod(shape[:-1]) if name != "depthwise" else 9
@@ -80,14 +90,23 @@ def best_peaks(tf, logits, count):
     return scores[0], place // width, place - place // width * width, index[0] - place * classes
 
 
-def boxes_at(tf, y, x, sizes, offsets):
-    """Boxes [count, 4] in places (TFOD: prediction_tensors_to_boxes). sizes, offsets: [1, h, w, 2]."""
-    index = tf.stack([tf.zeros_like(y), y, x], axis=1)
-    height, width = tf.unstack(tf.maximum(tf.gather_nd(sizes, index), 0.0), axis=1)
-    y_offset, x_offset = tf.unstack(tf.gather_nd(offsets, index), axis=1)
-    y, x = tf.cast(y, tf.float32) + y_offset, tf.cast(x, tf.float32) + x_offset
+def boxes_at(tf, y, x, sizes, offsets, year=2021):
+    """Boxes [count, 4] in places (TFOD: prediction_tensors_to_boxes). sizes, offsets: [1, h, w, 2].
+
+    year: 2020: as exports of July 2020 pick, and do not clip.
+    """
     high, wide = (float(side) for side in sizes.shape[1:3])
+    if year == 2020:
+        index = (y * sizes.shape[2] + x)[None]
+        sizes, offsets = (tf.gather(tf.reshape(head, [1, -1, 2]), index, batch_dims=1) for head in (sizes, offsets))
+    else:
+        index = tf.stack([tf.zeros_like(y), y, x], axis=1)
+        sizes, offsets = (tf.reshape(tf.gather_nd(head, index), [1, -1, 2]) for head in (sizes, offsets))
+    (height, width), (y_offset, x_offset) = (tf.unstack(part[0], axis=1) for part in (tf.maximum(sizes, 0.0), offsets))
+    y, x = tf.cast(y, tf.float32) + y_offset, tf.cast(x, tf.float32) + x_offset
     corners = (y - height / 2, high), (x - width / 2, wide), (y + height / 2, high), (x + width / 2, wide)
+    if year == 2020:
+        return tf.stack([corner for corner, _ in corners], axis=1)
     return tf.stack([tf.clip_by_value(corner, 0.0, limit) for corner, limit in corners], axis=1)
 
 
@@ -140,16 +159,27 @@ def exported_module(tf, export):
             centres -= 2.19  # TFOD's heatmap_bias_init
             if export.levels:
                 centres = tf.round(centres * export.levels) / export.levels
-            scores, y, x, classes = best_peaks(tf, centres, export.total)
-            strided = boxes_at(tf, y, x, 2 + sizes, offsets)
+            features = stacks[-1]
+            scores, y, x, classes = chosen = best_peaks(tf, centres, export.total)
+            strided = boxes_at(tf, y, x, export.size + sizes, offsets, export.joints.year if export.joints else 2021)
             true_shape = tf.tile(tf.cast(true_shapes[0], tf.float32), [2])
-            return {
+            detections = {
                 "detection_boxes": tf.clip_by_value(strided * STRIDE / true_shape, 0.0, 1.0)[None],
                 "detection_scores": scores[None],
                 "detection_classes": tf.cast(classes, tf.float32)[None] + 1,
                 "num_detections": tf.cast(tf.math.count_nonzero(scores > 0), tf.float32)[None],
                 "detection_boxes_strided": strided[None],
             }
+            if export.joints:
+                heads = [self.head(features, head) for head in HEADS]
+                points = [
+                    keypoints_of(tf, export.joints, heads, chosen, strided, true_shape[:2], float(STRIDE))
+                    for _ in range(export.joints.tasks)
+                ]
+                detections["detection_keypoints"], detections["detection_keypoint_scores"] = (
+                    tf.concat(parts, axis=2) for parts in zip(*points, strict=True)
+                )
+            return detections
 
     return Detector()
 
@@ -162,11 +192,11 @@ def pipeline_config(export):
         resizer = f"keep_aspect_ratio_resizer {{ {limits} pad_to_max_dimension: true }}"
     return f"""model {{
   center_net {{
-    num_classes: {CLASSES}
+    num_classes: {export.classes}
     feature_extractor {{ type: "{export.backbone}" }}
     image_resizer {{ {resizer} }}
     object_detection_task {{ task_loss_weight: 1.0 }}
-    object_center_params {{ max_box_predictions: {export.total} }}
+    object_center_params {{ max_box_predictions: {export.total} }}{export.joints.config() if export.joints else ""}
   }}
 }}
 """
@@ -185,8 +215,10 @@ def main():
     parser.add_argument(
         "--backbone", choices=BACKBONES, default="resnet_v1_50_fpn", help="whose colours and upsampling"
     )
+    parser.add_argument("--keypoints", action="store_true", help="with keypoints, of one class")
     args = parser.parse_args()
-    save_export(args.output, Export(backbone=args.backbone))
+    more = {"classes": 1, "joints": Joints()} if args.keypoints else {}
+    save_export(args.output, Export(backbone=args.backbone, **more))
     print(f"Wrote {args.output}. Next: python create_onnx.py --saved_model {args.output} --onnx model.onnx")
 
 

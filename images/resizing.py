@@ -19,11 +19,6 @@ class Placement:
     width: int
     true_shape: tuple  # height, width of the resized image, pixels
 
-    @property
-    def size(self):
-        """[4]: boxes normalised to the image, times this, are pixels of the image."""
-        return np.float32([self.height, self.width] * 2)
-
 
 @functools.lru_cache(maxsize=256)
 def _taps(size_in, size_out):

@@ -38,11 +38,21 @@ class Detections:
     scores: np.ndarray  # [D] float32
     classes: np.ndarray  # [D] int32, 0-based
     masks: np.ndarray | None = None  # [D, h, w] float32, the probability of the object, over its box
+    keypoints: np.ndarray | None = None  # [D, K, 2] float32 y, x, normalised to the image, perhaps outside it
+    keypoint_scores: np.ndarray | None = None  # [D, K] float32
 
     def where(self, kept):
         """The detections for which `kept` [D] (bool, or a slice) holds."""
-        masks = None if self.masks is None else self.masks[kept]
-        return Detections(self.boxes[kept], self.scores[kept], self.classes[kept], masks)
+        parts = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return Detections(**{name: None if part is None else part[kept] for name, part in parts})
+
+    def points(self, size, least):
+        """The keypoints [D, K, 2] y, x in pixels of an image of `size` (height, width), NaN where they score less than `least`,
+        or 0: the object's class has none; None where the model gives none."""
+        if self.keypoints is None:
+            return None
+        hidden = (self.keypoint_scores < least) | (self.keypoint_scores <= 0)
+        return np.where(hidden[..., None], np.float32(np.nan), self.keypoints * np.float32(size))
 
     def above(self, score):
         """The detections that score at least that."""
@@ -96,6 +106,9 @@ class Found:
     box: tuple  # ymin, xmin, ymax, xmax in pixels of the image
     label: int  # its class, from 0
     mask: np.ndarray | None  # [h, w], the probability of the object, over its box
+    keypoints: np.ndarray | None = (
+        None  # [K, 3]: y and x in pixels of the image, score; metadata["keypoints"] names them
+    )
 
 
 def detect(detector, image, threshold=0.3, names=None):
@@ -109,8 +122,12 @@ def detect(detector, image, threshold=0.3, names=None):
     names = names or detector.metadata.get("labels") or default_labels(detector.metadata["num_classes"])
     boxes = found.boxes * np.float32(pixels.shape[:2] * 2)
     masks = [None] * len(boxes) if found.masks is None else found.masks
-    rows = zip(found.scores.tolist(), boxes.tolist(), found.classes.tolist(), masks, strict=True)
-    return [Found(names[label] or str(label), score, tuple(box), label, mask) for score, box, label, mask in rows]
+    points = [None] * len(boxes)
+    if found.keypoints is not None:
+        places = found.keypoints * np.float32(pixels.shape[:2])
+        points = np.concatenate([places, found.keypoint_scores[..., None]], axis=2)
+    rows = zip(found.scores.tolist(), boxes.tolist(), found.classes.tolist(), masks, points, strict=True)
+    return [Found(names[label] or str(label), score, tuple(box), label, *more) for score, box, label, *more in rows]
 
 
 def detect_image(detector, image):
@@ -177,5 +194,15 @@ def shape_input(true_shapes, images, spec):
 def split_detections(outputs, images):
     """The network's outputs {name: [B, ...]} -> the Detections of each of the first `images` images."""
     counts = outputs["num_detections"][:images, 0]
-    keys = ("detection_boxes", "detection_scores", "detection_classes", "detection_masks")
-    return [Detections(*(outputs[key][i, :count] for key in keys if key in outputs)) for i, count in enumerate(counts)]
+    parts = [field.name for field in dataclasses.fields(Detections) if f"detection_{field.name}" in outputs]
+    return [
+        Detections(**{part: outputs[f"detection_{part}"][i, :count] for part in parts})
+        for i, count in enumerate(counts)
+    ]
+
+
+def output_names(metadata):
+    """The names of the network's outputs."""
+    names = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
+    names += ["detection_masks"] if metadata.get("mask_size") else []
+    return names + (["detection_keypoints", "detection_keypoint_scores"] if metadata.get("keypoints") else [])

@@ -12,7 +12,7 @@ from commandline import UserError
 
 import onnx_utils
 from runtimes import standard_graph
-from runtimes.detector import STAGES, input_spec, network_inputs, split_detections
+from runtimes.detector import STAGES, input_spec, network_inputs, output_names, split_detections
 
 # Batches that are computed at the same time, at most.
 MOST_SIDE_BY_SIDE = 4
@@ -33,8 +33,7 @@ class OnnxDetector:
         self.input = input_spec(self.metadata)
         self.max_batch = self.input.batch
         self.spent = dict.fromkeys(STAGES, 0.0)
-        self._outputs = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
-        self._outputs += ["detection_masks"] if self.metadata.get("mask_size") else []
+        self._outputs = output_names(self.metadata)
         # The intermediate results of a two-stage model take gigabytes.
         most = min(MOST_SIDE_BY_SIDE, os.cpu_count() or 1)
         self._callers = {"infer": 1, "start": 1 if self.metadata["meta_architecture"] == "faster_rcnn" else most}

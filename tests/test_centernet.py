@@ -25,6 +25,7 @@ from runtimes.detector import Detections, detect_image
 from tfod import centernet
 from tfod.config import read_pipeline_config
 from tfod.convert import Options, read_model, write_model
+from tfod.peaks import Peaks
 from tfod.saved_model import SavedModel
 from tfod.tensorflow_import import import_tensorflow
 
@@ -166,9 +167,9 @@ def test_best_peaks_are_those_of_the_flattened_map(count, levels):
     logits = (np.round(rng.normal(-1, 2, (3, 10, 12, 5)) * levels) / levels).astype(np.float32)
     graph = gs.Graph(opset=onnx_utils.OPSET)
     graph.inputs = [gs.Variable("logits", np.float32, ["b", 10, 12, 5])]
-    parts = centernet.Parts({}, {}, 3, 1e-6, count)
+    peaks = Peaks("", "", 3, 1e-6, count)
     ops = onnx_utils.OpBuilder(graph, "test")
-    graph.outputs = list(centernet.best_peaks(ops, graph.inputs[0], (10, 12, 5), parts, count))
+    graph.outputs = list(centernet.best_peaks(ops, graph.inputs[0], (10, 12, 5), peaks))
     model = gs.export_onnx(graph.cleanup().toposort())
     model.ir_version = 8
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -261,11 +262,18 @@ def test_another_kind_of_config(exported, tmp_path):
         create_onnx.main([*options, "--onnx", str(tmp_path / "m.onnx")])
 
 
-def test_what_is_left_out_is_said(exported, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("mask_estimation_task { } temporal_offset_task { }", "masks, temporal offsets are"),
+        ("keypoint_estimation_task { predict_depth: true }", "the depths of keypoints are"),
+    ],
+)
+def test_what_is_left_out_is_said(more, said, exported, tmp_path, capsys):
     text = (exported("resnet_v1") / "pipeline.config").read_text()
-    (tmp_path / "pipeline.config").write_text(text.replace("num_classes", "keypoint_estimation_task { } num_classes"))
+    (tmp_path / "pipeline.config").write_text(text.replace("num_classes", f"{more} num_classes"))
     read_pipeline_config(tmp_path / "pipeline.config")
-    assert "keypoints are left out: boxes alone are converted" in capsys.readouterr().err
+    assert f"{said} left out" in capsys.readouterr().err
 
 
 def test_peaks_and_boxes_stay_in_float32(converted):

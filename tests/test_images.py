@@ -109,7 +109,7 @@ def test_keep_aspect_pads_bottom_and_right():
     assert np.array_equal(tensor[:32], resize_image(image, 32, 64))
     assert (tensor[32:] == [1, 2, 3]).all()
     assert placement.true_shape == (32, 64)
-    assert placement.size.tolist() == [60, 120, 60, 120]
+    assert (placement.height, placement.width) == (60, 120)
     with pytest.raises(ImageError, match="too long and thin"):
         preprocess(noise(300, 1), resizer | {"pad_value": [0, 0, 0]})
 

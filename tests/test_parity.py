@@ -31,6 +31,8 @@ LARGE = [
 ]
 ALL += [pytest.param(key, marks=zoo) for key in LARGE]
 ALL += ["tf1_2018_ssd", "tf1_2018_faster_rcnn", pytest.param("tf1_ssd", marks=zoo)]
+# Of which all batch sizes and layouts are run.
+ZOO_BATCHES = ("fpnlite", "efficientdet", "centernet_mobilenet", "centernet_keypoints")
 # Pictures to look at, where one takes seconds, or the test is one of `make test`'s longest.
 SLOW = {"faster_rcnn_640": 5, "faster_rcnn_1333": 3, "mask_rcnn": 2, "tf1_2018_ssd": 4, "tf1_2018_faster_rcnn": 1}
 
@@ -69,6 +71,9 @@ def test_same_tensor(key, convert, detector, saved_model):
         assert report.box_difference <= tolerance, path
         assert report.score_difference <= tolerance, path
         assert report.mask_difference <= 1e-3, path
+        assert report.keypoint_difference <= tolerance, path
+        assert report.keypoints_elsewhere <= parity.allowed_elsewhere(report), path
+        assert report.keypoints or key != "centernet_keypoints"
         reports.append(report)
     record_row(key, convert, reports, model, theirs, load_image(path))
 
@@ -108,8 +113,19 @@ def test_same_file(key, detector, saved_model):
             # Of 300, one may be decided by an overlap that the noise of resizing moves across the NMS's threshold.
             allowed = max(parity.allowed_unmatched(model.metadata), len(a.scores) // 200)
             assert sum(a.scores[unmatched] >= 0.1) <= allowed, path
+        if theirs.keypoints is not None:
+            same_keypoints(theirs, ours, path)
         seen += int((theirs.scores >= 0.1).sum())
     assert seen >= 20, "too few detections to prove anything"
+
+
+def same_keypoints(theirs, ours, path):
+    """Of the same objects, where resized pixels differ: nearly all that found a peak lie at the same one."""
+    iou = parity.box_iou(theirs.boxes, ours.boxes) * (np.abs(theirs.scores[:, None] - ours.scores[None]) < 0.01)
+    pairs = [(i, int(row.argmax())) for i, row in enumerate(iou) if row.max() >= 0.98]
+    places, _ = parity.keypoint_differences(theirs, ours, pairs)
+    assert len(places) >= 17 * 50, path
+    assert (places > parity.FAR).mean() <= 0.01, path
 
 
 def test_boxes_of_2018_are_clipped_before_suppression(convert):
@@ -120,9 +136,7 @@ def test_boxes_of_2018_are_clipped_before_suppression(convert):
     assert {node.op for node in (before, before.inputs[0].inputs[0])} == {"Reshape", "Clip"}
 
 
-@pytest.mark.parametrize(
-    "key", ["demo", *(pytest.param(key, marks=zoo) for key in ("fpnlite", "efficientdet", "centernet_mobilenet"))]
-)
+@pytest.mark.parametrize("key", ["demo", *(pytest.param(key, marks=zoo) for key in ZOO_BATCHES)])
 def test_every_batch_size_and_layout_gives_the_same(key, detector):
     pictures = [load_image(path) for path in test_images(4, key)[:4]]
     reference = detector(key, "--batch_size", "dynamic")
@@ -141,7 +155,8 @@ def test_every_batch_size_and_layout_gives_the_same(key, detector):
         for a, b in zip(wanted, found, strict=True):
             report = parity.match_by_rank(a, b)
             assert (report.unmatched, report.compared) == (0, len(a.scores))
-            assert max(report.box_difference, report.score_difference) < 1e-5
+            assert max(report.box_difference, report.score_difference, report.keypoint_difference) < 1e-5
+            assert report.keypoints_elsewhere == 0
 
 
 def test_uint8_input_takes_rounded_pixels(detector):

@@ -11,9 +11,11 @@ from commandline import UserError
 import numpy as np
 
 from onnx_utils import OpBuilder
+from tfod import keypoints
 from tfod.boxes import to_window
 from tfod.config import wrong_config
-from tfod.graph import before_reshaping, node_name, reading_op
+from tfod.graph import PICKING, before_reshaping, node_name, reading_op
+from tfod.peaks import Peaks, find_peaks, grid_of, peak_scores
 
 # The option that overrides the detections' score threshold.
 THRESHOLD_OPTION = "first_nms_threshold"
@@ -24,54 +26,22 @@ class Parts:
     """What is found of a CenterNet in the TensorFlow graph."""
 
     inputs: dict  # {"images": (tensor, shape)}
-    # {"centres": logits [B, h, w, C], "sizes" and "offsets": [B, h, w, 2] y and x, in places}
+    # {"centres": logits [B, h, w, C], "sizes" and "offsets": [B, h, w, 2] y and x, in places}; keypoints.HEADS where there
+    # are keypoints
     outputs: dict
-    window: int  # side of the square of places that a peak is the highest of
-    tolerance: float  # by which a peak may be less than the highest
-    detections: int  # M
+    peaks: Peaks
+    task: keypoints.Task | None = None  # None: no keypoints
 
-
-@dataclasses.dataclass(frozen=True)
-class _Peaks:
-    """The choice of the best peaks of a heatmap: nodes and tensors of the TensorFlow graph."""
-
-    top_k: str
-    logits: str
-    window: int
-    tolerance: float
+    @property
+    def detections(self):
+        """M."""
+        return self.peaks.count
 
 
 def _find_peaks(frozen):
-    """The _Peaks that detection_boxes are chosen by, or None (center_net_meta_arch.top_k_feature_map_locations).
-
-    Sigmoid -> MaxPool -> Sub -> Abs -> Less -> Cast -> Mul with the Sigmoid -> Reshape -> TopKV2.
-    """
-    for name, op in frozen.ancestors(frozen.outputs["detection_boxes"]).items():
-        if op == "TopKV2":
-            product = before_reshaping(frozen, frozen.inputs(name)[0])
-            if peaks := _peaks_before(frozen, name, product):
-                return peaks
-    return None
-
-
-def _peaks_before(frozen, top_k, product):
-    """The _Peaks of a product of scores and of whether they are peaks; None where it is another tensor."""
-    tensor, pool, tolerance = product, None, None
-    for op in ("Mul", "Cast", "Less", "Abs", "Sub"):
-        if frozen.op(tensor) != op:
-            return None
-        inputs = frozen.inputs(tensor)
-        if op == "Mul":
-            scores, tensor = sorted(inputs, key=lambda x: frozen.op(x) == "Cast")
-        elif op == "Sub":
-            pool = next((x for x in inputs if frozen.op(x) == "MaxPool"), None)
-        else:
-            tolerance = frozen.constant(inputs[1]) if op == "Less" else tolerance
-            tensor = inputs[0]
-    if frozen.op(scores) != "Sigmoid" or pool is None or tolerance is None:
-        return None
-    window = set(frozen.nodes[node_name(pool)].attr["ksize"].list.i[1:3])
-    return _Peaks(top_k, frozen.inputs(scores)[0], window.pop(), float(tolerance)) if len(window) == 1 else None
+    """The Peaks that detection_boxes are chosen by, or None."""
+    top_ks = (name for name, op in frozen.ancestors(frozen.outputs["detection_boxes"]).items() if op == "TopKV2")
+    return next(filter(None, (find_peaks(frozen, name) for name in top_ks)), None)
 
 
 def recognise(frozen):
@@ -88,27 +58,33 @@ def find(frozen, images, config, resizer):
     chosen = frozen.descendants([node_name(peaks.top_k)])
     heads = {}
     for name, op in frozen.ancestors(frozen.outputs["detection_boxes"]).items():
-        if op == "GatherNd" and name in chosen:
+        if op in PICKING and name in chosen:
             # A size is at least 0 (prediction_tensors_to_boxes: tf.maximum); an offset is added as it is.
             part = "sizes" if reading_op(frozen, name) == "Maximum" else "offsets"
             heads.setdefault(part, set()).add(before_reshaping(frozen, frozen.inputs(name)[0]))
     if heads.keys() != {"sizes", "offsets"} or any(len(found) != 1 for found in heads.values()):
         raise UserError("the SavedModel's heads for sizes and offsets were not found behind detection_boxes")
     outputs = {"centres": peaks.logits, **{part: found.pop() for part, found in sorted(heads.items())}}
+    task = keypoints.find(frozen, peaks.top_k)
     shape = [1, resizer["height"], resizer["width"], 3]
-    count = int(frozen.constant(frozen.inputs(peaks.top_k)[1]))
-    return Parts({"images": (images, shape)}, outputs, peaks.window, peaks.tolerance, count)
+    return Parts({"images": (images, shape)}, outputs | (task.heads if task else {}), peaks, task)
 
 
-def describe(parts, config, options):
+def describe(network, parts, config, options):
     """What the file's metadata says of a CenterNet alone."""
     override = getattr(options, THRESHOLD_OPTION)
+    names = None
+    if parts.task:
+        count = network.shapes["joint_logits"][-1]
+        names = list(options.keypoints or [None] * count)
     return {
         "score_threshold": 0.0 if override is None else override,
         "config_score_threshold": 0.0,
         "iou_threshold": None,
         "max_detections": parts.detections,
         "mask_size": None,
+        "keypoints": names,
+        "skeleton": [list(edge) for edge in options.skeleton or ()] if names else None,
     }
 
 
@@ -128,42 +104,49 @@ def add_detections(network, parts, config, metadata, window):
     """
     ops = OpBuilder(network.graph, "postprocessing")
     _, height, width, _ = network.shapes["centres"]
-    scores, classes, places = best_peaks(
-        ops, network.outputs["centres"], network.shapes["centres"][1:], parts, parts.detections
-    )
+    scores, classes, places = best_peaks(ops, network.outputs["centres"], network.shapes["centres"][1:], parts.peaks)
     _, pixels_high, pixels_wide, _ = parts.inputs["images"][1]
     # One place in parts of the input; TFOD's stride is a whole number (4).
     unit = np.float32([round(pixels_high / height) / pixels_high, round(pixels_wide / width) / pixels_wide])
-    boxes = boxes_at(ops, network, places, unit)
+    corners = boxes_at(ops, network, places)
     # TFOD clips to the heatmap, padding included, and then to the image, which lies within.
-    boxes = ops.add("Clip", to_window(ops, boxes, window), np.float32(0), np.float32(1))
+    boxes = to_window(ops, ops.add("Mul", corners, np.tile(unit, 2)), window)
+    boxes = ops.add("Clip", boxes, np.float32(0), np.float32(1))
     least = metadata["score_threshold"]
     used = ops.add("Greater", scores, np.float32(0), dtype=bool)  # as num_detections counts
     if least > 0:
         used = ops.add("GreaterOrEqual", scores, np.float32(least), dtype=bool)
     number = ops.add("ReduceSum", ops.cast(used, np.int32), np.int64([1]), keepdims=1)
     boxes = ops.add("Where", ops.add("Unsqueeze", used, np.int64([2])), boxes, np.float32(0), dtype=np.float32)
-    return {
+    detections = {
         "num_detections": number,
         "detection_boxes": boxes,
         "detection_scores": ops.add("Where", used, scores, np.float32(0), dtype=np.float32),
         "detection_classes": ops.add("Where", used, classes, np.int32(0), dtype=np.int32),
     }
+    if task := parts.task:
+        points, scores = keypoints.add_keypoints(ops, network, task, places, corners)
+        points = keypoints.to_image(ops, ops.add("Mul", points, unit), window)
+        if task.clips_points:
+            points, scores = keypoints.clip_to_image(ops, points, scores)
+        if task.class_id is not None:
+            of_class = ops.add("Equal", classes, np.int32(task.class_id), dtype=bool)
+            used = ops.add("And", used, of_class)
+        used = ops.add("Unsqueeze", used, np.int64([2]))
+        detections["detection_keypoint_scores"] = ops.add("Where", used, scores, np.float32(0), dtype=np.float32)
+        used = ops.add("Unsqueeze", used, np.int64([3]))
+        detections["detection_keypoints"] = ops.add("Where", used, points, np.float32(0), dtype=np.float32)
+    return detections
 
 
-def best_peaks(ops, logits, shape, parts, count):
-    """The `count` best peaks of a heatmap's logits [B, h, w, C], of all classes together.
+def best_peaks(ops, logits, shape, peaks):
+    """The best Peaks of a heatmap's logits [B, h, w, C], of all classes together.
 
-    shape: (h, w, C). Returns (scores [B, count], falling, classes [B, count] int32, places [B, count] int64, row by row). Of
-    equal scores the first place counts, and its first class, as in TensorFlow's top_k of the flattened heatmap.
+    shape: (h, w, C). Returns (scores [B, M], falling, classes [B, M] int32, places [B, M] int64, row by row). Of equal
+    scores the first place counts, and its first class, as in TensorFlow's top_k of the flattened heatmap.
     """
-    height, width, classes = shape
-    around = parts.window // 2
-    scores = ops.add("Sigmoid", ops.add("Transpose", logits, perm=[0, 3, 1, 2]))
-    highest = ops.add("MaxPool", scores, kernel_shape=[parts.window] * 2, strides=[1, 1], pads=[around] * 4)
-    below = ops.add("Abs", ops.add("Sub", scores, highest))
-    is_peak = ops.add("Less", below, np.float32(parts.tolerance), dtype=bool)
-    scores = ops.add("Where", is_peak, scores, np.float32(0), dtype=np.float32)  # [B, C, h, w]
+    (height, width, classes), count = shape, peaks.count
+    scores = peak_scores(ops, logits, peaks)  # [B, C, h, w]
     rows = ops.reshape(ops.add("Transpose", scores, perm=[0, 2, 3, 1]), [0, height * width, classes])
     seen = min(count, height * width)
     # The best pairs of place and class are at the places whose best class is best: no need to sort all pairs.
@@ -179,18 +162,13 @@ def best_peaks(ops, logits, shape, parts, count):
     return scores, labels, ops.gather_rows(places, ranks)
 
 
-def boxes_at(ops, network, places, unit):
-    """Boxes [B, M, 4] around places [B, M] (center_net_meta_arch.prediction_tensors_to_boxes), in parts of the input.
-
-    unit: height and width of a place in parts of the input.
-    """
+def boxes_at(ops, network, places):
+    """Boxes [B, M, 4] around places [B, M] (center_net_meta_arch.prediction_tensors_to_boxes), in places."""
     _, height, width, _ = network.shapes["centres"]
-    grid = np.stack(np.mgrid[:height, :width], axis=-1).reshape(-1, 2).astype(np.float32)
 
     def at_places(part):
         return ops.gather_rows(ops.reshape(network.outputs[part], [0, height * width, 2]), places)
 
-    centre = ops.add("Add", ops.add("Gather", grid, places, axis=0), at_places("offsets"))
+    centre = ops.add("Add", ops.add("Gather", grid_of(height, width), places, axis=0), at_places("offsets"))
     half = ops.add("Mul", ops.add("Max", at_places("sizes"), np.float32(0)), np.float32(0.5))
-    corners = ops.add("Concat", ops.add("Sub", centre, half), ops.add("Add", centre, half), axis=2)
-    return ops.add("Mul", corners, np.tile(unit, 2))
+    return ops.add("Concat", ops.add("Sub", centre, half), ops.add("Add", centre, half), axis=2)

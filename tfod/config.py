@@ -48,13 +48,15 @@ SCHEMA = {
     " deepmac_mask_estimation:Unread compute_heatmap_sparse keypoint_label_map_path output_prediction_dict use_depthwise",
     "ObjectCenterParams": "max_box_predictions:int32=100 object_center_loss_weight classification_loss heatmap_bias_init"
     " min_box_overlap_iou use_labeled_classes keypoint_weights_for_center center_head_params peak_max_pool_kernel_size",
-    "Keypoints": "rescore_instances:bool=false task_name task_loss_weight loss keypoint_class_name keypoint_label_to_std"
+    "Keypoints": "rescore_instances:bool=false keypoint_class_name:string keypoint_label_to_std:KeypointStd*"
+    " predict_depth:bool=false task_name task_loss_weight loss"
     " keypoint_regression_loss_weight keypoint_heatmap_loss_weight keypoint_offset_loss_weight heatmap_bias_init"
     " keypoint_candidate_score_threshold num_candidates_per_keypoint peak_max_pool_kernel_size unmatched_keypoint_score"
     " box_scale candidate_search_scale candidate_ranking_mode score_distance_offset score_distance_multiplier"
-    " std_dev_multiplier offset_peak_radius per_keypoint_offset predict_depth per_keypoint_depth keypoint_depth_loss_weight"
+    " std_dev_multiplier offset_peak_radius per_keypoint_offset per_keypoint_depth keypoint_depth_loss_weight"
     " clip_out_of_frame_keypoints rescoring_threshold gaussian_denom_ratio argmax_postprocessing heatmap_head_params"
     " offset_head_params regress_head_params",
+    "KeypointStd": "key:string value",
     # Of all three meta-architectures.
     "FeatureExtractor": "type:string batch_norm_trainable bgr_ordering bifpn channel_means channel_stds conv_hyperparams"
     " depth_multiplier first_stage_features_stride fpn min_depth num_layers override_base_feature_extractor_hyperparams"
@@ -90,6 +92,8 @@ ENUMS = {
     "ScoreConverter": ("IDENTITY", "SIGMOID", "SOFTMAX"),
     "ResizeMethod": ("BILINEAR", "NEAREST_NEIGHBOR", "BICUBIC", "AREA"),
 }
+KEYPOINT_EDGE = re.compile(r"\bkeypoint_edge\s*:?\s*\{\s*start\s*:\s*(\d{1,4})\s*,?\s*end\s*:\s*(\d{1,4})\s*\}")
+COMMENT = re.compile(r"#.*")
 # Of a camera's pictures, height and width: for the message that asks for --image_size.
 EXAMPLE_SIZE = (1080, 1920)
 # field -> (least, most): what a model can mean. The most is several times what is in use; numbers beyond it are slips of
@@ -139,9 +143,8 @@ FEATURE_EXTRACTORS = (
     "hourglass_20",
     "hourglass_104",
 )
-# What a CenterNet may give besides boxes: field -> its name.
-BESIDES_BOXES = {
-    "keypoint_estimation_task": "keypoints",
+# What a CenterNet may give that is not converted: field -> its name.
+LEFT_OUT = {
     "mask_estimation_task": "masks",
     "densepose_estimation_task": "DensePose",
     "track_estimation_task": "tracks",
@@ -228,8 +231,11 @@ def read_pipeline_config(path):
     if part.feature_extractor.type not in FEATURE_EXTRACTORS:
         kind = part.feature_extractor.type[:60]
         config.warnings.append(f"the feature extractor {kind!r} is untested; trust the check's verdict")
-    if besides := [BESIDES_BOXES[field.name] for field, _ in part.ListFields() if field.name in BESIDES_BOXES]:
-        config.warnings.append(f"{', '.join(besides)} are left out: boxes alone are converted")
+    left_out = [LEFT_OUT[field.name] for field, _ in part.ListFields() if field.name in LEFT_OUT]
+    if any(task.predict_depth for task in getattr(part, "keypoint_estimation_task", ())):
+        left_out.append("the depths of keypoints")
+    if left_out:
+        config.warnings.append(f"{', '.join(left_out)} are left out")
     for text in config.warnings:
         warn(f"{path}: {text}")
     return model
@@ -369,6 +375,12 @@ def _refuse_post_processing(post, resizer, refuse):
         refuse("soft-NMS (soft_nms_sigma in batch_non_max_suppression)")
     if post.HasField("calibration_config"):
         refuse("calibration_config in post_processing")
+
+
+def read_skeleton(path):
+    """Pairs of keypoints, from 0, that eval_config's keypoint_edge joins in pictures: a tuple, empty where there are none."""
+    edges = KEYPOINT_EDGE.findall(COMMENT.sub("", read_text(Path(path))))
+    return tuple((int(start), int(end)) for start, end in edges)
 
 
 def wrong_config(folder, what):

@@ -25,7 +25,7 @@ from tfod.weighted_sums import write_weighted_sums
 #   recognise(frozen) -> bool: whether a FrozenGraph is of this kind;
 #   find(frozen, images, config, resizer) -> Parts: `inputs` {name: (tensor, shape)} and `outputs` {name: tensor} of the
 #       network, and what else add_detections needs of the graph;
-#   describe(parts, config, options) -> dict: what the metadata says of this kind of model alone;
+#   describe(network, parts, config, options) -> dict: what the metadata says of this kind of model alone;
 #   check_config(network, parts, config, folder): raises UserError where the config does not fit the network;
 #   add_detections(network, parts, config, metadata, window) -> {output name: tensor}: the post-processing;
 #   add_raw_detections(network, parts, config, metadata, window) -> (boxes, scores): what TensorFlow gives as
@@ -45,6 +45,8 @@ class Options:
     second_nms_threshold: float | None = None
     debug: tuple = ()  # names of tensors or nodes to be outputs too
     labels: list | None = None  # the classes' names, None where one has none
+    keypoints: tuple | None = None  # the keypoints' names, where a model has those
+    skeleton: tuple | None = None  # pairs of keypoints (from 0) to be joined by lines
 
     @property
     def by_config(self):
@@ -119,7 +121,7 @@ def write_model(model, options, raw=False):
     raw: its outputs are raw_detection_boxes and raw_detection_scores, for a comparison with TensorFlow's.
     """
     architecture, network = META_ARCHITECTURES[model.kind], model.network.copy()
-    metadata = describe(model, options) | architecture.describe(model.parts, model.config, options)
+    metadata = describe(model, options) | architecture.describe(network, model.parts, model.config, options)
     make_batch_free(network.graph, {shape[0] for _, shape in model.parts.inputs.values()})
     window = add_inputs(network.graph, network.inputs["images"], model.colours, model.resizer, options)
     if raw:
@@ -215,12 +217,14 @@ def make_batch_free(graph, counts):
 
 def name_outputs(graph, detections, batch, metadata):
     """Makes `detections` {name: tensor} the graph's outputs, with their names and shapes."""
-    kept = metadata["max_detections"]
+    kept, points = metadata["max_detections"], len(metadata.get("keypoints") or ())
     shapes = collections.defaultdict(
         lambda: [batch, kept],
         num_detections=[batch, 1],
         detection_boxes=[batch, kept, 4],
         detection_masks=[batch, kept, *(metadata["mask_size"] or ())],
+        detection_keypoints=[batch, kept, points, 2],
+        detection_keypoint_scores=[batch, kept, points],
     )
     graph.outputs = list(detections.values())
     for name, tensor in detections.items():

@@ -131,7 +131,7 @@ def _find_mask_logits(frozen):
     raise UserError("the SavedModel's mask head was not found behind detection_masks")
 
 
-def describe(parts, config, options):
+def describe(network, parts, config, options):
     """What the file's metadata says of a two-stage model alone."""
     nms = config.second_stage_post_processing.batch_non_max_suppression
     first, second = options.first_nms_threshold, getattr(options, THRESHOLD_OPTION)

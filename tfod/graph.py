@@ -17,6 +17,8 @@ RESHAPING = {
     "Tile",
     "PlaceholderWithDefault",
 }
+# Ops that pick rows by their index: in CenterNets of July 2020 (the zoo's) GatherV2, in later ones GatherNd.
+PICKING = {"GatherNd", "GatherV2"}
 # Ops whose result depends on a tensor's shape alone.
 SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank"}
 
@@ -122,6 +124,7 @@ class FrozenGraph:
             node = result.node.add()
             node.CopyFrom(nodes[name])
             node.attr.pop("_output_shapes", None)
+            node.attr.pop("_class", None)  # where to place it: beside a node that may be left out
             if not control:
                 data = [source for source in node.input if not source.startswith("^")]
                 del node.input[:]

@@ -19,6 +19,14 @@ LABELS_HELP = (
     "class names: a label_map.pbtxt, or a text file with one name a line; default: those in the model, else COCO's for a"
     " model of 90 classes"
 )
+# The keypoints of COCO's people, in the order of its annotations, and the lines between them (person_keypoints_*.json).
+COCO_KEYPOINTS = (
+    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow"),
+    *("right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee"),
+    *("left_ankle", "right_ankle"),
+)
+COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9))
+COCO_SKELETON += ((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 # How a label map begins, comments apart.
 LABEL_MAP = re.compile(r"\A(?:\s|#.*\n)*item\s*:?\s*[{<]")
 # Of files beside a model, so much is read to see whether they are label maps.
@@ -75,6 +83,35 @@ def _label_map_names(path, text, num_classes):
     return [names.get(number) for number in range(1, num_classes + 1)]
 
 
+def keypoint_names(path, tasks, count):
+    """(names of a model's `count` keypoints or None, pairs of them to be joined or None).
+
+    path: a label map whose items may have `keypoints { id: 0 label: "nose" }`, or None. tasks: the config's
+    keypoint_estimation_task. Names that are COCO's (17 in the config's keypoint_label_to_std, whose order is not theirs) are
+    in COCO's order.
+    """
+    names = _label_map_keypoints(path, {task.keypoint_class_name for task in tasks}) if path else None
+    if not names and {entry.key for task in tasks for entry in task.keypoint_label_to_std} == set(COCO_KEYPOINTS):
+        names = COCO_KEYPOINTS
+    if names and len(names) != count:
+        warn(f"{path}: {len(names)} keypoints, the model has {count}: they are without names")
+        names = None
+    return names, COCO_SKELETON if names == COCO_KEYPOINTS else None
+
+
+def _label_map_keypoints(path, classes):
+    """The keypoints' labels, by their ids, of the item of one of the classes, else of the only one that has some; or None."""
+    label_map = _message_class()()
+    try:
+        text_format.Parse(decode_text(Path(path).read_bytes()), label_map, allow_unknown_field=True)
+    except (OSError, ValueError, text_format.ParseError):
+        return None  # a list of names
+    items = [item for item in label_map.item if item.keypoints]
+    items = [item for item in items if item.name in classes] or items
+    points = sorted(items[0].keypoints, key=lambda point: point.id) if len(items) == 1 else []
+    return tuple(point.label for point in points) or None
+
+
 def _message_class():
     """The class of a label map (object_detection/protos/string_int_label_map.proto; only what is read)."""
     Field = descriptor_pb2.FieldDescriptorProto
@@ -85,6 +122,16 @@ def _message_class():
     items = file.message_type.add(name="LabelMap")
     items.field.add(
         name="item", number=1, type=Field.TYPE_MESSAGE, type_name=".label_map.Item", label=Field.LABEL_REPEATED
+    )
+    point = file.message_type.add(name="KeypointMap")
+    for number, (name, kind) in enumerate({"id": "INT32", "label": "STRING"}.items(), 1):
+        point.field.add(name=name, number=number, type=getattr(Field, f"TYPE_{kind}"), label=Field.LABEL_OPTIONAL)
+    item.field.add(
+        name="keypoints",
+        number=5,
+        type=Field.TYPE_MESSAGE,
+        type_name=".label_map.KeypointMap",
+        label=Field.LABEL_REPEATED,
     )
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)

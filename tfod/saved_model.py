@@ -98,6 +98,7 @@ class SavedModel:
 
     OUTPUTS = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
     RAW = ("raw_detection_boxes", "raw_detection_scores")
+    MORE = ("detection_masks", "detection_keypoints", "detection_keypoint_scores")
 
     def __init__(self, folder):
         """folder: what find_saved_model returned, a frozen graph too. Raises UserError for what is no TFOD detector."""
@@ -180,7 +181,7 @@ class SavedModel:
         """Returns the model as a FrozenGraph: variables are constants, functions are inlined, outputs keep their keys."""
         tf = import_tensorflow()
         with self._graph.as_default(), silenced():
-            keys = [key for key in (*self.RAW, "detection_boxes", "detection_masks") if key in self.outputs]
+            keys = [key for key in (*self.RAW, "detection_boxes", *self.MORE) if key in self.outputs]
             names = {key: f"tfod_output/{key}" for key in keys}
             for key, name in names.items():
                 tf.identity(self._graph.get_tensor_by_name(self.outputs[key]), name=name)

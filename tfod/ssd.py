@@ -48,7 +48,7 @@ def find(frozen, images, config, resizer):
     return Parts({"images": (images, shape)}, outputs, head, anchors, clip_first)
 
 
-def describe(parts, config, options):
+def describe(network, parts, config, options):
     """What the file's metadata says of an SSD alone."""
     nms = config.post_processing.batch_non_max_suppression
     override = getattr(options, THRESHOLD_OPTION)
