@@ -55,7 +55,8 @@ import numpy as np
 
 from checks import coco
 from images.aspect import FIT_HELP, choose_fit
-from images.decoding import ImageError, load_image, simplejpeg
+from images.decoding import ImageError, load_image
+from results import Summary, result_rows, write_picture, write_results
 from runtimes import open_detectors
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import (
@@ -72,10 +73,6 @@ from runtimes.video import VideoReader, VideoWriter, is_video
 from runtimes.workers import Workers
 from tfod.labels import LABELS_HELP, labels_of
 from visualize import draw_detections
-
-# JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.
-JPEG_QUALITY = 92
-MAX_JPEG_SIDE = 65_500  # libjpeg's
 
 
 def parse_args(argv=None):
@@ -127,31 +124,6 @@ def parse_args(argv=None):
     )
     add_preprocessor(parser)
     return parser.parse_args(argv)
-
-
-def result_rows(boxes, scores, classes):
-    """Detections as lines `xmin ymin xmax ymax score class`, tab-separated. boxes [N, 4] yxyx in pixels."""
-    for (ymin, xmin, ymax, xmax), value, label in zip(boxes, scores, classes, strict=True):
-        yield f"{xmin:.2f}\t{ymin:.2f}\t{xmax:.2f}\t{ymax:.2f}\t{value:.6f}\t{label}\n"
-
-
-def write_results(path, boxes, scores, classes):
-    """Writes detections (see result_rows) as a file."""
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(result_rows(boxes, scores, classes))
-
-
-def write_picture(path, picture):
-    """Writes a Pillow image as .jpg or .png."""
-    if path.suffix == ".jpg" and max(picture.size) > MAX_JPEG_SIDE:
-        raise UserError(f"cannot write {path}: a JPEG has at most {MAX_JPEG_SIDE:,} pixels a side; use --format png")
-    with whole_file(path) as temporary:
-        if path.suffix != ".jpg":
-            picture.save(temporary, compress_level=1)
-        elif simplejpeg is None:
-            picture.save(temporary, quality=JPEG_QUALITY)
-        else:  # the same libjpeg-turbo, twice as fast as through Pillow
-            temporary.write_bytes(simplejpeg.encode_jpeg(np.asarray(picture), JPEG_QUALITY, "RGB", "420"))
 
 
 def main(argv=None):
@@ -250,33 +222,6 @@ class Options:
             return []
         results = coco.results_of(found, image_id, size, self.class_offset, self.masks_from)
         return [{**entry, "file_name": file_name} for entry in results]
-
-
-@dataclasses.dataclass
-class Summary:
-    """What was found in how many images."""
-
-    detections: int = 0
-    images: int = 0
-    empty: int = 0  # images without any
-    most: int = 0  # detections in the image `example`
-    example: object = None
-
-    def add(self, image, found):
-        count = len(found.scores)
-        self.images, self.detections, self.empty = self.images + 1, self.detections + count, self.empty + (not count)
-        if count > self.most or self.example is None:
-            self.example, self.most = image, count
-
-    def text(self, threshold, unit="image"):
-        """`61 detections of 0.3 and more in 9 images; 3 images without any (...)`"""
-        with_some = self.images - self.empty
-        text = f"{self.detections} detections of {threshold:g} and more in {with_some} {unit}{'s' * (with_some != 1)}"
-        if self.empty:
-            text += f"; {self.empty} {unit}{'s' * (self.empty != 1)} without any"
-            if threshold > 0:
-                text += f" (--nms_threshold {min(0.1, threshold / 2):g} shows weaker ones)"
-        return text
 
 
 class ResultsFile:
