@@ -34,7 +34,8 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test: lint build/servers/.ready
+test:
+	@$(MAKE) --no-print-directory --jobs 2 lint build/servers/.ready
 	$(IN_VENV) -m pytest -m "not zoo and not gpu" --numprocesses 2 --dist loadfile
 
 test-zoo: $(VENV)/.ready-dev
@@ -63,8 +64,8 @@ $(VENV)/.ready-dev: requirements-dev.txt requirements-video.txt requirements-ope
 # Servers that the tests start; they need packages of other versions than the project.
 build/servers/.ready: requirements-servers.txt | $(VENV)/bin/python
 	@echo "Installing the servers that the tests start into build/servers: 0.6 GB"
-	@$(IN_VENV) -m venv build/servers
-	@build/servers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-servers.txt
+	@$(IN_VENV) -m venv --without-pip build/servers
+	@$(IN_VENV) -m pip --python build/servers/bin/python install --quiet --disable-pip-version-check --no-compile -r requirements-servers.txt
 	@touch $@
 
 clean:

@@ -18,7 +18,8 @@ from commandline.options import count, make_parser, score
 
 from deploy.triton_config import Network
 from deploy.triton_repository import export, standard_form
-from onnx_utils import load
+from images.aspect import FIT_HELP, choose_fit
+from onnx_utils import check_batch_size, load
 from runtimes import open_detector
 from tfod.labels import LABELS_HELP, labels_of
 
@@ -60,6 +61,7 @@ def parse_args(argv=None):
         metavar="N",
         help=f"processes of NAME_images; default: {INSTANCES}, and 1 with --in_process, where each holds the network",
     )
+    add("--fit", action="store_true", help=FIT_HELP)
     return parser.parse_args(argv)
 
 
@@ -80,6 +82,8 @@ def main(argv=None):
             detector.usual_batch,
         )
         version = detector.version
+        choose_fit(detector.metadata, args.fit)
+        fit = detector.metadata["resizer"].pop("fit", False)  # what lies in the file does not say it
     names = labels_of(args.labels, network.metadata, args.engine)
     repository = make_folder(args.repository).resolve()
     models = export(
@@ -92,6 +96,7 @@ def main(argv=None):
         threshold=args.nms_threshold,
         instances=args.instances or (1 if args.in_process else INSTANCES),
         in_process=args.in_process,
+        fit=fit,
         tensorrt=version if network.is_engine else None,
     )
     print(
@@ -101,10 +106,13 @@ def main(argv=None):
 
 
 def max_batch(asked, detector):
-    """Images that Triton may put together. Raises UserError where an engine that takes any number takes fewer than asked."""
+    """Images that Triton may put together. Raises UserError for more than an engine takes, or than can be meant."""
     most = None if detector.input.batch else detector.max_batch
     if asked and most and asked > most:
         raise UserError(f"--max_batch {asked}: the engine takes at most {most} images at a time")
+    if asked:
+        spec = detector.input
+        check_batch_size(asked, spec.height, spec.width, spec.dtype, "--max_batch")
     return asked or most or USUAL_MAX_BATCH
 
 

@@ -5,16 +5,18 @@
     python infer_ray.py --engine engine.trt --input s3://bucket/photos --output s3://bucket/results --address auto --gpus 8
 
 Each row of OUTPUT/detections is an image: path, boxes (xmin ymin xmax ymax, pixels of the image), scores, classes (from
-0), names, masks (run-length encoded), error (why it cannot be read). pandas.read_parquet reads that folder. Without --address it runs on
-this machine; on a cluster, an actor on each GPU, or for model.onnx on all processors of each machine. What an actor that
-dies had begun runs again. Exit status 1 if an image could not be read.
+0), names, masks (run-length encoded), error (why it cannot be read). pandas.read_parquet reads that folder. Without
+--address it runs on this machine; on a cluster, an actor on each GPU, or for model.onnx on all processors of each machine.
+What an actor that dies had begun runs again. Exit status 1 if an image could not be read.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -30,13 +32,15 @@ import pyarrow as pa
 from deploy.closure import copy_needed
 from deploy.ray_detector import DETECTIONS, Job, RayDetector, images_done
 from deploy.storage import Folder, find_remote, is_remote, shown
+from images.aspect import FIT_HELP
 from results import Summary
 from runtimes import is_onnx
 from tfod.labels import LABELS_HELP
 
 # Unless told otherwise, Ray reports usage to its makers, and what it does to the terminal; started by `uv run`, its workers
-# would be too, with packages that they install.
+# would be too, with packages that they install; and it starts processes ahead that lack the code of this job, to end them.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+ENVIRONMENT |= {"RAY_prestart_worker_first_driver": "0"}
 os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
 import ray  # noqa: E402
 
@@ -79,6 +83,7 @@ def parse_args(argv=None):
     add("-b", "--batch_size", type=count, metavar="N", help="images at a time, of a dynamic model; default: 1")
     add_decoder(parser)
     add_image_options(parser)
+    add("--fit", action="store_true", help=FIT_HELP)
     return parser.parse_args(argv)
 
 
@@ -123,9 +128,11 @@ def make_job(args):
             labels = Path(args.labels).name, Path(args.labels).read_bytes()
         except OSError as error:
             raise UserError(f"--labels {args.labels}: {error.strerror}") from error
+    model = Path(args.engine).read_bytes()
     return Job(
         engine=args.engine,
-        model=Path(args.engine).read_bytes(),
+        model=model,
+        model_digest=hashlib.sha256(model).hexdigest(),
         labels=labels,
         output=args.output if is_remote(args.output) else os.path.abspath(args.output),
         store=args.input[0] if is_remote(args.input[0]) else None,
@@ -133,6 +140,7 @@ def make_job(args):
         masks_from=args.iou_threshold if args.detection_type == "segmentation" else None,
         batch_size=args.batch_size,
         picture_format=args.format if args.pictures else None,
+        fit=args.fit,
         decoder=args.decoder,
         cores=args.cpus,
         **image_options(args),
@@ -167,12 +175,15 @@ def connect(address, folder):
     copy_needed(ROOT / module, folder)
     shutil.copyfile(ROOT / module, folder / module)
     where = {"address": address} if address else {"address": "local", "include_dashboard": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray takes it for its own
     try:
         ray.init(**where, logging_level="error", runtime_env={"working_dir": str(folder)})
     except Exception as error:  # a bare one where its processes do not start in time
         failed = f"--address {address}" if address else "Ray does not start on this machine"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{failed}: {reason}") from error
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def plan_actors(machines, onnx, gpus, cpus):
@@ -211,7 +222,7 @@ def process(images, job, onnx, args, before):
                 bar.update(summary.images + skipped - bar.n)
     except KeyboardInterrupt:
         print(
-            f"stopped: the rows of {summary.images + skipped} of {len(images.files)} images are in"
+            f"stopped: {summary.images + skipped} of {len(images.files)} images and perhaps some more have their rows in"
             f" {shown(args.output)}; --resume does the rest",
             file=sys.stderr,
         )

@@ -20,6 +20,7 @@ from pyarrow import parquet
 
 from checks.coco import encode_mask
 from deploy.storage import Folder, load
+from images.aspect import choose_fit
 from results import Summary, encode_picture
 from runtimes import open_detector
 from runtimes.gpu_images import choose_decoder
@@ -50,6 +51,7 @@ class Job:
 
     engine: str  # the model file's name, for people
     model: bytes
+    model_digest: str
     labels: tuple | None  # (name, bytes) of a labels file
     output: str
     store: str | None  # an address of the object store that the images are in
@@ -59,14 +61,14 @@ class Job:
     picture_format: str | None  # jpg or png; None: no pictures
     exif_rotate: bool
     max_pixels: int | None
+    fit: bool
     decoder: str
     cores: int
 
     def settings(self):
         """What results depend on, as bytes."""
-        model = hashlib.sha256(self.model).hexdigest()
-        chosen = {"model": model, "nms_threshold": self.threshold, "iou_threshold": self.masks_from}
-        chosen |= {"exif_rotate": self.exif_rotate, "max_pixels": self.max_pixels}
+        chosen = {"model": self.model_digest, "nms_threshold": self.threshold, "iou_threshold": self.masks_from}
+        chosen |= {"exif_rotate": self.exif_rotate, "max_pixels": self.max_pixels, "fit": self.fit}
         return json.dumps(chosen).encode()
 
 
@@ -88,6 +90,7 @@ class RayDetector:
             if job.masks_from is not None and not metadata.get("mask_size"):
                 raise UserError(f"--detection_type segmentation: {job.engine} gives no masks; use bbox")
             self._labels = labels_of(labels, metadata, model)
+        choose_fit(metadata, job.fit)
         self._batch_size = choose_batch_size(self._detector, job.batch_size, 1)
         self._workers = open_workers(self._detector, MANY, self._batch_size, job.cores)
         self._load = functools.partial(load, store=job.store, exif_rotate=job.exif_rotate, max_pixels=job.max_pixels)

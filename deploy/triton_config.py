@@ -62,10 +62,10 @@ def network_config(name, network):
     return "\n".join(lines) + "\n"
 
 
-def images_config(name, network, network_name, threshold, instances):
+def images_config(name, network, network_name, threshold, instances, fit=False):
     """config.pbtxt of the model that takes encoded images (deploy/triton_model.py).
 
-    network_name: of the network's model in Triton; None: the network runs within.
+    network_name: of the network's model in Triton; None: the network runs within. fit: see images.aspect.
     """
     outputs = [
         ("num_detections", "TYPE_INT32", [1]),
@@ -81,6 +81,7 @@ def images_config(name, network, network_name, threshold, instances):
         "network": network_name or "in_process",
         "network_file": network.file_name,
         "nms_threshold": f"{threshold:g}",
+        "fit": "true" if fit else "false",
     }
     lines = [
         "# images: N x 1 encoded images (JPEG, PNG, ...). boxes: xmin ymin xmax ymax in pixels of the image.",

@@ -35,7 +35,8 @@ class TritonPythonModel:
         self._network = open_network(folder, parameters, args)
         metadata = self._network.metadata
         self._batch = metadata["batch_size"] or int(config["max_batch_size"])
-        self._resizer, self._mask_size = metadata["resizer"], metadata.get("mask_size")
+        self._resizer = {**metadata["resizer"], "fit": parameters["fit"] == "true"}
+        self._mask_size = metadata.get("mask_size")
         self._names = class_names(folder.parent / "labels.txt", metadata["num_classes"])
         self._pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS))
 

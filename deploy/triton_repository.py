@@ -19,7 +19,7 @@ MADE_BY = "# Made by export_triton.py"
 # What deploy/triton_model.py imports, and what runs a network within it. The Python backend that was tried (Triton 2.51, in
 # NVIDIA's container 24.10) dies with NumPy 2.
 PACKAGES = ("numpy<2", "Pillow>=10.1", "simplejpeg>=1.7", "protobuf>=4.25", "tqdm>=4.60")
-ONNX_PACKAGES = ("onnx>=1.15", "onnx-graphsurgeon>=0.5", "onnxruntime>=1.17")
+DETECTOR_PACKAGES = ("onnx>=1.15", "onnx-graphsurgeon>=0.5")
 # NVIDIA's Triton containers by the TensorRT in them, which must be the engine's; for ONNX files, the one that was tried.
 # (https://docs.nvidia.com/deeplearning/frameworks/support-matrix)
 CONTAINERS = {"8.5": "23.03", "8.6": "24.02"}
@@ -58,11 +58,11 @@ error that says which and why. The names are those in its labels.txt.
 """
 
 
-def export(folder, name, network, data, names, source, *, threshold, instances, in_process, tensorrt=None):
+def export(folder, name, network, data, names, source, *, threshold, instances, in_process, fit, tensorrt=None):
     """Writes the models NAME_images and, unless the network is to run within it, NAME into a repository, all or nothing.
 
     network: a triton_config.Network; data: the model file's bytes; names: of the classes, None for one without; source: the
-    file, for people; tensorrt: the version that an engine is for. Models of that name of an earlier export are replaced.
+    file, for people; fit: see images.aspect; tensorrt: the version that an engine is for. Models of that name of an earlier export are replaced.
     Raises UserError where what lies there is not ours. Returns the names of the models.
     """
     models = [f"{name}_images"] if in_process else [name, f"{name}_images"]
@@ -78,7 +78,7 @@ def export(folder, name, network, data, names, source, *, threshold, instances, 
         old.mkdir()
         images = new / f"{name}_images"
         (images / "1").mkdir(parents=True)
-        config = images_config(images.name, network, None if in_process else name, threshold, instances)
+        config = images_config(images.name, network, None if in_process else name, threshold, instances, fit)
         write(images / "config.pbtxt", head + config)
         write(images / "labels.txt", "".join(f"{label or number}\n" for number, label in enumerate(names)))
         write(images / "requirements.txt", "".join(f"{line}\n" for line in packages(network, in_process, tensorrt)))
@@ -121,7 +121,8 @@ def packages(network, in_process, tensorrt):
     """What is to be installed where Triton's Python backend runs, as lines of a requirements file."""
     if not in_process:
         return PACKAGES
-    return (*PACKAGES, *((f"tensorrt=={tensorrt}", "pycuda>=2022.2") if network.is_engine else ONNX_PACKAGES))
+    runtime = (f"tensorrt=={tensorrt}", "pycuda>=2022.2") if network.is_engine else ("onnxruntime>=1.17",)
+    return (*PACKAGES, *DETECTOR_PACKAGES, *runtime)
 
 
 def readme(name, network, source, threshold, in_process, tensorrt):

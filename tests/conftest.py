@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import create_onnx
+import onnx_utils
 from demo import tiny_mask_rcnn as tiny
 from runtimes import open_detector
 from runtimes.workers import Workers
@@ -122,6 +123,16 @@ def convert(tmp_path_factory):
         return path, printed.getvalue()
 
     return run
+
+
+def made_for_one_size(model, path):
+    """Writes a model that pads its images as `path`, told that it was made for images of 64 x 128 alone; returns that."""
+    changed = onnx_utils.load(model)
+    metadata = onnx_utils.read_metadata(changed, model)
+    resizer = {**metadata["resizer"], "image_size": [128, 64]}
+    onnx_utils.write_metadata(changed, {**metadata, "resizer": resizer})
+    onnx_utils.save(changed, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from commandline import UserError
 
 import numpy as np
 import pytest
-from conftest import DEMO, ROOT, need_shared
+from conftest import DEMO, ROOT, made_for_one_size, need_shared
 from servers import s3_server
 from test_install import run_without
 
@@ -32,9 +33,11 @@ PATIENCE |= {"health_check_failure_threshold": 60}
 os.environ |= {f"RAY_{name}": str(value) for name, value in PATIENCE.items()}
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
+import pyarrow as pa  # noqa: E402
 from pyarrow import fs  # noqa: E402
 
 import infer_ray  # noqa: E402
+from deploy.ray_detector import RayDetector  # noqa: E402
 
 ENDS_WITHIN = 480
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -241,6 +244,36 @@ def test_from_s3_to_s3_with_masks_and_pictures(exported, actors, tmp_path, monke
         assert table_of(row) == (tmp_path / "infer" / f"{stem}.tsv").read_text()
         drawn = tmp_path / "out" / "pictures" / keys[name].removeprefix("photos/in/")
         assert drawn.with_suffix(".png").read_bytes() == (tmp_path / "infer" / f"{stem}.png").read_bytes()
+
+
+def test_sigterm_stops_as_ctrl_c_does(convert, links, actors, tmp_path):
+    """Ray would end this process by itself."""
+    model, out = convert("demo", "--batch_size", "dynamic")[0], tmp_path / "out"
+    process = start(None, model, links(2000), out, "--task_images", "20")
+    wait_for_files(out, 3, process)
+    process.terminate()
+    _, errors = finish(process, 130)
+    assert "of 2000 images and perhaps some more have their rows" in errors
+    assert "Traceback" not in errors and "SIGTERM" not in errors, errors
+    assert actors() == [] and not list(out.rglob("*.part*"))
+    assert 60 <= len(rows_of(out)) < 2000
+
+
+def test_images_of_another_aspect_ratio(exported, tmp_path, capsys):
+    """Of a model that was made for one: rows with an error, or what infer.py --fit finds. The actor, without Ray around it."""
+    model = made_for_one_size(exported("mask", "--batch_size", "dynamic")[1], tmp_path / "model.onnx")
+    common = ["--engine", str(model), "--input", str(PICTURES[0]), "--nms_threshold", "0.1", "--output"]
+    for fit in ([], ["--fit"]):
+        out = tmp_path / f"out{len(fit)}"
+        job = infer_ray.make_job(infer_ray.parse_args([*common, str(out), *fit]))
+        counts = RayDetector(dataclasses.replace(job, cores=1))(pa.table({"path": [str(PICTURES[0])], "name": ["a"]}))
+        (row,) = rows_of(out).values()
+        assert counts["skipped"].to_pylist() == [int(not fit)]
+        if not fit:
+            assert "have another aspect ratio than 64 x 128" in row["error"]
+    assert "results differ from TensorFlow's" in capsys.readouterr().err
+    assert infer.main([*common, str(tmp_path), "--fit"]) == 0
+    assert table_of(row) == (tmp_path / f"{PICTURES[0].stem}.tsv").read_text() != ""
 
 
 def test_who_gets_which_processors():

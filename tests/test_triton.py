@@ -13,14 +13,15 @@ from commandline.version import VERSION
 import numpy as np
 import onnx
 import pytest
-from conftest import DEMO
+from conftest import DEMO, made_for_one_size
 from PIL import Image
 from servers import PYTHON, read_configs, triton_server
 from test_install import run_without
 
 import export_triton
 import infer
-from deploy import triton_config
+from deploy import triton_config, triton_repository
+from images.aspect import choose_fit
 from images.decoding import load_image
 from onnx_utils import load, read_metadata
 from runtimes import open_detector
@@ -128,21 +129,24 @@ def test_the_network_as_a_model_of_its_own(convert, exported, tmp_path):
     The wheel has no backend for ONNX Runtime: the network runs in the Python backend, by its own config.pbtxt but for that.
     """
     models = {"masks": exported("mask", "--batch_size", "dynamic")[1], "fixed": convert("demo", "--batch_size", "4")[0]}
+    models["fit"] = made_for_one_size(models["masks"], tmp_path / "fit.onnx")
     for name, model in models.items():
-        export(tmp_path / "models", model, "--name", name, "--nms_threshold", "0.2", "--max_batch", "4")
+        options = ["--nms_threshold", "0.2", "--max_batch", "4", *(["--fit"] if name == "fit" else [])]
+        export(tmp_path / "models", model, "--name", name, *options)
         config = tmp_path / "models" / name / "config.pbtxt"
         config.write_text(config.read_text().replace("onnxruntime", "python"))
         (config.parent / "1" / "model.py").write_text(PYTHON_NETWORK)
     contents = [path.read_bytes() for path in PICTURES[:3]]
-    requests = [("masks_images", contents), ("fixed_images", contents), ("masks_images", contents * 2)]
+    requests = [*((f"{name}_images", contents) for name in models), ("masks_images", contents * 2)]
     with triton_server(tmp_path / "models", tmp_path) as server:
         *answers, refused = server.ask(requests)
     assert "batch-size must be <= 4" in refused
     for (name, model), answer in zip(models.items(), answers, strict=True):
         with open_detector(model, runtime="onnxruntime") as detector:
+            choose_fit(detector.metadata, name == "fit")
             wanted = [detect_image(detector, load_image(path)).above(0.2) for path in PICTURES[:3]]
         assert sum(len(found.scores) for found in wanted) > 5
-        assert ("masks" in answer) == (name == "masks")
+        assert ("masks" in answer) == (name != "fixed")
         for row, (found, path) in enumerate(zip(wanted, PICTURES, strict=False)):
             (count,) = answer["num_detections"][row]
             assert count == len(found.scores)
@@ -227,16 +231,22 @@ def test_an_export_is_replaced_whole_and_nothing_else_is(convert, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
-def test_what_lies_in_the_repository_needs_nothing_else(convert, tmp_path):
-    """Without the project and the packages that only in-process networks need, model.py can be imported."""
-    export(tmp_path / "models", convert("demo")[0])
+@pytest.mark.parametrize("kind", ["beside", "in process", "engine in process"])
+def test_what_lies_in_the_repository_needs_nothing_else(convert, tmp_path, kind):
+    """Without the project, with the packages of its requirements.txt alone, model.py and what runs a network are imported."""
+    export(tmp_path / "models", convert("demo")[0], *([] if kind == "beside" else ["--in_process"]))
     folder = tmp_path / "models" / "detector_images" / "1"
+    needed = (folder.parent / "requirements.txt").read_text().splitlines()
+    if kind == "engine in process":
+        needed = triton_repository.packages(triton_config.Network("model.plan", {}, 8, 8), True, "10.9.0.34")
+        assert "tensorrt==10.9.0.34" in needed
     (tmp_path / "triton_python_backend_utils.py").touch()
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import model, runtimes; print(runtimes.__file__)"
+    runs = {"beside": "runtimes", "in process": "runtimes.ort_detector", "engine in process": "runtimes.trt_detector"}
     program = tmp_path / "program.py"
-    program.write_text(code)
-    missing = ["onnx", "onnx_graphsurgeon", "onnxruntime", "tensorflow", "pycocotools", "matplotlib"]
-    status, printed, errors = run_without(missing, tmp_path / "block", program, folder, tmp_path)
+    program.write_text(f"import sys; sys.path[:0] = sys.argv[1:]; import model, {runs[kind]}; print(runtimes.__file__)")
+    named = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in needed}
+    packages = {"onnx", "onnx_graphsurgeon", "onnxruntime", "tensorflow", "pycocotools", "matplotlib", "openvino"}
+    status, printed, errors = run_without(packages - named, tmp_path / "block", program, folder, tmp_path)
     assert (status, printed.strip(), errors) == (0, str(folder / "runtimes" / "__init__.py"), "")
 
 
@@ -246,6 +256,7 @@ def test_mistakes(convert, tmp_path):
         (["--engine", "absent.onnx"], "absent.onnx: no such file"),
         (["--engine", str(PICTURES[0])], "a JPEG image"),
         (["--engine", model, "--labels", "absent.txt"], "--labels absent.txt"),
+        (["--engine", model, "--max_batch", "1000000"], "--max_batch 1000000: "),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             export_triton.main([*options, "--repository", str(tmp_path / "models")])
