@@ -212,7 +212,7 @@ def test_the_network_is_in_standard_ops_and_a_fixed_batch_in_its_shapes(convert,
 
 
 def test_an_export_is_replaced_whole_and_nothing_else_is(convert, tmp_path, monkeypatch):
-    model, models = convert("demo")[0], tmp_path / "models"
+    model, models = convert("demo", "--batch_size", "dynamic")[0], tmp_path / "models"
     export(models, model)
     assert sorted(path.name for path in models.iterdir()) == ["README.md", "detector", "detector_images"]
     assert (models / "detector_images" / "1" / "VERSION").read_text() == f"{VERSION}\n"
@@ -234,7 +234,11 @@ def test_an_export_is_replaced_whole_and_nothing_else_is(convert, tmp_path, monk
 @pytest.mark.parametrize("kind", ["beside", "in process", "engine in process"])
 def test_what_lies_in_the_repository_needs_nothing_else(convert, tmp_path, kind):
     """Without the project, with the packages of its requirements.txt alone, model.py and what runs a network are imported."""
-    export(tmp_path / "models", convert("demo")[0], *([] if kind == "beside" else ["--in_process"]))
+    export(
+        tmp_path / "models",
+        convert("demo", "--batch_size", "dynamic")[0],
+        *([] if kind == "beside" else ["--in_process"]),
+    )
     folder = tmp_path / "models" / "detector_images" / "1"
     needed = (folder.parent / "requirements.txt").read_text().splitlines()
     if kind == "engine in process":
@@ -251,7 +255,7 @@ def test_what_lies_in_the_repository_needs_nothing_else(convert, tmp_path, kind)
 
 
 def test_mistakes(convert, tmp_path):
-    model = str(convert("demo")[0])
+    model = str(convert("demo", "--batch_size", "dynamic")[0])
     for options, said in (
         (["--engine", "absent.onnx"], "absent.onnx: no such file"),
         (["--engine", str(PICTURES[0])], "a JPEG image"),
