@@ -33,6 +33,7 @@ from deploy.closure import copy_needed
 from deploy.ray_detector import DETECTIONS, Job, RayDetector, images_done
 from deploy.storage import Folder, find_remote, is_remote, shown
 from images.aspect import FIT_HELP
+from onnx_utils import load, read_metadata
 from results import Summary
 from runtimes import is_onnx
 from tfod.labels import LABELS_HELP
@@ -92,6 +93,8 @@ def main(argv=None):
     onnx = is_onnx(args.engine)
     if onnx and args.gpus:
         raise UserError(f"--gpus {args.gpus}: {args.engine} runs on processors; build an engine with build_engine.py")
+    if onnx:
+        read_metadata(load(args.engine), args.engine)  # a damaged file is told of before anything starts
     images = find(args.input, args.output)
     job = make_job(args)
     output, total = make_output(args), len(images.files)

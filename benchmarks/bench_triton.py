@@ -3,8 +3,9 @@
     python benchmarks/bench_triton.py --address localhost:8001 --input val2017
     python benchmarks/bench_triton.py --address localhost:8001 --input val2017 --clients 1 8 32 --requests 600
 
-It needs tritonclient (requirements-triton.txt). Each client, a thread, sends one photo a request over gRPC and waits for the answer before the next. The photos are read
-into memory first. Bounded: it ends after so many requests for each number of clients.
+It needs tritonclient (requirements-triton.txt). Each client, a thread, sends one photo a request over gRPC and waits for the
+answer before the next. The photos are read into memory first. Bounded: it ends after so many requests for each number of
+clients.
 """
 
 import concurrent.futures

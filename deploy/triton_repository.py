@@ -82,6 +82,7 @@ def export(folder, name, network, data, names, source, *, threshold, instances, 
         write(images / "config.pbtxt", head + config)
         write(images / "labels.txt", "".join(f"{label or number}\n" for number, label in enumerate(names)))
         write(images / "requirements.txt", "".join(f"{line}\n" for line in packages(network, in_process, tensorrt)))
+        # As onnx_utils.check_metadata passed it when the file was opened; in the server there need be no package for ONNX.
         write(images / "1" / "metadata.json", json.dumps(network.metadata, indent=1, sort_keys=True))
         shutil.copyfile(ROOT / "deploy" / "triton_model.py", images / "1" / "model.py")
         copy_needed(ROOT / "deploy" / "triton_model.py", images / "1")
