@@ -178,9 +178,12 @@ def connect(address, folder):
     copy_needed(ROOT / module, folder)
     shutil.copyfile(ROOT / module, folder / module)
     where = {"address": address} if address else {"address": "local", "include_dashboard": False}
+    environment = {"working_dir": str(folder)}
+    if not address:  # Ray gives it to a shell as it is
+        environment["py_executable"] = shlex.quote(sys.executable)
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray takes it for its own
     try:
-        ray.init(**where, logging_level="error", runtime_env={"working_dir": str(folder)})
+        ray.init(**where, logging_level="error", runtime_env=environment)
     except Exception as error:  # a bare one where its processes do not start in time
         failed = f"--address {address}" if address else "Ray does not start on this machine"
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -65,10 +65,10 @@ def cluster(sessions):
         started.shutdown()
 
 
-def start(address, model, images, output, *options, cwd=None):
+def start(address, model, images, output, *options, cwd=None, python=sys.executable):
     """infer_ray.py as a process, in the folder `cwd`."""
     command = [
-        sys.executable,
+        python,
         ROOT / "infer_ray.py",
         "--engine",
         model,
@@ -199,6 +199,7 @@ def test_from_s3_to_s3_with_masks_and_pictures(exported, actors, tmp_path, monke
         shutil.copy(path, images)
     (images / "broken.png").write_bytes(b"no image")
     (images / "empty.jpg").touch()
+    (tmp_path / "an environment").symlink_to(sys.prefix)  # Ray gives paths to a shell
     (tmp_path / "here" / "commandline").mkdir(parents=True)  # a package of a like name where the command is given
     (tmp_path / "here" / "commandline" / "__init__.py").touch()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -215,7 +216,8 @@ def test_from_s3_to_s3_with_masks_and_pictures(exported, actors, tmp_path, monke
         with client.open_output_stream("photos/in/a/notes.txt") as file:
             file.write(b"no image")
         places = [f"s3://photos/in{address}", f"s3://photos/out{address}"]
-        process = start(None, model, *places, *common, "--pictures", "--cpus", "1", cwd=tmp_path / "here")
+        where = {"cwd": tmp_path / "here", "python": tmp_path / "an environment" / "bin" / "python"}
+        process = start(None, model, *places, *common, "--pictures", "--cpus", "1", **where)
         printed, _ = finish(process, 1)
         assert "2 of 5 images were skipped" in printed
         assert "s3://photos/out/detections" in printed
