@@ -34,7 +34,8 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test: lint
+test:
+	@$(MAKE) --no-print-directory --jobs 2 lint build/servers/.ready
 	$(IN_VENV) -m pytest -m "not zoo and not gpu" --numprocesses 2 --dist loadfile
 
 test-zoo: $(VENV)/.ready-dev
@@ -55,9 +56,16 @@ $(VENV)/.ready: requirements.txt requirements-runtime.txt | $(VENV)/bin/python
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.ready-dev: requirements-dev.txt requirements-video.txt requirements-openvino.txt $(VENV)/.ready
+$(VENV)/.ready-dev: requirements-dev.txt requirements-video.txt requirements-openvino.txt requirements-scale.txt $(VENV)/.ready
 	@echo "Installing what the tests need"
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Servers that the tests start; they need packages of other versions than the project.
+build/servers/.ready: requirements-servers.txt | $(VENV)/bin/python
+	@echo "Installing the servers that the tests start into build/servers: 0.6 GB"
+	@$(IN_VENV) -m venv --without-pip build/servers
+	@$(IN_VENV) -m pip --python build/servers/bin/python install --quiet --disable-pip-version-check --no-compile -r requirements-servers.txt
 	@touch $@
 
 clean:

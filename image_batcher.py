@@ -43,11 +43,15 @@ class ImageBatcher:
     each worker, and a batch.
     """
 
-    def __init__(self, paths, resizer, batch_size, workers, dtype=np.float32, keep_images=False, load=load_image):
+    def __init__(
+        self, paths, resizer, batch_size, workers, dtype=np.float32, keep_images=False, load=load_image, skip=None
+    ):
         """workers: a runtimes.workers.Workers. dtype: of the tensors, float32 or uint8. keep_images: whether batches have
-        `images`, but for large ones, and all of them where workers are processes. load: load_image with its options."""
+        `images`, but for large ones, and all of them where workers are processes. load: load_image with its options.
+        skip: called with the number of a file that cannot be read, its path and why; default: warn_of_skipped."""
         self.paths, self.batch_size, self.skipped = paths, batch_size, 0
         self.decode_seconds = self.resize_seconds = 0.0  # spent in all workers together
+        self._skip = skip or warn_of_skipped
         self._workers, self._shape = workers, (resizer["height"], resizer["width"], 3)
         self._dtype = np.dtype(dtype)
         self._prepare = functools.partial(
@@ -71,7 +75,7 @@ class ImageBatcher:
                     number = next(numbers)
                     if isinstance(result, str):
                         self.skipped += 1
-                        warn(f"{path}: skipped, {result}")
+                        self._skip(number, path, result)
                         continue
                     image, placement, _, decoding, resizing = result
                     self.decode_seconds += decoding
@@ -97,6 +101,11 @@ class ImageBatcher:
         """Gives paths to a worker; the future's result is (number of the shared memory or None, paths, results)."""
         slot = self._free.popleft() if self._workers.processes else None
         return self._workers.submit(_prepared, slot, paths, self._prepare)
+
+
+def warn_of_skipped(number, path, why):
+    """What is done about a file that cannot be read where nothing else is."""
+    warn(f"{path}: skipped, {why}")
 
 
 def _prepared(slot, paths, prepare):

@@ -57,7 +57,8 @@ import numpy as np
 
 from checks import coco
 from images.aspect import FIT_HELP, choose_fit
-from images.decoding import ImageError, load_image, simplejpeg
+from images.decoding import ImageError, load_image
+from results import Summary, result_rows, write_picture, write_results
 from runtimes import open_detectors
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import (
@@ -74,10 +75,6 @@ from runtimes.video import VideoReader, VideoWriter, is_video
 from runtimes.workers import Workers
 from tfod.labels import LABELS_HELP, labels_of
 from visualize import draw_detections
-
-# JPEG at this quality takes 1 ms for 640x480; PNG 21 ms at its lowest compression, ten times what decoding took.
-JPEG_QUALITY = 92
-MAX_JPEG_SIDE = 65_500  # libjpeg's
 
 
 def parse_args(argv=None):
@@ -139,37 +136,6 @@ def parse_args(argv=None):
     )
     add_preprocessor(parser)
     return parser.parse_args(argv)
-
-
-def result_rows(found, size):
-    """Detections of an image of `size` (height, width) as lines `xmin ymin xmax ymax score class`, tab-separated, in pixels;
-    then `x y score` of each keypoint, empty where the class has none."""
-    points = found.points(size, 0)
-    rows = zip(found.boxes * np.float32((*size, *size)), found.scores, found.classes, strict=True)
-    for i, ((ymin, xmin, ymax, xmax), value, label) in enumerate(rows):
-        columns = [f"{xmin:.2f}", f"{ymin:.2f}", f"{xmax:.2f}", f"{ymax:.2f}", f"{value:.6f}", str(label)]
-        for (y, x), certainty in () if points is None else zip(points[i], found.keypoint_scores[i], strict=True):
-            columns += ["", "", ""] if np.isnan(y) else [f"{x:.2f}", f"{y:.2f}", f"{certainty:.6f}"]
-        yield "\t".join(columns) + "\n"
-
-
-def write_results(path, found, size):
-    """Writes detections (see result_rows) as a file."""
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(result_rows(found, size))
-
-
-def write_picture(path, picture):
-    """Writes a Pillow image as .jpg or .png."""
-    if path.suffix == ".jpg" and max(picture.size) > MAX_JPEG_SIDE:
-        raise UserError(f"cannot write {path}: a JPEG has at most {MAX_JPEG_SIDE:,} pixels a side; use --format png")
-    with whole_file(path) as temporary:
-        if path.suffix != ".jpg":
-            picture.save(temporary, compress_level=1)
-        elif simplejpeg is None:
-            picture.save(temporary, quality=JPEG_QUALITY)
-        else:  # the same libjpeg-turbo, twice as fast as through Pillow
-            temporary.write_bytes(simplejpeg.encode_jpeg(np.asarray(picture), JPEG_QUALITY, "RGB", "420"))
 
 
 def main(argv=None):
@@ -281,33 +247,6 @@ class Options:
             return []
         results = coco.results_of(found, image_id, size, self.class_offset, self.masks_from)
         return [{**entry, "file_name": file_name} for entry in results]
-
-
-@dataclasses.dataclass
-class Summary:
-    """What was found in how many images."""
-
-    detections: int = 0
-    images: int = 0
-    empty: int = 0  # images without any
-    most: int = 0  # detections in the image `example`
-    example: object = None
-
-    def add(self, image, found):
-        count = len(found.scores)
-        self.images, self.detections, self.empty = self.images + 1, self.detections + count, self.empty + (not count)
-        if count > self.most or self.example is None:
-            self.example, self.most = image, count
-
-    def text(self, threshold, unit="image"):
-        """`61 detections of 0.3 and more in 9 images; 3 images without any (...)`"""
-        with_some = self.images - self.empty
-        text = f"{self.detections} detections of {threshold:g} and more in {with_some} {unit}{'s' * (with_some != 1)}"
-        if self.empty:
-            text += f"; {self.empty} {unit}{'s' * (self.empty != 1)} without any"
-            if threshold > 0:
-                text += f" (--nms_threshold {min(0.1, threshold / 2):g} shows weaker ones)"
-        return text
 
 
 class ResultsFile:

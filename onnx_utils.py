@@ -239,12 +239,12 @@ def check_inputs(metadata, inputs, path):
             raise UserError(f"{path}: its metadata say that input {name} is {says}, it is {has}; make the file again")
 
 
-def check_batch_size(images, height, width, dtype):
-    """Raises UserError for a --batch_size that cannot be meant. height, width, dtype: of the network's input."""
+def check_batch_size(images, height, width, dtype, option="--batch_size"):
+    """Raises UserError for an `option` that cannot be meant. height, width, dtype: of the network's input."""
     image_bytes = height * width * 3 * np.dtype(dtype).itemsize
     if images * image_bytes > MOST_INPUT_BYTES:
         raise UserError(
-            f"--batch_size {images}: {images * image_bytes / 1e9:.1f} GB of input; of {height} x {width} pixels"
+            f"{option} {images}: {images * image_bytes / 1e9:.1f} GB of input; of {height} x {width} pixels"
             f" {int(MOST_INPUT_BYTES // image_bytes)} images are the most"
         )
 

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = {"tensorflow": "requirements.txt", "tf2onnx": "requirements.txt"}
 REQUIREMENTS |= {"av": "requirements-video.txt", "openvino": "requirements-openvino.txt"}
 REQUIREMENTS |= {"tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
+REQUIREMENTS |= dict.fromkeys(("ray", "pyarrow", "pandas"), "requirements-scale.txt")
+REQUIREMENTS |= {"tritonclient": "requirements-triton.txt"}
 
 
 # What writing to a full disk, beyond a quota or a limit (ulimit -f) ends in.

@@ -51,7 +51,7 @@ def find_images(inputs, option="--input", output=None):
     if search.left_out:
         warn(f"{option}: {len(search.found)} images found, besides them left out: {_counted(search.left_out)}")
     files = [os.path.join(base, within) for base, within in search.found]
-    return Images(files, _result_names(search.found), search.missing)
+    return Images(files, result_names(search.found), search.missing)
 
 
 class _Search:
@@ -99,12 +99,12 @@ class _Search:
             return True
         any_image = False
         for folder, real, names, others in _folders(base, within, self.read, self.output):
-            images = [name for name in names if _is_image(name)]
+            images = [name for name in names if is_image(name)]
             self.add_names(base, folder, real, images)
             any_image |= bool(images)
             self.left_out.update(others)
             if len(images) < len(names):
-                self.left_out.update(_kind(name) for name in names if not _is_image(name))
+                self.left_out.update(_kind(name) for name in names if not is_image(name))
         return any_image
 
     def add_names(self, base, folder, real, names):
@@ -146,7 +146,7 @@ class _Search:
         any_image = False
         for within in _matches(base, "", given[len(base) :].strip(os.sep).split(os.sep), self.output):
             path = os.path.join(base, within)
-            if _is_image(path):  # not looked at, as in a folder
+            if is_image(path):  # not looked at, as in a folder
                 self.add_file(base, within)
                 any_image = True
             elif os.path.isdir(path):
@@ -164,7 +164,7 @@ def _counted(left_out):
     return text + (f", {sum(count for _, count in kinds[NAMED:])} of other kinds" if kinds[NAMED:] else "")
 
 
-def _is_image(name):
+def is_image(name):
     return name.lower().endswith(EXTENSIONS)
 
 
@@ -175,7 +175,7 @@ def _kind(name):
 
 def _is_list(path):
     """Whether a file is a text file of paths: by its name and its start, no image, which all have zeros there."""
-    if _is_image(path):
+    if is_image(path):
         return False
     try:
         with open(path, "rb") as file:
@@ -207,7 +207,7 @@ def _folders(base, within, read, output=None):
                 for entry in entries:
                     if entry.name.startswith("."):
                         others["hidden"] += 1
-                    elif (entry.is_symlink() and _is_image(entry.name)) or _is(entry.is_file):
+                    elif (entry.is_symlink() and is_image(entry.name)) or _is(entry.is_file):
                         names.append(entry.name)  # a link called an image is not looked at: 200,000 take seconds
                     elif not _is(entry.is_dir):
                         others[NO_FILE] += 1
@@ -254,7 +254,7 @@ def _names(folder):
         return []  # no folder, or none for us
 
 
-def _result_names(places):
+def result_names(places):
     """A name for the results of each (base folder, path within): its path without extension from the folder that all bases
     have in common, which for one folder is the folder itself; with extension where two would be alike."""
     bases = {base: os.path.abspath(base) for base, _ in places}

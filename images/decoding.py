@@ -1,5 +1,6 @@
 """Image files -> RGB arrays [height, width, 3], as TensorFlow decodes them."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -55,11 +56,24 @@ def load_image(path, exif_rotate=False, max_pixels=None):
     exif_rotate: turn the image as its EXIF data say; else it is as it is stored. max_pixels: the most that are read; None:
     MAX_PIXELS, and SMALL_PIXELS of a file that has less than a byte for PIXELS_PER_BYTE. Raises ImageError.
     """
-    try:
+    with _saying_why():
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
             raise ImageError("it is a folder, a pipe or a device, not a file")
         with open(path, "rb") as file:
             return _decode(file, os.fstat(file.fileno()).st_size, exif_rotate, max_pixels)
+
+
+def decode_image(data, exif_rotate=False, max_pixels=None):
+    """load_image of a file's bytes."""
+    with _saying_why():
+        return _decode(io.BytesIO(data), len(data), exif_rotate, max_pixels)
+
+
+@contextlib.contextmanager
+def _saying_why():
+    """Makes an ImageError of whatever decoding raises."""
+    try:
+        yield
     except ImageError:
         raise
     except FileNotFoundError as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from commandline import UserError, warn
 
-import onnx_utils
 from runtimes.detector import detect
 
 __all__ = ["detect", "open_detector", "open_detectors"]
@@ -32,21 +31,14 @@ ONNX_BEGINS = b"\x08"
 ENGINE_BEGINS = b"ftrt"
 
 
-def open_detector(path, gpu=0, runtime="auto"):
+def open_detector(path, gpu=0, runtime="auto", cores=None):
     """Opens an ONNX file of create_onnx.py, or an engine of build_engine.py (on TensorRT): what the file holds decides, not
     its name. gpu: which GPU it runs on, where it runs on one. runtime: what an ONNX file runs on, of options.add_runtime.
-    Raises UserError, naming the file or the option, where that cannot be."""
+    cores: of the processor, that it may use there; None: all. Raises UserError, naming the file or the option, where that
+    cannot be."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--engine {path}: it is a folder; give the model.onnx or engine.trt in it")
-    if not path.is_file():
-        raise UserError(f"--engine {path}: no such file; make it with {maker(path)}")
-    with open(path, "rb") as file:
-        begin = file.read(4096)
-    if what := foreign(begin):
-        raise UserError(f"--engine {path}: it is {what}, not a model; make one with {maker(path)}")
-    if begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS)):
-        return open_onnx(path, gpu, runtime)
+    if is_onnx(path):
+        return open_onnx(path, gpu, runtime, cores)
     if runtime != "auto":
         raise UserError(
             f"--runtime {runtime}: {path} is no ONNX file, and engines run on TensorRT; leave the option out"
@@ -56,8 +48,23 @@ def open_detector(path, gpu=0, runtime="auto"):
     return TrtDetector(path, gpu)
 
 
-def open_onnx(path, gpu, runtime):
+def is_onnx(path):
+    """Whether a model file is an ONNX file, else an engine. Raises UserError, naming it, where it is neither."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--engine {path}: it is a folder; give the model.onnx or engine.trt in it")
+    if not path.is_file():
+        raise UserError(f"--engine {path}: no such file; make it with {maker(path)}")
+    with open(path, "rb") as file:
+        begin = file.read(4096)
+    if what := foreign(begin):
+        raise UserError(f"--engine {path}: it is {what}, not a model; make one with {maker(path)}")
+    return begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS))
+
+
+def open_onnx(path, gpu, runtime, cores=None):
     """Opens an ONNX file on a runtime: see open_detector."""
+    import onnx_utils  # here: where only engines run, or a Triton server, there may be no package for ONNX
     from runtimes.openvino_detector import OpenVinoDetector
     from runtimes.ort_detector import OrtDetector
 
@@ -65,12 +72,12 @@ def open_onnx(path, gpu, runtime):
     if runtime == "auto":
         runtime = faster_runtime(onnx_utils.read_metadata(model, path))
     if runtime == "openvino":
-        return OpenVinoDetector(path, model)
+        return OpenVinoDetector(path, model, cores)
     if runtime == "cuda":
-        detector = OrtDetector(path, model, gpu)
+        detector = OrtDetector(path, model, gpu=gpu)
         warn("--runtime cuda: this project has never been run on ONNX Runtime's CUDA provider; try compare_tf.py first")
         return detector
-    return OrtDetector(path, model)
+    return OrtDetector(path, model, cores)
 
 
 def faster_runtime(metadata):

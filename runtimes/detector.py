@@ -54,6 +54,10 @@ class Detections:
         hidden = (self.keypoint_scores < least) | (self.keypoint_scores <= 0)
         return np.where(hidden[..., None], np.float32(np.nan), self.keypoints * np.float32(size))
 
+    def points_xy(self, size):
+        """The keypoints [D, K, 3] x, y in pixels of an image of `size` (height, width), score; NaN as in `points`."""
+        return np.concatenate([self.points(size, 0)[..., ::-1], self.keypoint_scores[..., None]], axis=2)
+
     def above(self, score):
         """The detections that score at least that."""
         return self.where(self.scores >= score)
@@ -63,9 +67,11 @@ class Detector(typing.Protocol):
     """A model file that is open to run. A context manager: what it holds is freed on exit."""
 
     runtime: str  # its name, for people
+    version: str  # of the runtime
     metadata: dict  # of the model, onnx_utils.read_metadata
     input: InputSpec
     max_batch: int | None  # images that it takes at a time, at most; None: any number
+    usual_batch: int | None  # images at a time that it was optimised for; None: no particular number
     batches_ahead: int  # batches that may be started before the first of them is finished
     spent: dict  # {stage of STAGES: seconds so far}
     gpu: object  # the GpuContext it runs in, where it takes gpu_images.DeviceImages too; None on a processor

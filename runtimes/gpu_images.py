@@ -16,7 +16,7 @@ from commandline import UserError, warn
 
 import numpy as np
 
-from image_batcher import Batch
+from image_batcher import Batch, warn_of_skipped
 from images.decoding import ImageError, load_image
 from images.resizing import placement_of
 from runtimes.workers import MAX_THREADS, in_order
@@ -249,12 +249,13 @@ class GpuBatcher:
     so that whatever runs in Python beside it makes it wait (BENCHMARKS.md).
     """
 
-    def __init__(self, paths, resizer, batch_size, decoder, load=load_image):
+    def __init__(self, paths, resizer, batch_size, decoder, load=load_image, skip=None):
         self.paths, self.batch_size, self.skipped = paths, batch_size, 0
         self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
         self.by_cpu = 0  # images that were decoded by the CPU
         self._resizer, self._decoder, self._load = resizer, decoder, load
         self._together = min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
+        self._skip = skip or warn_of_skipped
 
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images."""
@@ -269,7 +270,7 @@ class GpuBatcher:
                     number = next(numbers)
                     if isinstance(image, str):
                         self.skipped += 1
-                        warn(f"{path}: skipped, {image}")
+                        self._skip(number, path, image)
                         continue
                     batch.append((number, path, None, placement_of(image.height, image.width, self._resizer), image))
                     if len(batch) == self.batch_size:

@@ -25,9 +25,11 @@ class OnnxDetector:
 
     runtime: str
     gpu = None
+    usual_batch = None
 
-    def __init__(self, path, model=None):
-        """model: the contents of the file, or what is to run in its place; None: read it. Raises UserError."""
+    def __init__(self, path, model=None, cores=None):
+        """model: the contents of the file, or what is to run in its place; None: read it. cores: that it may use; None:
+        all. Raises UserError."""
         model = model or onnx_utils.load(path)
         self.metadata = onnx_utils.read_metadata(model, path)
         self.input = input_spec(self.metadata)
@@ -35,7 +37,8 @@ class OnnxDetector:
         self.spent = dict.fromkeys(STAGES, 0.0)
         self._outputs = output_names(self.metadata)
         # The intermediate results of a two-stage model take gigabytes.
-        most = min(MOST_SIDE_BY_SIDE, os.cpu_count() or 1)
+        self._cores = cores
+        most = min(MOST_SIDE_BY_SIDE, cores or os.cpu_count() or 1)
         self._callers = {"infer": 1, "start": 1 if self.metadata["meta_architecture"] == "faster_rcnn" else most}
         self.batches_ahead = self._callers["start"] + 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._callers["start"])
@@ -53,6 +56,10 @@ class OnnxDetector:
         callers: threads that will call it at the same time; 1: one, which gets all cores, or a few that take turns.
         """
         raise NotImplementedError
+
+    def _threads(self, callers):
+        """Threads for each of `callers`; 0: as many as the runtime thinks best."""
+        return (self._cores or os.cpu_count() or 1) // callers if callers > 1 else self._cores or 0
 
     @contextlib.contextmanager
     def _naming_file(self):

@@ -10,14 +10,15 @@ class OpenVinoDetector(OnnxDetector):
 
     runtime = "OpenVINO"
 
-    def __init__(self, path, model=None):
+    def __init__(self, path, model=None, cores=None):
         try:
-            import openvino  # noqa: F401
+            import openvino
         except ImportError as error:
             raise UserError(
                 "--runtime openvino: OpenVINO is not installed; pip install -r requirements-openvino.txt"
             ) from error
-        super().__init__(path, model)
+        self.version = openvino.__version__
+        super().__init__(path, model, cores)
 
     def _load(self, data, callers):
         import openvino
@@ -25,6 +26,8 @@ class OpenVinoDetector(OnnxDetector):
         core = openvino.Core()
         # Processors with BF16 or FP16 would compute in that (OpenVINO, "Precision Control").
         settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": callers}
+        if self._cores:
+            settings["INFERENCE_NUM_THREADS"] = self._cores
         compiled = core.compile_model(core.read_model(data), "CPU", settings)
         idle = []  # requests, each of which one thread may use at a time
 

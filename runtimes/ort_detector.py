@@ -1,7 +1,5 @@
 """A model.onnx on ONNX Runtime, on the processor or on its CUDA provider."""
 
-import os
-
 from commandline import UserError
 
 from runtimes.onnx_detector import OnnxDetector
@@ -12,7 +10,7 @@ class OrtDetector(OnnxDetector):
 
     runtime = "ONNX Runtime"
 
-    def __init__(self, path, model=None, gpu=None):
+    def __init__(self, path, model=None, cores=None, gpu=None):
         """gpu: the number of that to run on, with ONNX Runtime's CUDA provider; None: the processor. Else as OnnxDetector."""
         try:
             import onnxruntime
@@ -28,15 +26,15 @@ class OrtDetector(OnnxDetector):
                     " onnxruntime-gpu in place of onnxruntime"
                 )
             onnxruntime.set_default_logger_severity(4)  # where it does not start, the message in _load says so
-        super().__init__(path, model)
+        self.version = onnxruntime.__version__
+        super().__init__(path, model, cores)
 
     def _load(self, data, callers):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # 0: as many as ONNX Runtime thinks best.
-        options.intra_op_num_threads = (os.cpu_count() or 1) // callers if callers > 1 else 0
+        options.intra_op_num_threads = self._threads(callers)
         # In FP16 the scales that this optimizer gives to biases underflow: FPNLite's AP falls to 0.01.
         disabled = ["WeightBiasQuantization"] if self._half_quantized else []
         session = onnxruntime.InferenceSession(

@@ -70,23 +70,25 @@ def open_workers(detector, images, batch_size, cores=None):
     return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize, batch_size, cores)
 
 
-def batcher_for(detector, files, batch_size, workers, keep_images=False, load=load_image, decoder=None):
+def batcher_for(detector, files, batch_size, workers, keep_images=False, load=load_image, decoder=None, skip=None):
     """An ImageBatcher, or with a GpuDecoder a GpuBatcher, of what the detector takes."""
     resizer, dtype = detector.metadata["resizer"], detector.input.dtype
     if decoder:
-        return GpuBatcher(files, resizer, batch_size, decoder, load)
-    return ImageBatcher(files, resizer, batch_size, workers, dtype, keep_images, load)
+        return GpuBatcher(files, resizer, batch_size, decoder, load, skip)
+    return ImageBatcher(files, resizer, batch_size, workers, dtype, keep_images, load, skip)
 
 
-def detect_files(detector, files, batch_size, workers, times=None, keep_images=False, load=load_image, decoder=None):
+def detect_files(
+    detector, files, batch_size, workers, times=None, keep_images=False, load=load_image, decoder=None, skip=None
+):
     """Yields a Detected for each image file, in order.
 
-    times: a Times to add to. keep_images, load: as of ImageBatcher. decoder: of gpu_images.choose_decoder. A file that
-    cannot be read is warned about and left out. Any other error, in whatever stage, is raised here. Closing the generator
-    (Ctrl-C does) ends all stages.
+    times: a Times to add to. keep_images, load, skip: as of ImageBatcher. decoder: of gpu_images.choose_decoder. A file
+    that cannot be read is left out. Any other error, in whatever stage, is raised here. Closing the generator (Ctrl-C does)
+    ends all stages.
     """
     times = times if times is not None else Times()
-    batcher = batcher_for(detector, files, batch_size, workers, keep_images, load, decoder)
+    batcher = batcher_for(detector, files, batch_size, workers, keep_images, load, decoder, skip)
     running, before = collections.deque(), dict(detector.spent)  # of (Batch, ticket)
     batches = iter(batcher)
     try:

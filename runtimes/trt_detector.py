@@ -143,6 +143,7 @@ class TrtDetector:
         self._path = Path(path)
         data = self._path.read_bytes()
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
+        self.version = self._trt.__version__
         self._lock, self.gpu = threading.RLock(), GpuContext(self._cuda, gpu)
         self._cuda_graphs, self._slots, self._context, self._engine = {}, [], None, None
         self._turn, self._resizer = 0, None
@@ -180,7 +181,9 @@ class TrtDetector:
         free = {name: [None if size < 0 else size for size in self._engine.get_tensor_shape(name)] for name in names}
         inputs = {name: (self._types[name], free[name]) for name in self._inputs}
         onnx_utils.check_inputs(self.metadata, inputs, f"--engine {self._path}")
-        self.max_batch = self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0]
+        profile = self._engine.get_tensor_profile_shape(self._inputs[0], 0)
+        self.usual_batch = profile[1][0]
+        self.max_batch = profile[2][0]
         try:
             for _ in range(SLOTS):
                 inputs = {name: (self._shape(name, self.max_batch), self._types[name]) for name in self._inputs}

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 import create_onnx
+import onnx_utils
+from demo import tiny_centernet, tiny_keypoints
 from demo import tiny_mask_rcnn as tiny
 from runtimes import open_detector
 from runtimes.workers import Workers
@@ -124,6 +126,16 @@ def convert(tmp_path_factory):
     return run
 
 
+def made_for_one_size(model, path):
+    """Writes a model that pads its images as `path`, told that it was made for images of 64 x 128 alone; returns that."""
+    changed = onnx_utils.load(model)
+    metadata = onnx_utils.read_metadata(changed, model)
+    resizer = {**metadata["resizer"], "image_size": [128, 64]}
+    onnx_utils.write_metadata(changed, {**metadata, "resizer": resizer})
+    onnx_utils.save(changed, path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """exported(name, *options) -> (folder of the export, path of its ONNX file)."""
@@ -143,6 +155,16 @@ def exported(tmp_path_factory):
         return save(name), path
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def keypoint_model(tmp_path_factory):
+    """The ONNX file of a tiny CenterNet whose objects have five keypoints."""
+    folder = tmp_path_factory.mktemp("keypoints")
+    tiny_centernet.save_export(folder, tiny_centernet.Export(classes=1, size=9.0, joints=tiny_keypoints.Joints()))
+    path = folder / "model.onnx"
+    assert create_onnx.main(["--saved_model", str(folder), "--onnx", str(path), "--batch_size", "dynamic"]) == 0
+    return path
 
 
 @pytest.fixture(scope="session")

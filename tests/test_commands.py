@@ -11,13 +11,15 @@ from commandline.version import VERSION
 import pytest
 from conftest import DEMO, ROOT
 
-SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare_tf")
+SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare_tf", "export_triton", "infer_ray")
 NEEDED = {
     "create_onnx": ["--saved_model", "x", "--onnx", "y"],
     "build_engine": ["--onnx", "x", "--engine", "y"],
     "infer": ["--engine", "x", "--input", "y"],
     "eval_coco": ["--engine", "x", "--input", "y", "--annotations", "z"],
     "compare_tf": ["--engine", "x", "--saved_model", "m", "--input", "y", "--output", "z"],
+    "export_triton": ["--engine", "x", "--repository", "y"],
+    "infer_ray": ["--engine", "x", "--input", "y", "--output", "z"],
 }
 SCORES = ("2", "-1", "nan", "inf", "many", "")
 COUNTS = ("0", "-5", "1.5", "many")
@@ -26,6 +28,13 @@ VALUES = {
     "build_engine": {"--workspace": ("0", "-1", "nan", "inf"), "--calib_num_images": COUNTS, "--precision": ("fp8",)},
     "infer": {"--nms_threshold": SCORES, "--iou_threshold": SCORES, "--batch_size": COUNTS, "--preprocessor": ("any",)},
     "eval_coco": {"-t": SCORES, "--pictures": ("-5", "x"), "--batch_size": COUNTS, "--detection_type": ("masks",)},
+    "export_triton": {
+        "--nms_threshold": SCORES,
+        "--max_batch": COUNTS,
+        "--instances": COUNTS,
+        "--name": ("a/b", "..", ""),
+    },
+    "infer_ray": {"--nms_threshold": SCORES, "--gpus": COUNTS, "--cpus": COUNTS, "--task_images": COUNTS},
     "compare_tf": {"--tolerance": SCORES, "--num_images": COUNTS, "--pictures": ("-5",), "--nms_threshold": SCORES},
 }
 
@@ -64,7 +73,9 @@ def test_what_a_script_reads_of_args_is_an_option(script):
     assert read <= made | set(vars(module.parse_args(NEEDED[script])))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "benchmarks/bench_cpu", "benchmarks/bench_gpu"])
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, "benchmarks/bench_cpu", "benchmarks/bench_gpu", "benchmarks/bench_triton"]
+)
 def test_version_and_help(script):
     assert run(f"{script}.py", "--version")[:2] == (0, f"{Path(script).name}.py {VERSION}\n")
     status, text, _ = run(f"{script}.py", "--help")

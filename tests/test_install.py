@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import DEMO, ROOT
@@ -67,6 +68,7 @@ def test_models_run_without_tensorflow(convert, tmp_path):
         ("onnx_graphsurgeon", "build_engine.py"),
         ("pycocotools", "eval_coco.py"),
         ("onnxruntime", "infer.py"),
+        ("tritonclient", "benchmarks/bench_triton.py"),
     ],
 )
 def test_a_missing_package_is_one_line(package, script, convert, tmp_path):
@@ -76,10 +78,11 @@ def test_a_missing_package_is_one_line(package, script, convert, tmp_path):
         "compare_tf.py": ["--engine", "x", "--saved_model", "m", "--input", "y", "--output", "z"],
         "create_onnx.py": ["--saved_model", DEMO / "ssd_mobilenet_v1_shapes", "--onnx", tmp_path / "m.onnx"],
         "build_engine.py": ["--onnx", convert("demo")[0], "--engine", tmp_path / "engine.trt"],
+        "benchmarks/bench_triton.py": ["--input", DEMO / "images"],
     }
     status, _, errors = run_without([package], tmp_path / "block", script, *options[script])
     assert (status, len(errors.splitlines())) == (2, 1), errors
-    assert errors.startswith(f"{script}: ")
+    assert errors.startswith(f"{Path(script).name}: ")
     assert package in errors or (package, "ONNX Runtime" in errors) == ("onnxruntime", True)
     assert "install" in errors or "activate" in errors
 

@@ -8,11 +8,12 @@ from conftest import ROOT
 # From the top; a module imports of its own layer and of those below it. Folders are one layer each.
 LAYERS = (
     ("benchmarks",),
-    ("create_onnx", "build_engine", "infer", "eval_coco", "compare_tf"),
+    ("create_onnx", "build_engine", "infer", "eval_coco", "compare_tf", "export_triton", "infer_ray"),
+    ("deploy",),
     ("checks",),
     ("runtimes",),
     ("tfod",),
-    ("onnx_utils", "image_batcher", "visualize"),
+    ("onnx_utils", "image_batcher", "visualize", "results"),
     ("images", "fonts"),
     ("commandline",),
 )

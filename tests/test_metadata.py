@@ -115,7 +115,10 @@ def test_metadata_of_another_graph(model, metadata):
         onnx_utils.read_metadata(model, "file")
 
 
-@pytest.mark.parametrize("name", ["infer.py", "eval_coco.py", "compare_tf.py", "build_engine.py"])
+COMMANDS = ["infer.py", "eval_coco.py", "compare_tf.py", "build_engine.py", "export_triton.py", "infer_ray.py"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_commands_refuse_damaged_metadata(model, metadata, tmp_path, name):
     path = tmp_path / "odd.onnx"
     onnx_utils.write_metadata(model, {**metadata, "num_classes": "many"})
@@ -134,6 +137,8 @@ def test_commands_refuse_damaged_metadata(model, metadata, tmp_path, name):
             tmp_path / "out",
         ],
         "build_engine.py": ["--onnx", path, "--engine", tmp_path / "engine.trt"],
+        "export_triton.py": ["--engine", path, "--repository", tmp_path / "out"],
+        "infer_ray.py": ["--engine", path, "--input", PICTURE, "--output", tmp_path / "out"],
     }
     process = command(*options[name], script=name)
     assert process.returncode == 2

@@ -16,7 +16,7 @@ PAGES = [
 ]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 README = TEXTS[PAGES[0]]
-SCRIPTS = "create_onnx|build_engine|infer|eval_coco|compare_tf"
+SCRIPTS = "create_onnx|build_engine|infer|eval_coco|compare_tf|export_triton|infer_ray"
 COMMANDS = [
     (path.name, line)
     for path, text in TEXTS.items()
