@@ -14,7 +14,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-OUTPUTS = ("num_detections", "boxes", "scores", "classes", "names", "masks")
+OUTPUTS = ("num_detections", "boxes", "scores", "classes", "names", "masks", "keypoints")
 
 
 def ask(module, client, model, contents):
