@@ -5,9 +5,10 @@
     python infer_ray.py --engine engine.trt --input s3://bucket/photos --output s3://bucket/results --address auto --gpus 8
 
 Each row of OUTPUT/detections is an image: path, boxes (xmin ymin xmax ymax, pixels of the image), scores, classes (from
-0), names, masks (run-length encoded), keypoints (x, y in pixels, score), error (why it cannot be read). pandas.read_parquet reads that folder. Without
---address it runs on this machine; on a cluster, an actor on each GPU, or for model.onnx on all processors of each machine.
-What an actor that dies had begun runs again. Exit status 1 if an image could not be read.
+0), names, masks (run-length encoded), keypoints (x, y in pixels, score), error (why it cannot be read).
+pandas.read_parquet reads that folder. Without --address it runs on this machine; on a cluster, an actor on each GPU, or for
+model.onnx on all processors of each machine. What an actor that dies had begun runs again. Exit status 1 if an image could
+not be read.
 """
 
 import dataclasses
