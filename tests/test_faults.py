@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from commandline import remove_parts
 
@@ -223,3 +224,30 @@ def test_stopped_at_any_moment(model, tmp_path, name, kind, number):
     assert not [path for path in files if ".part" in path.name]
     if process.returncode == 0:
         assert files
+
+
+@pytest.mark.zoo
+def test_a_folder_of_200_000_names(model, tmp_path):
+    """The first result comes within 5 seconds of when that of a small folder comes, and memory stays flat."""
+    folders = {"few": 8, "many": 200_000}
+    waited = {}
+    for name, count in folders.items():
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number:06}.jpg").symlink_to(PICTURES[1])
+        begun = time.monotonic()
+        process = start("infer.py", "--engine", model, "--input", tmp_path / name, "--output", tmp_path / f"{name}_out")
+        wait_for(process, tmp_path / f"{name}_out", "*.jpg", 1)
+        waited[name] = time.monotonic() - begun
+        if name == "many":
+            memory = []
+            for results in (300, 1500):
+                wait_for(process, tmp_path / "many_out", "*.jpg", results)
+                memory.append(
+                    int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1000
+                )
+            assert memory[1] < memory[0] + 20
+            os.killpg(process.pid, signal.SIGINT)
+        ended(process)
+    assert waited["many"] < waited["few"] + 5
+    check_files(tmp_path / "many_out")
