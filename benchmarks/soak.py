@@ -69,12 +69,17 @@ def processes_of(parent):
 
 
 def look(parent):
-    """{what: how much} of a process and its own: MB of memory (shared pages once), open files, GPU memory."""
+    """{what: how much} of a process and its own: MB of memory, open files, GPU memory.
+
+    Memory without that of files, which other programs share: its part would grow where they end.
+    """
     seen = {"memory MB": 0.0, "open files": 0}
     for process in processes_of(parent):
         with contextlib.suppress(OSError):
             rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-            seen["memory MB"] += int(rollup.partition("\nPss:")[2].split()[0]) / 1000
+            seen["memory MB"] += (
+                sum(int(rollup.partition(kind)[2].split()[0]) for kind in ("Pss_Anon:", "Pss_Shmem:")) / 1000
+            )
             seen["open files"] += len(os.listdir(f"/proc/{process}/fd"))
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
