@@ -36,7 +36,7 @@ lint: $(VENV)/.ready-dev
 
 test:
 	@$(MAKE) --no-print-directory --jobs 2 lint build/servers/.ready
-	$(IN_VENV) -m pytest -m "not zoo and not gpu" --numprocesses 2 --dist loadfile
+	$(IN_VENV) -m pytest -m "not zoo and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-zoo: $(VENV)/.ready-dev
 	$(IN_VENV) -m pytest -m "zoo or models"

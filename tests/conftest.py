@@ -77,6 +77,14 @@ EXPORTS = {
 }
 
 
+# Files of few tests that take minutes, and mostly wait: first, so that the other process has work beside them to the end.
+FIRST = ("test_triton.py", "test_ray.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 def variants(count):
     """How many damaged inputs a test tries: `count`, FUZZ times as many in `make fuzz`."""
     return count * int(os.environ.get("FUZZ", "1"))
