@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add("-i", "--input", required=True, help="a folder of images, taken again and again")
     add("-o", "--output", required=True, help="folder for the links and the results; must not exist")
     add("--images", type=count, default=100_000, metavar="N", help="default: 100000")
-    add("--seconds", type=count, metavar="N", help="stop after so long, as Ctrl-C does")
+    add("--seconds", type=count, metavar="N", help="stop after so long")
     add("--every", type=float, default=1.0, metavar="SECONDS", help="how often to look; default: 1")
     add("options", nargs="*", metavar="OPTION", help="after `--`: options of infer.py")
     return parser.parse_args(argv)
@@ -94,7 +94,7 @@ def watch(process, results, passes, seconds, every):
     while process.poll() is None:
         time.sleep(every)
         if seconds and time.monotonic() - begun > seconds and process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # what a shell starts in the background does not get SIGINT
             seconds = None
         newest = max((int(folder.name) for folder in results.glob("[0-9]*")), default=None)
         if newest is None:

@@ -335,6 +335,7 @@ def other_weights(path, target):
     return target
 
 
+@pytest.mark.zoo  # two minutes
 def test_a_fixed_batch_calibrates_too(convert, tmp_path):
     """Six images in batches of four: the last is filled up."""
     model = convert("demo", "--batch_size", "4", "--input_type", "uint8")[0]

@@ -30,7 +30,7 @@ LARGE = [
     *ZOO_ONLY,
 ]
 ALL += [pytest.param(key, marks=zoo) for key in LARGE]
-ALL += ["tf1_2018_ssd", "tf1_2018_faster_rcnn", pytest.param("tf1_ssd", marks=zoo)]
+ALL += ["tf1_2018_ssd", *(pytest.param(key, marks=zoo) for key in ("tf1_2018_faster_rcnn", "tf1_ssd"))]
 # Of which all batch sizes and layouts are run.
 ZOO_BATCHES = ("fpnlite", "efficientdet", "centernet_mobilenet", "centernet_keypoints")
 # Pictures to look at, where one takes seconds, or the test is one of `make test`'s longest.

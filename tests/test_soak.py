@@ -47,16 +47,13 @@ def test_the_last_whole_pass_is_compared(tmp_path, capsys):
     assert soak.compare_passes(tmp_path, [1, 2])
 
 
-@pytest.mark.parametrize("seconds", [None, 12])
-def test_a_real_run(convert, tmp_path, seconds):
-    """To its end, and stopped as Ctrl-C does."""
+def test_a_real_run(convert, tmp_path):
+    """Stopped after some seconds."""
     model = convert("demo", "--batch_size", "dynamic")[0]
-    images = "160" if seconds is None else "20000"
-    argv = ["--engine", model, "--input", DEMO / "images", "--output", tmp_path / "soak", "--images", images]
-    argv += ["--every", "0.2", *(["--seconds", str(seconds)] if seconds else []), "--", "--batch_size", "2"]
+    argv = ["--engine", model, "--input", DEMO / "images", "--output", tmp_path / "soak", "--images", "20000"]
+    argv += ["--every", "0.1", "--seconds", "8", "--", "--batch_size", "2"]
     script = ROOT / "benchmarks" / "soak.py"
-    ran = subprocess.run([sys.executable, script, *map(str, argv)], capture_output=True, text=True, timeout=200)
+    ran = subprocess.run([sys.executable, script, *map(str, argv)], capture_output=True, text=True, timeout=100)
     assert ran.returncode in (0, 1), ran.stderr  # so short a run may not be flat yet
     assert "(8 images, 16 files): 16 the same, 0 others, 0 missing" in ran.stdout
-    assert "looked at" in ran.stdout
     assert {"memory MB", "open files"} <= set(re.findall(r"^([\w ]+): .* by quarters", ran.stdout, re.M))
