@@ -23,7 +23,9 @@ from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import (
     add_gpus,
     add_image_options,
+    add_input,
     add_keypoint_threshold,
+    add_nms_threshold,
     add_preprocessor,
     add_runtime,
     check_detection_type,
@@ -64,19 +66,12 @@ def parse_args(argv=None):
         required=True,
         help="what it was made of: the SavedModel's folder, the export above it, or a frozen_inference_graph.pb of TF1",
     )
-    add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
+    add_input(parser, f"images: {INPUTS}")
     add("-a", "--annotations", help="COCO annotations of the images: adds the ground truth and the AP of both sides")
     add("-o", "--output", required=True, help="folder for the report; created if need be")
     add("-l", "--labels", help=LABELS_HELP)
     add("-n", "--num_images", type=count, metavar="N", help="compare the first N images only")
-    add(
-        "-t",
-        "--nms_threshold",
-        type=score,
-        default=0.3,
-        metavar="SCORE",
-        help="what is compared and drawn; default: 0.3",
-    )
+    add_nms_threshold(parser, "what is compared and drawn; default: 0.3")
     add(
         "--tolerance",
         type=score,

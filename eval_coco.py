@@ -25,6 +25,8 @@ from commandline.options import (
     add_decoder,
     add_gpus,
     add_image_options,
+    add_input,
+    add_nms_threshold,
     add_preprocessor,
     add_runtime,
     check_detection_type,
@@ -61,7 +63,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx or engine.trt")
-    add("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=f"images: {INPUTS}")
+    add_input(parser, f"images: {INPUTS}")
     add("-a", "--annotations", required=True, help="COCO annotations of the images, instances_*.json")
     add("-l", "--labels", help=LABELS_HELP)
     add("-o", "--output", help="folder for the results and the report; created if need be; default: print only")
@@ -80,14 +82,7 @@ def parse_args(argv=None):
         help="of keypoints: how far off each may be, in parts of its object's size, one number each;"
         f" default: COCO's of 17 keypoints, else {coco.USUAL_SIGMA:g}",
     )
-    add(
-        "-t",
-        "--nms_threshold",
-        type=score,
-        default=0.0,
-        metavar="SCORE",
-        help="leave out weaker detections; default: 0",
-    )
+    add_nms_threshold(parser, "leave out weaker detections; default: 0", default=0.0)
     add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add(
         "-b",

@@ -14,7 +14,11 @@ import re
 from pathlib import Path
 
 from commandline import UserError, make_folder, run
-from commandline.options import count, make_parser, score
+from commandline.options import (
+    add_nms_threshold,
+    count,
+    make_parser,
+)
 
 from deploy.triton_config import Network
 from deploy.triton_repository import export, standard_form
@@ -36,14 +40,7 @@ def parse_args(argv=None):
     add("-r", "--repository", required=True, metavar="FOLDER", help="the model repository; created if need be")
     add("-n", "--name", type=model_name, default="detector", help="of the model in Triton; default: detector")
     add("-l", "--labels", help=LABELS_HELP)
-    add(
-        "-t",
-        "--nms_threshold",
-        type=score,
-        default=0.3,
-        metavar="SCORE",
-        help="leave out detections that score less, as infer.py does; default: 0.3",
-    )
+    add_nms_threshold(parser, "leave out detections that score less, as infer.py does; default: 0.3")
     add(
         "--max_batch",
         type=count,

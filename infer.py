@@ -42,7 +42,9 @@ from commandline.options import (
     add_decoder,
     add_gpus,
     add_image_options,
+    add_input,
     add_keypoint_threshold,
+    add_nms_threshold,
     add_preprocessor,
     add_runtime,
     check_detection_type,
@@ -81,15 +83,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
-    add(
-        "-i",
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="PATH",
-        help=f"images: {INPUTS}; videos (clip.mp4, ...), a camera (camera:0) or a stream (rtsp://...)",
-    )
+    add_input(parser, f"images: {INPUTS}; videos (clip.mp4, ...), a camera (camera:0) or a stream (rtsp://...)")
     add("-o", "--output", help="folder for pictures and tables; created if need be")
     add(
         "--json",
@@ -101,14 +95,7 @@ def parse_args(argv=None):
     add_runtime(parser)
     add_decoder(parser)
     add("-l", "--labels", help=LABELS_HELP)
-    add(
-        "-t",
-        "--nms_threshold",
-        type=score,
-        default=0.3,
-        metavar="SCORE",
-        help="leave out detections that score less; 0 keeps all that the model gives; default: 0.3",
-    )
+    add_nms_threshold(parser, "leave out detections that score less; 0 keeps all that the model gives; default: 0.3")
     add(
         "-d",
         "--detection_type",

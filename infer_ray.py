@@ -26,7 +26,16 @@ from pathlib import Path
 
 from commandline import ROOT, UserError, make_folder, progress, run
 from commandline.inputs import Images, find_images
-from commandline.options import add_decoder, add_image_options, count, image_options, make_parser, score
+from commandline.options import (
+    add_decoder,
+    add_image_options,
+    add_input,
+    add_nms_threshold,
+    count,
+    image_options,
+    make_parser,
+    score,
+)
 
 import pyarrow as pa
 
@@ -51,14 +60,9 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("-e", "--engine", required=True, help="the model: model.onnx, or engine.trt from build_engine.py")
-    add(
-        "-i",
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="PATH",
-        help="images: as of infer.py, or s3://... or gs://... (an image, a folder, a quoted pattern) of one object store;"
+    add_input(
+        parser,
+        "images: as of infer.py, or s3://... or gs://... (an image, a folder, a quoted pattern) of one object store;"
         " on a cluster, what all its machines can read",
     )
     add("-o", "--output", required=True, help="folder for the results, s3://... and gs://... too")
@@ -72,14 +76,7 @@ def parse_args(argv=None):
     add("--pictures", action="store_true", help="also draw the detections, to OUTPUT/pictures")
     add("--format", choices=["jpg", "png"], default="jpg", help="of the pictures")
     add("-l", "--labels", help=LABELS_HELP)
-    add(
-        "-t",
-        "--nms_threshold",
-        type=score,
-        default=0.3,
-        metavar="SCORE",
-        help="leave out detections that score less; 0 keeps all that the model gives; default: 0.3",
-    )
+    add_nms_threshold(parser, "leave out detections that score less; 0 keeps all that the model gives; default: 0.3")
     add("-d", "--detection_type", choices=["bbox", "segmentation"], default="bbox", help="boxes, or masks too")
     add("--iou_threshold", type=score, default=0.5, help="a pixel belongs to a mask from this value on; default: 0.5")
     add("-b", "--batch_size", type=count, metavar="N", help="images at a time, of a dynamic model; default: 1")

@@ -89,8 +89,8 @@ def look(parent):
 
 
 def watch(process, results, passes, seconds, every):
-    """Looks at a process until it ends, tidying up behind it; returns [(results so far in passes, look())]."""
-    samples, begun, first, oldest = [], time.monotonic(), None, 1
+    """Looks at a process until it ends, tidying up behind it; returns [look()]."""
+    samples, begun, oldest = [], time.monotonic(), 1
     while process.poll() is None:
         time.sleep(every)
         if seconds and time.monotonic() - begun > seconds and process.poll() is None:
@@ -99,9 +99,8 @@ def watch(process, results, passes, seconds, every):
         newest = max((int(folder.name) for folder in results.glob("[0-9]*")), default=None)
         if newest is None:
             continue
-        first = time.monotonic() if first is None else first
         with contextlib.suppress(IndexError, ValueError):  # it has just ended
-            samples.append((newest, look(process.pid)))
+            samples.append(look(process.pid))
         # What is drawn is drawn by several workers: the passes before the last three are whole.
         while oldest < newest - 3:
             shutil.rmtree(results / f"{oldest:06}")
@@ -115,8 +114,8 @@ def flat(samples):
     quarter, fine = len(samples) // 4, True
     if quarter < 3:
         raise UserError(f"looked {len(samples)} times only; take more --images, or look more often (--every)")
-    for what in samples[-1][1]:
-        values = [seen[what] for _, seen in samples if what in seen]
+    for what in samples[-1]:
+        values = [seen[what] for seen in samples if what in seen]
         values = values[:-1]  # it may have been ending
         parts = [values[i * len(values) // 4 : (i + 1) * len(values) // 4] for i in range(4)]
         means = [statistics.fmean(part) for part in parts]

@@ -113,6 +113,16 @@ def add_runtime(parser):
     )
 
 
+def add_input(parser, help):
+    """--input, one or more inputs, as often as one likes."""
+    parser.add_argument("-i", "--input", nargs="+", action="extend", required=True, metavar="PATH", help=help)
+
+
+def add_nms_threshold(parser, help, default=0.3):
+    """--nms_threshold, the score from which on detections are shown."""
+    parser.add_argument("-t", "--nms_threshold", type=score, default=default, metavar="SCORE", help=help)
+
+
 def add_decoder(parser):
     """--decoder, what decodes images for an engine."""
     parser.add_argument(

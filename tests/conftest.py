@@ -17,6 +17,8 @@ from demo import tiny_centernet, tiny_keypoints
 from demo import tiny_mask_rcnn as tiny
 from runtimes import open_detector
 from runtimes.workers import Workers
+from tfod.config import read_pipeline_config
+from tfod.convert import Options, read_model
 from tfod.saved_model import SavedModel, find_saved_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +163,44 @@ def exported(tmp_path_factory):
         status = create_onnx.main(args)
         assert status == 0
         return save(name), path
+
+    return convert
+
+
+@pytest.fixture(scope="module")
+def centernets(request, tmp_path_factory):
+    """centernets(name) -> the folder of a tiny export, of EXPORTS of the test's module."""
+
+    @functools.cache
+    def save(name):
+        folder = tmp_path_factory.mktemp("tiny") / name
+        tiny_centernet.save_export(folder, request.module.EXPORTS[name])
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def models(centernets):
+    """models(name) -> (open SavedModel, convert.Model)."""
+
+    @functools.cache
+    def read(name):
+        saved_model = SavedModel(centernets(name) / "saved_model")
+        return saved_model, read_model(saved_model, read_pipeline_config(centernets(name) / "pipeline.config"))
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def converted(models, tmp_path_factory):
+    """converted(name, ops, **options) -> path of the ONNX file. options: of convert.Options."""
+
+    @functools.cache
+    def convert(name, ops="tensorrt", **options):
+        path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
+        onnx_utils.save(create_onnx.write(models(name)[1], Options(**options), ops), path)
+        return path
 
     return convert
 

@@ -1,6 +1,5 @@
 """CenterNet on tiny exports of the project's own: what its post-processing and its colours follow, against TensorFlow."""
 
-import functools
 import re
 
 from commandline import UserError
@@ -24,9 +23,8 @@ from runtimes import open_detector, precision
 from runtimes.detector import Detections, detect_image
 from tfod import centernet
 from tfod.config import read_pipeline_config
-from tfod.convert import Options, read_model, write_model
+from tfod.convert import Options, write_model
 from tfod.peaks import Peaks
-from tfod.saved_model import SavedModel
 from tfod.tensorflow_import import import_tensorflow
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -40,44 +38,6 @@ EXPORTS = {
 
 
 STANDARD = {"ops": "standard", "batch_size": 4}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """exported(name) -> the folder of the export."""
-
-    @functools.cache
-    def save(name):
-        folder = tmp_path_factory.mktemp("tiny") / name
-        tiny.save_export(folder, EXPORTS[name])
-        return folder
-
-    return save
-
-
-@pytest.fixture(scope="module")
-def models(exported):
-    """models(name) -> (open SavedModel, convert.Model)."""
-
-    @functools.cache
-    def read(name):
-        saved_model = SavedModel(exported(name) / "saved_model")
-        return saved_model, read_model(saved_model, read_pipeline_config(exported(name) / "pipeline.config"))
-
-    return read
-
-
-@pytest.fixture(scope="module")
-def converted(models, tmp_path_factory):
-    """converted(name, ops, **options) -> path of the ONNX file. options: of convert.Options."""
-
-    @functools.cache
-    def convert(name, ops="tensorrt", **options):
-        path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
-        onnx_utils.save(create_onnx.write(models(name)[1], Options(**options), ops), path)
-        return path
-
-    return convert
 
 
 def images():
@@ -183,10 +143,10 @@ def test_best_peaks_are_those_of_the_flattened_map(count, levels):
         assert found.sum() >= 7
 
 
-def test_a_threshold_of_the_users_own(exported, converted, tmp_path, capsys):
+def test_a_threshold_of_the_users_own(centernets, converted, tmp_path, capsys):
     """By the whole command, whose check counts what the threshold leaves."""
     path = tmp_path / "m.onnx"
-    options = ["--saved_model", str(exported("hourglass")), "--onnx", str(path), "--first_nms_threshold", "0.9"]
+    options = ["--saved_model", str(centernets("hourglass")), "--onnx", str(path), "--first_nms_threshold", "0.9"]
     assert create_onnx.main(options) == 0
     printed = capsys.readouterr().out
     left = re.search(r"PASSED: --first_nms_threshold 0.9 leaves (\d+) of these (\d+) detections", printed)
@@ -246,18 +206,18 @@ def test_the_check_sees_a_wrong_conversion(models, damage):
         ("num_classes: 4", "num_classes: 4 keypoint_estimation_task { rescore_instances: true }", "rescore_instances"),
     ],
 )
-def test_mistakes_and_what_is_not_supported(exported, tmp_path, old, new, said):
-    text = (exported("resnet_v1") / "pipeline.config").read_text()
+def test_mistakes_and_what_is_not_supported(centernets, tmp_path, old, new, said):
+    text = (centernets("resnet_v1") / "pipeline.config").read_text()
     assert old in text
     (tmp_path / "pipeline.config").write_text(text.replace(old, new))
-    options = ["--saved_model", str(exported("resnet_v1")), "--pipeline_config", str(tmp_path / "pipeline.config")]
+    options = ["--saved_model", str(centernets("resnet_v1")), "--pipeline_config", str(tmp_path / "pipeline.config")]
     with pytest.raises(UserError, match=re.escape(said)):
         create_onnx.main([*options, "--onnx", str(tmp_path / "m.onnx")])
 
 
-def test_another_kind_of_config(exported, tmp_path):
+def test_another_kind_of_config(centernets, tmp_path):
     config = DEMO / "ssd_mobilenet_v1_shapes" / "pipeline.config"
-    options = ["--saved_model", str(exported("resnet_v1")), "--pipeline_config", str(config)]
+    options = ["--saved_model", str(centernets("resnet_v1")), "--pipeline_config", str(config)]
     with pytest.raises(UserError, match="it says ssd, the model is center_net"):
         create_onnx.main([*options, "--onnx", str(tmp_path / "m.onnx")])
 
@@ -269,8 +229,8 @@ def test_another_kind_of_config(exported, tmp_path):
         ("keypoint_estimation_task { predict_depth: true }", "the depths of keypoints are"),
     ],
 )
-def test_what_is_left_out_is_said(more, said, exported, tmp_path, capsys):
-    text = (exported("resnet_v1") / "pipeline.config").read_text()
+def test_what_is_left_out_is_said(more, said, centernets, tmp_path, capsys):
+    text = (centernets("resnet_v1") / "pipeline.config").read_text()
     (tmp_path / "pipeline.config").write_text(text.replace("num_classes", f"{more} num_classes"))
     read_pipeline_config(tmp_path / "pipeline.config")
     assert f"{said} left out" in capsys.readouterr().err

@@ -66,44 +66,6 @@ NAMES = ("top", "left", "right", "bottom", "middle")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """exported(name) -> the folder of the export."""
-
-    @functools.cache
-    def save(name):
-        folder = tmp_path_factory.mktemp("tiny") / name
-        tiny.save_export(folder, EXPORTS[name])
-        return folder
-
-    return save
-
-
-@pytest.fixture(scope="module")
-def models(exported):
-    """models(name) -> (open SavedModel, convert.Model)."""
-
-    @functools.cache
-    def read(name):
-        saved_model = SavedModel(exported(name) / "saved_model")
-        return saved_model, read_model(saved_model, read_pipeline_config(exported(name) / "pipeline.config"))
-
-    return read
-
-
-@pytest.fixture(scope="module")
-def converted(models, tmp_path_factory):
-    """converted(name, ops, **options) -> path of the ONNX file. options: of convert.Options."""
-
-    @functools.cache
-    def convert(name, ops="tensorrt", **options):
-        path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
-        onnx_utils.save(create_onnx.write(models(name)[1], Options(**options), ops), path)
-        return path
-
-    return convert
-
-
-@pytest.fixture(scope="module")
 def named(converted):
     """A model with names for its keypoints and lines between them."""
     return converted("one_class", keypoints=NAMES, skeleton=((0, 4), (4, 3)), batch_size=None)
@@ -255,17 +217,17 @@ def test_the_check_sees_wrong_keypoints(models, damage):
 LABEL_MAP = 'item { id: 1 name: "shape" display_name: "a shape" %s }'
 
 
-def test_names_and_lines_of_the_label_map_and_the_config(exported, tmp_path, capsys):
+def test_names_and_lines_of_the_label_map_and_the_config(centernets, tmp_path, capsys):
     """By the whole command; what they are in the file, and in Python."""
     points = " ".join(f'keypoints {{ id: {i} label: "{name}" }}' for i, name in reversed(list(enumerate(NAMES))))
     (tmp_path / "map.pbtxt").write_text(LABEL_MAP % points)
-    text = (exported("one_class") / "pipeline.config").read_text()
+    text = (centernets("one_class") / "pipeline.config").read_text()
     edges = "eval_config { keypoint_edge { start: 0 end: 4 } keypoint_edge { start: 4\n end: 3 } }"
     (tmp_path / "pipeline.config").write_text(text + edges)
     path = tmp_path / "m.onnx"
     options = [
         "--saved_model",
-        exported("one_class"),
+        centernets("one_class"),
         "--pipeline_config",
         tmp_path / "pipeline.config",
         "--onnx",
@@ -478,9 +440,9 @@ def test_models_without_keypoints_are_refused(named, tmp_path):
             script.main(["--engine", engine, "--input", str(DEMO / "images"), "--detection_type", "keypoints", *more])
 
 
-def test_compare_counts_keypoints(named, exported, tmp_path):
+def test_compare_counts_keypoints(named, centernets, tmp_path):
     content = moved_annotations(named, tmp_path / "truth.json")
-    sides = ["--engine", named, "--saved_model", exported("one_class"), "--input", *PICTURES[:3]]
+    sides = ["--engine", named, "--saved_model", centernets("one_class"), "--input", *PICTURES[:3]]
     options = [*sides, "--output", tmp_path / "out", "--nms_threshold", 0.1, "--annotations", tmp_path / "truth.json"]
     assert compare_tf.main([*map(str, options), "--detection_type", "keypoints"]) == 0
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())

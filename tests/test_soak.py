@@ -25,7 +25,7 @@ SAMPLES = 400
     ],
 )
 def test_what_grows_is_told_of(memory, fine, capsys):
-    assert soak.flat([(i, {"memory MB": memory(i), "open files": 9}) for i in range(SAMPLES)]) == fine
+    assert soak.flat([{"memory MB": memory(i), "open files": 9} for i in range(SAMPLES)]) == fine
     memory_line, files_line = capsys.readouterr().out.splitlines()
     assert memory_line.endswith("flat" if fine else "GREW")
     assert files_line.endswith("flat")
@@ -33,7 +33,7 @@ def test_what_grows_is_told_of(memory, fine, capsys):
 
 def test_too_few_looks_are_no_verdict():
     with pytest.raises(UserError, match="looked 8 times only"):
-        soak.flat([(0, {"open files": 9})] * 8)
+        soak.flat([{"open files": 9}] * 8)
 
 
 def test_the_last_whole_pass_is_compared(tmp_path, capsys):
