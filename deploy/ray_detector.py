@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from commandline import UserError
-from commandline.options import KEYPOINT_THRESHOLD
+from commandline.options import KEYPOINT_THRESHOLD, check_detection_type
 
 import numpy as np
 import pyarrow as pa
@@ -38,9 +38,7 @@ SCHEMA = pa.schema(
         "classes": pa.list_(pa.int32()),  # from 0
         "names": pa.list_(pa.string()),
         "masks": pa.list_(MASK),  # null without --detection_type segmentation
-        "keypoints": pa.list_(
-            pa.list_(pa.list_(pa.float32()))
-        ),  # x, y in pixels, score; null where the model gives none
+        "keypoints": pa.list_(pa.list_(pa.list_(pa.float32()))),  # x, y in pixels, score; null: the model gives none
         "error": pa.string(),  # why the image cannot be read; null where it can
     }
 )
@@ -91,8 +89,7 @@ class RayDetector:
                 labels = Path(folder, job.labels[0])
                 labels.write_bytes(job.labels[1])
             metadata = self._detector.metadata
-            if job.masks_from is not None and not metadata.get("mask_size"):
-                raise UserError(f"--detection_type segmentation: {job.engine} gives no masks; use bbox")
+            check_detection_type("bbox" if job.masks_from is None else "segmentation", metadata, job.engine)
             self._labels = labels_of(labels, metadata, model)
         choose_fit(metadata, job.fit)
         self._batch_size = choose_batch_size(self._detector, job.batch_size, 1)

@@ -36,7 +36,6 @@ class TritonPythonModel:
         metadata = self._network.metadata
         self._batch = metadata["batch_size"] or int(config["max_batch_size"])
         self._resizer = {**metadata["resizer"], "fit": parameters["fit"] == "true"}
-        self._metadata = metadata
         self._names = class_names(folder.parent / "labels.txt", metadata["num_classes"])
         self._pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS))
 
@@ -54,7 +53,7 @@ class TritonPythonModel:
                 responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(text)))
                 continue
             results = [(next(found), placement) for _, placement in images]
-            tensors = response_arrays(results, self._names, self._metadata)
+            tensors = response_arrays(results, self._names, self._network.metadata)
             responses.append(pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in tensors.items()]))
         return responses
 
