@@ -132,9 +132,10 @@ def main(argv=None):
         output = make_folder(args.output) if args.output else None
         usual = 1 if metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
         images = choose_batch_size(detector, args.batch_size, usual)
-        with open_workers(detector, len(known), images) as workers:
+        decoder = choose_decoder(args.decoder, detector, list(known), images, args.exif_rotate)
+        with open_workers(detector, len(known), images, decoder=decoder) as workers:
             try:
-                results, evaluated, seconds = detect(detector, known, images, workers, args)
+                results, evaluated, seconds = detect(detector, known, images, workers, args, decoder)
             except KeyboardInterrupt:
                 print("stopped: nothing was evaluated, nothing was written", file=sys.stderr)
                 return 130
@@ -189,8 +190,8 @@ def check_model(metadata, args):
     return coco.sigmas_of(count, given)
 
 
-def detect(detector, known, batch_size, workers, args):
-    """Runs the detector on the files of `known` {path: image id}, batch_size at a time.
+def detect(detector, known, batch_size, workers, args, decoder=None):
+    """Runs the detector on the files of `known` {path: image id}, batch_size at a time. decoder: a GpuDecoder, or None.
 
     Returns (COCO results, those of `known` that could be read, seconds). Workers decode ahead of the network,
     masks are pasted in processes behind it.
@@ -203,10 +204,13 @@ def detect(detector, known, batch_size, workers, args):
     )
     results, evaluated, started = [], {}, time.perf_counter()
     load = functools.partial(load_image, **image_options(args))
-    decoder = choose_decoder(args.decoder, detector, list(known), batch_size, args.exif_rotate)
     # To paste masks holds Python's lock: processes do it, on however few cores.
     pasting = Workers(PROCESSES_FROM_IMAGES, cores=max(PROCESSES_FROM_CORES, os.cpu_count() or 1)) if masks else workers
-    with contextlib.nullcontext() if pasting is workers else pasting, progress(known, unit="image") as bar:
+    with contextlib.ExitStack() as stack:
+        if masks:
+            stack.enter_context(pasting)
+        bar = stack.enter_context(progress(known, unit="image"))
+        stack.enter_context(coco.without_garbage_collection())
 
         def found_in_files():
             for item in detect_files(detector, list(known), batch_size, workers, load=load, decoder=decoder):

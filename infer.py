@@ -296,18 +296,23 @@ class Source:
     load: functools.partial  # of load_image
     decoders: list | None  # GpuDecoders, one for each detector
 
+    @property
+    def decoder(self):
+        """The GpuDecoder of the first detector, or None."""
+        return self.decoders and self.decoders[0]
+
     def detected(self, files, workers, times, keep_images=False):
         """Yields a pipeline.Detected for each file."""
         if len(self.detectors) > 1:
             return detect_on_all(self.detectors, files, self.batch_size, times, self.load, self.decoders)
-        decoder = self.decoders and self.decoders[0]
-        return detect_files(self.detectors[0], files, self.batch_size, workers, times, keep_images, self.load, decoder)
+        detector = self.detectors[0]
+        return detect_files(detector, files, self.batch_size, workers, times, keep_images, self.load, self.decoder)
 
     def text(self, workers):
         """Where it runs and who decodes, in words."""
         several = f" on {len(self.detectors)} GPUs" if len(self.detectors) > 1 else ""
         by = f"in {workers.count} {'processes' if workers.processes else 'threads'}"
-        by = f"by {self.decoders[0].name}" if self.decoders else by
+        by = f"by {self.decoder.name}" if self.decoder else by
         return f"{self.detectors[0].runtime}{several}, decoded {by}"
 
 
@@ -322,7 +327,7 @@ def process(source, images, options, results):
             summary.add(item.path, found)
             yield dataclasses.replace(item, found=found), names[item.path], options
 
-    opened = open_workers(source.detectors[0], len(files), source.batch_size)
+    opened = open_workers(source.detectors[0], len(files), source.batch_size, decoder=source.decoder)
     with opened as workers, progress(files, unit="image") as bar:
         started, items = time.perf_counter(), chosen(workers)
         written = workers.map(write_one, items)
@@ -459,14 +464,13 @@ def benchmark(detectors, images, options, args):
     names = dict(zip(images.files, images.names, strict=True))
     repeated = list(itertools.islice(itertools.cycle(images.files), max(size, args.benchmark_images)))
     source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files, size))
-    with open_workers(detector, len(repeated), size) as workers:
+    with open_workers(detector, len(repeated), size, decoder=source.decoder) as workers:
         workers.warm_up()
-        decoder = source.decoders and source.decoders[0]
         limits = {
             "network alone": len(detectors) * network_limit(detector, repeated, size, options.load),
-            "decode and resize": decoder_limit(detector, repeated, size, workers, options.load, decoder),
+            "decode and resize": decoder_limit(detector, repeated, size, workers, options.load, source.decoder),
         }
-        if decoder:
+        if source.decoder:
             limits["decode and resize"] *= len(detectors)
         times, begun = Times(), time.perf_counter()
         detected = source.detected(repeated, workers, times, bool(options.folder))

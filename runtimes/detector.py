@@ -60,7 +60,7 @@ class Detections:
 
     def above(self, score):
         """The detections that score at least that."""
-        return self.where(self.scores >= score)
+        return self.where(slice(np.count_nonzero(self.scores >= score)))  # best first
 
 
 class Detector(typing.Protocol):

@@ -4,10 +4,11 @@ nvImageCodec decodes (its hardware decoder equals libjpeg-turbo, which images.de
 as images.resizing does, bit for bit. What it is not sure to decode alike goes the CPU's way, image by image.
 """
 
-import concurrent.futures
+import collections
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import shutil
 import struct
@@ -16,16 +17,18 @@ from commandline import UserError, warn
 
 import numpy as np
 
+import image_batcher
 from image_batcher import Batch, warn_of_skipped
 from images.decoding import ImageError, load_image
 from images.resizing import placement_of
-from runtimes.workers import MAX_THREADS, in_order
+from runtimes.workers import in_order
 
 PACKAGES = "nvidia-nvimgcodec-cu12 and nvidia-nvjpeg-cu12"
 # Batches decoded at a time, and images, at least and at most. The hardware takes 10,500 a second from 32 on, 12,000 from 64,
 # far fewer one by one; and the batches under way must keep the GPU busy meanwhile.
 BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 64
-READ_AHEAD = 2  # such chunks of files
+READ_AHEAD = 8  # such chunks of files: those that draw pictures read too
+FILE_BYTES = 250_000  # memory for a file that another process reads; of a chunk, what does not fit comes as a message
 # So many processors keep up with the fastest engine on one image at a time, and are faster: 991 images/s, the GPU 798.
 CORES_FOR_ONE_BY_ONE = 8
 LARGEST = 16_000_000  # pixels; larger ones go the CPU's way, which has limits of its own
@@ -174,7 +177,7 @@ class GpuDecoder:
             self._stream = cuda.Stream()
 
     def decode(self, files):
-        """A DeviceImage for each file's bytes; None for those that cannot be decoded here."""
+        """A DeviceImage for each file's bytes, [n] uint8; None for those that cannot be decoded here."""
         with self._gpu:
             streams = [self._codec.CodeStream(data) for data in files]
             images = self._decoder.decode(streams, params=self._parameters, cuda_stream=self._stream.handle)
@@ -242,31 +245,43 @@ def _why_not(detector, files):
     return None if 2 * jpegs >= len(files) else "most of the images are no JPEGs"
 
 
+def files_together(batch_size):
+    """How many files are read, and decoded, at a time."""
+    return min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
+
+
+def reading_memories(batch_size):
+    """(number, bytes) of the shared memories that a GpuBatcher needs of runtimes.workers.Workers."""
+    return READ_AHEAD + 2, files_together(batch_size) * FILE_BYTES
+
+
 class GpuBatcher:
     """As image_batcher.ImageBatcher, with DeviceImages for tensors, in order.
 
-    One thread reads ahead, the thread that asks for batches decodes: the codec takes and leaves Python's lock for each image,
-    so that whatever runs in Python beside it makes it wait (BENCHMARKS.md).
+    Workers read ahead, the thread that asks for batches decodes: the codec takes and leaves Python's lock for each image,
+    so that whatever runs in this process's Python beside it makes it wait (BENCHMARKS.md).
     """
 
-    def __init__(self, paths, resizer, batch_size, decoder, load=load_image, skip=None):
+    def __init__(self, paths, resizer, batch_size, decoder, workers, load=load_image, skip=None):
+        """workers: a runtimes.workers.Workers, where they are processes with `reading_memories`."""
         self.paths, self.batch_size, self.skipped = paths, batch_size, 0
         self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
         self.by_cpu = 0  # images that were decoded by the CPU
-        self._resizer, self._decoder, self._load = resizer, decoder, load
-        self._together = min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
+        self._resizer, self._decoder, self._workers, self._load = resizer, decoder, workers, load
+        self._read = functools.partial(_read, resizer=resizer, load=load)
+        self._free = collections.deque(range(len(workers.memory)))  # numbers of shared memories, with processes
         self._skip = skip or warn_of_skipped
 
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images."""
         batch, numbers = [], itertools.count()
-        with (
-            concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as processors,
-            concurrent.futures.ThreadPoolExecutor(1) as reader,
-        ):
-            read = functools.partial(reader.submit, self._read, processors)
-            for chunk in in_order(read, _chunks(self.paths, self._together), READ_AHEAD):
-                for path, image in self._decode(chunk):
+        tasks = in_order(self._submit, _chunks(self.paths, files_together(self.batch_size)), READ_AHEAD)
+        try:
+            for slot, paths, results in tasks:
+                images = self._decode(paths, self._contents(slot, results))
+                if slot is not None:
+                    self._free.append(slot)
+                for path, image in zip(paths, images, strict=True):
                     number = next(numbers)
                     if isinstance(image, str):
                         self.skipped += 1
@@ -278,49 +293,76 @@ class GpuBatcher:
                         batch = []
             if batch:
                 yield Batch(*map(list, zip(*batch, strict=True)))
+        finally:
+            tasks.close()
 
-    def _read(self, processors, paths):
-        """[(path, the bytes of a baseline JPEG, or the future of what the CPU makes of the file)]."""
-        chunk = []
-        for path in paths:
-            data = self._baseline(path)
-            chunk.append((path, processors.submit(self._by_cpu, path) if data is None else data))
-        return chunk
+    def _submit(self, paths):
+        slot = self._free.popleft() if self._free else None
+        return self._workers.submit(self._read, paths, slot)
 
-    def _baseline(self, path):
-        """The bytes of a baseline JPEG; None for any other file, which the CPU may read or say why not."""
-        try:
-            if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
-                return None
-            with open(path, "rb") as file:
-                data = file.read()
-            size = baseline_size(data)
-            return data if size and placement_of(*size, self._resizer) else None
-        except (OSError, ImageError):
-            return None
+    def _contents(self, slot, results):
+        """What `_read` tells of, from the shared memory where it is there."""
+        memory = None if slot is None else np.frombuffer(self._workers.memory[slot], np.uint8)
+        return [
+            memory[result[0] : result[0] + math.prod(result[1])].reshape(result[1])
+            if isinstance(result, tuple)
+            else result
+            for result in results
+        ]
 
-    def _by_cpu(self, path):
-        """The image as the CPU decodes it, or why it cannot be read."""
-        try:
-            image = self._load(path)
-            placement_of(*image.shape[:2], self._resizer)
-        except ImageError as error:
-            return str(error)
-        return image
-
-    def _decode(self, chunk):
-        """[(path, DeviceImage, or why it cannot be read)] of what `_read` gives."""
-        found = iter(self._decoder.decode([data for _, data in chunk if isinstance(data, bytes)]))
+    def _decode(self, paths, contents):
+        """A DeviceImage for each of what `_read` makes of files, or why it cannot be read."""
+        found = iter(self._decoder.decode([x for x in contents if not isinstance(x, str) and x.ndim == 1]))
         images = []
-        for path, data in chunk:
-            image = next(found) if isinstance(data, bytes) else data.result()
-            if image is None:
-                image = self._by_cpu(path)
+        for path, image in zip(paths, contents, strict=True):
+            if not isinstance(image, str) and image.ndim == 1:
+                image = next(found) or _by_cpu(path, self._resizer, self._load)
             if isinstance(image, np.ndarray):
                 self.by_cpu += 1
                 image = self._decoder.upload(image)
-            images.append((path, image))
+            images.append(image)
         return images
+
+
+def _read(paths, slot, resizer, load):
+    """A worker's task: a baseline JPEG's bytes [n] uint8, any other file's pixels [height, width, 3], or why there are none.
+
+    What fits into the shared memory `slot` is written there, and told by (where it begins, its shape). Returns (slot,
+    paths, results).
+    """
+    memory = np.empty(0, np.uint8) if slot is None else np.frombuffer(image_batcher.SHARED[slot], np.uint8)
+    results, begin = [], 0
+    for path in paths:
+        data = _baseline(path, resizer)
+        data = _by_cpu(path, resizer, load) if data is None else np.frombuffer(data, np.uint8)
+        if not isinstance(data, str) and begin + data.size <= memory.size:
+            memory[begin : begin + data.size] = data.ravel()
+            begin, data = begin + data.size, (begin, data.shape)
+        results.append(data)
+    return slot, paths, results
+
+
+def _baseline(path, resizer):
+    """The bytes of a baseline JPEG; None for any other file, which the CPU may read or say why not."""
+    try:
+        if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
+            return None
+        with open(path, "rb") as file:
+            data = file.read()
+        size = baseline_size(data)
+        return data if size and placement_of(*size, resizer) else None
+    except (OSError, ImageError):
+        return None
+
+
+def _by_cpu(path, resizer, load):
+    """The image as the CPU decodes it, or why it cannot be read."""
+    try:
+        image = load(path)
+        placement_of(*image.shape[:2], resizer)
+    except ImageError as error:
+        return str(error)
+    return image
 
 
 def _chunks(paths, size):

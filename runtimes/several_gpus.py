@@ -25,8 +25,8 @@ def detect_on_all(detectors, files, batch_size, times, load=load_image, decoders
         for turn, detector in enumerate(detectors):
             mine = [n for n in range(len(files)) if n // DEALT % len(detectors) == turn]
             decoder = decoders[turn] if decoders else None
-            cores = 1 if decoder else max(1, (os.cpu_count() or 1) // len(detectors))
-            workers = stack.enter_context(open_workers(detector, len(mine), batch_size, cores))
+            cores = max(1, (os.cpu_count() or 1) // len(detectors))
+            workers = stack.enter_context(open_workers(detector, len(mine), batch_size, cores, decoder))
             stream = _Stream(detector, [files[n] for n in mine], mine, batch_size, workers, load, decoder)
             streams.append(stack.enter_context(stream))
         try:
