@@ -61,7 +61,7 @@ from checks import coco
 from images.aspect import FIT_HELP, choose_fit
 from images.decoding import ImageError, load_image
 from results import Summary, result_rows, write_picture, write_results
-from runtimes import open_detectors
+from runtimes import open_first
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import (
     Times,
@@ -71,7 +71,7 @@ from runtimes.pipeline import (
     naming_results_of,
     open_workers,
 )
-from runtimes.several_gpus import detect_on_all
+from runtimes.several_gpus import SeveralGpus, job_for
 from runtimes.stream import detect_stream
 from runtimes.video import VideoReader, VideoWriter, is_video
 from runtimes.workers import Workers
@@ -138,17 +138,15 @@ def main(argv=None):
     if args.json:
         check_writable(args.json)
     with contextlib.ExitStack() as stack:
-        detectors = [stack.enter_context(detector) for detector in open_detectors(args.engine, args.gpus, args.runtime)]
-        detector = detectors[0]
+        detector, gpus = open_first(args.engine, args.gpus, args.runtime)
+        stack.enter_context(detector)
         check_preprocessor(args.preprocessor, detector.metadata)
         choose_fit(detector.metadata, args.fit, images.files, args.exif_rotate)
-        for other in detectors[1:]:  # on more GPUs
-            other.metadata["resizer"] = detector.metadata["resizer"]
         check_detection_type(args.detection_type, detector.metadata, args.engine)
         options = make_options(detector, args)
         if args.benchmark:
-            return benchmark(detectors, images, options, args)
-        return process_all(detectors, images, videos, options, args)
+            return benchmark(detector, gpus, images, options, args)
+        return process_all(detector, gpus, images, videos, options, args)
 
 
 def make_options(detector, args):
@@ -168,15 +166,15 @@ def make_options(detector, args):
     )
 
 
-def process_all(detectors, images, videos, options, args):
-    """Runs the detectors on the Images, the first of them on the videos; returns the highest status."""
-    size, status = choose_batch_size(detectors[0], args.batch_size, 1), 0
+def process_all(detector, gpus, images, videos, options, args):
+    """Runs an open detector on the Images, with those of more GPUs, and on the videos; returns the highest status."""
+    size, status = choose_batch_size(detector, args.batch_size, 1), 0
     with results_file(args.json) as results:
         if images.files:
-            source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files, size))
-            status = process(source, images, options, results)
+            with open_source(detector, gpus, images.files, size, options, args) as source:
+                status = process(source, images, options, results)
         for video in videos:
-            status = max(status, process_video(detectors[0], video, size, options, results, args.frames))
+            status = max(status, process_video(detector, video, size, options, results, args.frames))
     if args.json:
         print(f"Wrote {args.json} (COCO's results format)")
     return status
@@ -281,39 +279,41 @@ def write_one(detected, name, options):
         return options.coco_results(found, image_id, str(path), (placement.height, placement.width))
 
 
-def choose_decoders(args, detectors, files, size):
-    """The GpuDecoder of each detector, or None where processors decode."""
-    decoders = [choose_decoder(args.decoder, detector, files, size, args.exif_rotate) for detector in detectors]
-    return decoders if all(decoders) else None
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What finds the detections in files: one detector, or several that share the files."""
+    """What finds the detections in files: an open detector, or the same on several GPUs."""
 
-    detectors: list
+    detector: object
     batch_size: int
     load: functools.partial  # of load_image
-    decoders: list | None  # GpuDecoders, one for each detector
-
-    @property
-    def decoder(self):
-        """The GpuDecoder of the first detector, or None."""
-        return self.decoders and self.decoders[0]
+    decoder: object  # a GpuDecoder, or None where processors decode
+    gpus: list
+    several: SeveralGpus | None
 
     def detected(self, files, workers, times, keep_images=False):
         """Yields a pipeline.Detected for each file."""
-        if len(self.detectors) > 1:
-            return detect_on_all(self.detectors, files, self.batch_size, times, self.load, self.decoders)
-        detector = self.detectors[0]
-        return detect_files(detector, files, self.batch_size, workers, times, keep_images, self.load, self.decoder)
+        if self.several:
+            return self.several.detected(files, times)
+        return detect_files(self.detector, files, self.batch_size, workers, times, keep_images, self.load, self.decoder)
 
     def text(self, workers):
         """Where it runs and who decodes, in words."""
-        several = f" on {len(self.detectors)} GPUs" if len(self.detectors) > 1 else ""
+        several = f" on {len(self.gpus)} GPUs" if self.several else ""
         by = f"in {workers.count} {'processes' if workers.processes else 'threads'}"
         by = f"by {self.decoder.name}" if self.decoder else by
-        return f"{self.detectors[0].runtime}{several}, decoded {by}"
+        return f"{self.detector.runtime}{several}, decoded {by}"
+
+
+@contextlib.contextmanager
+def open_source(detector, gpus, files, size, options, args):
+    """Yields the Source for files, `size` at a time."""
+    decoder = choose_decoder(args.decoder, detector, files, size, args.exif_rotate)
+    several = None
+    with contextlib.ExitStack() as stack:
+        if len(gpus) > 1:
+            job = job_for(args.engine, detector, files, gpus, size, options.load, decoder, args.exif_rotate)
+            several = stack.enter_context(SeveralGpus(job, gpus))
+        yield Source(detector, size, options.load, decoder, gpus, several)
 
 
 def process(source, images, options, results):
@@ -327,7 +327,7 @@ def process(source, images, options, results):
             summary.add(item.path, found)
             yield dataclasses.replace(item, found=found), names[item.path], options
 
-    opened = open_workers(source.detectors[0], len(files), source.batch_size, decoder=source.decoder)
+    opened = open_workers(source.detector, len(files), source.batch_size, decoder=source.decoder)
     with opened as workers, progress(files, unit="image") as bar:
         started, items = time.perf_counter(), chosen(workers)
         written = workers.map(write_one, items)
@@ -455,23 +455,25 @@ def stages(times, work=0.0):
     return ", ".join(f"{name} {1000 * value / times.images:.2f} ms" for name, value in ms.items())
 
 
-def benchmark(detectors, images, options, args):
+def benchmark(detector, gpus, images, options, args):
     """Prints what each stage takes, what it could do alone, and how near the whole comes to the slowest of them.
 
     With options.folder pictures and tables are drawn and written there, the same ones again and again.
     """
-    detector, size = detectors[0], choose_batch_size(detectors[0], args.batch_size, 1)
+    size = choose_batch_size(detector, args.batch_size, 1)
     names = dict(zip(images.files, images.names, strict=True))
     repeated = list(itertools.islice(itertools.cycle(images.files), max(size, args.benchmark_images)))
-    source = Source(detectors, size, options.load, choose_decoders(args, detectors, images.files, size))
-    with open_workers(detector, len(repeated), size, decoder=source.decoder) as workers:
+    with (
+        open_source(detector, gpus, repeated, size, options, args) as source,
+        open_workers(detector, len(repeated), size, decoder=source.decoder) as workers,
+    ):
         workers.warm_up()
         limits = {
-            "network alone": len(detectors) * network_limit(detector, repeated, size, options.load),
+            "network alone": len(gpus) * network_limit(detector, repeated, size, options.load),
             "decode and resize": decoder_limit(detector, repeated, size, workers, options.load, source.decoder),
         }
         if source.decoder:
-            limits["decode and resize"] *= len(detectors)
+            limits["decode and resize"] *= len(gpus)
         times, begun = Times(), time.perf_counter()
         detected = source.detected(repeated, workers, times, bool(options.folder))
         chosen = (dataclasses.replace(item, found=options.chosen(item.found)) for item in detected)

@@ -10,7 +10,7 @@ from commandline import UserError, warn
 
 from runtimes.detector import detect
 
-__all__ = ["detect", "open_detector", "open_detectors"]
+__all__ = ["detect", "open_detector", "open_first"]
 
 # How files begin that are given by mistake: (offset, bytes, what they are).
 FOREIGN = (
@@ -93,15 +93,15 @@ def faster_runtime(metadata):
     return "openvino"
 
 
-def open_detectors(path, gpus, runtime="auto"):
-    """Opens a model on each of some GPUs: [Detector]. gpus: their numbers, or "all". One, where it runs on processors."""
+def open_first(path, gpus, runtime="auto"):
+    """Opens a model on the first of some GPUs. gpus: their numbers, or "all". Returns (Detector, the numbers of all of them,
+    checked); it is one where the model runs on processors."""
     if runtime == "cuda" and (gpus == "all" or len(gpus) > 1):
         raise UserError("--gpus: --runtime cuda runs on one GPU; name one")
     first = open_detector(path, 0 if gpus == "all" else gpus[0], runtime)
     if first.gpu is None:
-        return [first]
-    rest = range(1, first.gpu.count) if gpus == "all" else gpus[1:]
-    return [first, *(open_detector(path, number) for number in rest)]
+        return first, [0]
+    return first, list(range(first.gpu.count)) if gpus == "all" else gpus
 
 
 def maker(path):

@@ -1,82 +1,182 @@
-"""Several GPUs of one machine: an open engine on each, files dealt out to them, results in input order."""
+"""Several GPUs of one machine: a process for each, files dealt out to them, results in input order.
+
+Threads would share Python's lock, which the codec of runtimes.gpu_images takes and leaves for each image.
+"""
 
 import contextlib
 import dataclasses
+import functools
 import heapq
+import itertools
+import multiprocessing
 import os
 import queue
 import threading
 
-from images.decoding import load_image
-from runtimes.pipeline import Times, detect_files, open_workers
+from commandline import UserError
 
-# Files that a GPU is dealt at a time, and results of one that wait for those of another, at most.
-DEALT, WAITING = 64, 512
-END = object()
+from runtimes import open_detector
+from runtimes.gpu_images import choose_decoder
+from runtimes.pipeline import Detected, Times, detect_files, open_workers
+from runtimes.workers import end_with_parent, interrupts_ignored
 
-
-def detect_on_all(detectors, files, batch_size, times, load=load_image, decoders=None):
-    """As pipeline.detect_files, on several open detectors at once; no images are kept.
-
-    decoders: a GpuDecoder for each of them, or None. An error in any of them is raised here and ends them all.
-    """
-    streams = []
-    with contextlib.ExitStack() as stack:
-        for turn, detector in enumerate(detectors):
-            mine = [n for n in range(len(files)) if n // DEALT % len(detectors) == turn]
-            decoder = decoders[turn] if decoders else None
-            cores = max(1, (os.cpu_count() or 1) // len(detectors))
-            workers = stack.enter_context(open_workers(detector, len(mine), batch_size, cores, decoder))
-            stream = _Stream(detector, [files[n] for n in mine], mine, batch_size, workers, load, decoder)
-            streams.append(stack.enter_context(stream))
-        try:
-            yield from heapq.merge(*streams, key=lambda item: item.number)
-        finally:
-            for stream in streams:
-                stream.close()
-                times.add(stream.times)
+# Files that a GPU is dealt at a time; results that it tells of at a time; results of one that wait for those of another.
+DEALT, TOLD, WAITING = 64, 32, 1024
 
 
-class _Stream:
-    """Runs a detector on its files in a thread of its own; iterates over what it found. A context manager."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What each process is to do; all of it travels there."""
 
-    def __init__(self, detector, files, numbers, batch_size, workers, load, decoder):
-        """numbers: of the files among all, for Detected.number."""
-        self.times, self._numbers = Times(), numbers
-        self._found, self._stopped = queue.Queue(WAITING), threading.Event()
-        self._items = detect_files(detector, files, batch_size, workers, self.times, False, load, decoder)
-        self._thread = threading.Thread(target=self._run)
+    model: str  # path of the engine
+    resizer: dict  # of its metadata, as chosen
+    batch_size: int
+    images: int  # of each, about
+    cores: int  # for each
+    load: functools.partial  # of load_image
+    decoder: str  # of choose_decoder: "cpu" or "gpu"
+    exif_rotate: bool
 
-    def _run(self):
-        try:
-            for item in self._items:
-                self._put(dataclasses.replace(item, number=self._numbers[item.number]))
-                if self._stopped.is_set():
-                    break
-            self._put(END)
-        except BaseException as error:  # raised where the results are taken
-            self._put(error)
-        finally:
-            self._items.close()
 
-    def _put(self, item):
-        while not self._stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return self._found.put(item, timeout=0.1)
+class SeveralGpus:
+    """Processes that have the engine open, one on each GPU. A context manager; `detected` is called once."""
 
-    def __iter__(self):
-        while (item := self._found.get()) is not END:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self):
-        self._stopped.set()
-        self._thread.join()
+    def __init__(self, job, gpus):
+        """gpus: their numbers. Raises UserError, on entering, where the engine cannot run on one of them."""
+        self._job, self._gpus, self._parts = job, gpus, []
 
     def __enter__(self):
-        self._thread.start()
+        context = multiprocessing.get_context("spawn")
+        try:
+            with interrupts_ignored():
+                for gpu in self._gpus:
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_serve, args=(theirs, self._job, gpu))
+                    process.start()
+                    theirs.close()
+                    self._parts.append((process, ours))
+            for gpu, (_, connection) in zip(self._gpus, self._parts, strict=True):
+                _receive(connection, gpu)  # it is ready
+        except BaseException:
+            self.close()
+            raise
         return self
+
+    def detected(self, files, times):
+        """Yields a pipeline.Detected for each file, in order, without its image; adds to `times`.
+
+        An error in any of the processes is raised here.
+        """
+        stopped, streams = threading.Event(), []
+        for turn, (gpu, (_, connection)) in enumerate(zip(self._gpus, self._parts, strict=True)):
+            numbers = [n for n in range(len(files)) if n // DEALT % len(self._parts) == turn]
+            connection.send([(number, files[number]) for number in numbers])
+            streams.append(_Stream(functools.partial(_receive, connection, gpu), stopped))
+        try:
+            for number, placement, found in heapq.merge(*streams, key=lambda item: item[0]):
+                yield Detected(number, files[number], None, placement, found)
+        finally:
+            stopped.set()
+            for stream, (_, connection) in zip(streams, self._parts, strict=True):
+                with contextlib.suppress(OSError):  # it has ended
+                    connection.send("stop")
+                stream.join()
+                times.add(stream.times)
+
+    def close(self):
+        for process, connection in self._parts:
+            connection.close()
+            process.join()
+        self._parts = []
 
     def __exit__(self, *_):
         self.close()
+
+
+def _receive(connection, gpu):
+    """The next message of a process. Raises the UserError that it sent, or one that says that it has ended."""
+    try:
+        message = connection.recv()
+    except (EOFError, OSError) as error:
+        raise UserError(
+            f"--gpus {gpu}: the system ended its process; if for want of memory, --batch_size 1 takes less"
+        ) from error
+    if isinstance(message, UserError):
+        raise message
+    return message
+
+
+class _Stream(threading.Thread):
+    """Takes a process's results ahead of who iterates over them: WAITING at most."""
+
+    def __init__(self, receive, stopped):
+        super().__init__()
+        self.times = Times()
+        self._receive, self._stopped = receive, stopped
+        self._messages = queue.Queue(-(-WAITING // TOLD))
+        self.start()
+
+    def run(self):
+        message = None
+        while not isinstance(message, Times | UserError):
+            try:
+                message = self._receive()
+            except UserError as error:  # raised where the results are taken
+                message = error
+            if isinstance(message, Times):
+                self.times = message
+            while not self._stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    self._messages.put(message, timeout=0.1)
+                    break
+
+    def __iter__(self):
+        while not isinstance(message := self._messages.get(), Times):
+            if isinstance(message, UserError):
+                raise message
+            yield from message
+
+
+def _serve(connection, job, gpu):
+    """A GPU's process: says that it is ready, takes [(number, path)], gives lists of (number, Placement, Detections), and at
+    the end its Times, or else the UserError that ended it. Another message ends it early."""
+    end_with_parent()
+    try:
+        with open_detector(job.model, gpu) as detector:
+            _detect(connection, job, detector)
+    except UserError as error:
+        connection.send(error)
+    except EOFError:  # it is not needed any more
+        pass
+    except Exception as error:
+        connection.send(UserError(f"--gpus {gpu}: {type(error).__name__}: {error}"))
+
+
+def _detect(connection, job, detector):
+    detector.metadata["resizer"] = job.resizer
+    decoder = choose_decoder(job.decoder, detector, [], job.batch_size, job.exif_rotate)
+    with open_workers(detector, job.images, job.batch_size, job.cores, decoder) as workers:
+        connection.send(None)
+        mine, times = connection.recv(), Times()
+        files = [path for _, path in mine]
+        items = detect_files(detector, files, job.batch_size, workers, times, load=job.load, decoder=decoder)
+        with contextlib.closing(items):
+            while told := [(mine[x.number][0], x.placement, x.found) for x in itertools.islice(items, TOLD)]:
+                connection.send(told)
+                if connection.poll():
+                    break
+    connection.send(times)
+
+
+def job_for(model, detector, files, gpus, batch_size, load, decoder, exif_rotate=False):
+    """The Job that shares `files` out to GPUs as an open detector of one of them would do it all. decoder: its, or None."""
+    return Job(
+        os.path.abspath(model),
+        detector.metadata["resizer"],
+        batch_size,
+        len(files) // len(gpus),
+        max(1, (os.cpu_count() or 1) // len(gpus)),
+        load,
+        "gpu" if decoder else "cpu",
+        exif_rotate,
+    )

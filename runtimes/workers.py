@@ -6,6 +6,7 @@ resized 970 images/s, 15 processes 2,466 (BENCHMARKS.md).
 
 import collections
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -122,25 +123,36 @@ def _call_each(function, items):
     return [function(*item) for item in items], time.perf_counter() - begun
 
 
-def _begin_process(initializer, arguments):
-    """What a process of a pool does first: it ends with the one that started it, however that one ends."""
+def end_with_parent():
+    """Called in a new process: it ends with the one that started it, however that one ends."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _begin_process(initializer, arguments):
+    """What a process of a pool does first."""
+    end_with_parent()
     if initializer:
         initializer(*arguments)
+
+
+@contextlib.contextmanager
+def interrupts_ignored():
+    """What is started here ignores Ctrl-C from its first instruction on: who started it ends it."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, before)
 
 
 def process_pool(count, initializer=None, arguments=()):
     """A pool of fresh processes, started. Ctrl-C does not reach them: what waits for them ends them."""
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(count, context, _begin_process, (initializer, arguments))
-    mine = threading.current_thread() is threading.main_thread()
-    # What is ignored here is ignored by what is started here, from its first instruction on.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None
-    try:
+    with interrupts_ignored():
         for _ in range(count):  # none is idle yet: each starts one
             pool.submit(os.getpid)
-    finally:
-        if mine:
-            signal.signal(signal.SIGINT, before)
     return pool

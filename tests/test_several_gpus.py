@@ -1,6 +1,7 @@
-"""Files dealt out to several detectors, here on ONNX Runtime: order, errors, skipped files, an early end."""
+"""Files dealt out to several processes, here with ONNX Runtime: order, errors, skipped files, an early end."""
 
-import contextlib
+import functools
+import multiprocessing
 import threading
 
 from commandline import UserError
@@ -14,59 +15,70 @@ from images.decoding import load_image
 from runtimes import open_detector, several_gpus
 from runtimes.detector import detect_image
 from runtimes.pipeline import Times
-from runtimes.several_gpus import detect_on_all
+from runtimes.several_gpus import SeveralGpus, job_for
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 
 
 @pytest.fixture(scope="module")
-def detectors(convert):
-    model = convert("demo", "--batch_size", "dynamic")[0]
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(open_detector(model)) for _ in range(3)]
+def detector(convert):
+    with open_detector(convert("demo", "--batch_size", "dynamic")[0]) as opened:
+        yield opened
 
 
-@pytest.mark.parametrize(("count", "size", "dealt"), [(2, 4, 8), (3, 1, 5), (2, 3, 64), (1, 2, 8)])
-def test_results_come_in_input_order(detectors, count, size, dealt, tmp_path, monkeypatch):
+def several(detector, convert, files, count, size):
+    """The demo's model in `count` processes."""
+    model, gpus = convert("demo", "--batch_size", "dynamic")[0], list(range(count))
+    return SeveralGpus(job_for(model, detector, files, gpus, size, functools.partial(load_image), None), gpus)
+
+
+@pytest.mark.parametrize(("count", "size", "dealt"), [(2, 4, 8), (3, 1, 5), (2, 3, 64)])
+def test_results_come_in_input_order(detector, convert, count, size, dealt, tmp_path, monkeypatch):
     monkeypatch.setattr(several_gpus, "DEALT", dealt)
     files = [*PICTURES] * 6
     for number in (3, 17, 18):
         files[number] = tmp_path / f"{number}.jpg"
         files[number].write_bytes(b"broken")
-    wanted = {path: detect_image(detectors[0], load_image(path)) for path in PICTURES}
+    wanted = {path: detect_image(detector, load_image(path)) for path in PICTURES}
     times = Times()
-    found = list(detect_on_all(detectors[:count], files, size, times))
+    with several(detector, convert, files, count, size) as processes:
+        found = list(processes.detected(files, times))
     assert [item.number for item in found] == [n for n in range(len(files)) if n not in (3, 17, 18)]
     for item in found:
         assert item.path == files[item.number]
         assert parity.match_by_rank(wanted[item.path], item.found).unmatched == 0
     assert (times.images, times.skipped) == (len(files) - 3, 3)
+    assert not multiprocessing.active_children()
 
 
-def test_an_error_of_one_ends_all(detectors, monkeypatch):
-    before, start = threading.active_count(), detectors[1].start
-    calls = []
-
-    def fail(batch, shapes):
-        calls.append(len(batch))
-        if len(calls) > 3:
-            raise RuntimeError("out of memory")
-        return start(batch, shapes)
-
-    monkeypatch.setattr(several_gpus, "DEALT", 8)
-    monkeypatch.setattr(detectors[1], "start", fail)
-    with pytest.raises(UserError, match=r"the network failed on .*: out of memory"):
-        list(detect_on_all(detectors[:2], PICTURES * 20, 2, Times()))
-    assert threading.active_count() <= before + 4  # ONNX Runtime's own threads stay
+def test_one_that_is_killed_ends_all(detector, convert):
+    with several(detector, convert, PICTURES * 500, 2, 2) as processes:
+        found = processes.detected(PICTURES * 500, Times())
+        for _ in range(5):
+            next(found)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(UserError, match=r"--gpus [01]: the system ended its process"):
+            list(found)
+    assert not multiprocessing.active_children()
 
 
-def test_who_stops_early_leaves_nothing_running(detectors):
-    before = threading.active_count()
-    found = detect_on_all(detectors[:2], PICTURES * 200, 2, Times())
-    for _ in range(5):
-        next(found)
-    found.close()
-    assert threading.active_count() <= before + 4
+def test_one_that_cannot_open_the_engine_says_so(detector, tmp_path):
+    job = job_for(tmp_path / "no.onnx", detector, PICTURES, [0, 1], 2, functools.partial(load_image), None)
+    with pytest.raises(UserError, match=r"no\.onnx: no such file"), SeveralGpus(job, [0, 1]):
+        pass
+    assert not multiprocessing.active_children()
+
+
+def test_who_stops_early_leaves_nothing_running(detector, convert):
+    before, times = threading.active_count(), Times()
+    with several(detector, convert, PICTURES * 200, 2, 2) as processes:
+        found = processes.detected(PICTURES * 200, times)
+        for _ in range(5):
+            next(found)
+        found.close()
+    assert 5 <= times.images < 8 * 200
+    assert threading.active_count() <= before
+    assert not multiprocessing.active_children()
 
 
 def test_gpus_as_an_option():
