@@ -83,6 +83,8 @@ def look(parent):
             seen["open files"] += len(os.listdir(f"/proc/{process}/fd"))
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # what others do on the rest is not ours
+            query += ["-i", visible]
         used = subprocess.run(query, capture_output=True, text=True).stdout.split()
         seen["GPU memory MB"] = sum(map(float, used))
     return seen

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import re
 import threading
 import time
@@ -25,6 +26,7 @@ from runtimes import open_detector, quantization, standard_graph, trt_graph
 from runtimes.detector import InputSpec, detect_image
 from runtimes.gpu_images import TABLE, DeviceImage, GpuResizer, choose_decoder
 from runtimes.pipeline import Times, batcher_for, detect_files, open_workers
+from runtimes.several_gpus import SeveralGpus, job_for
 from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
 
 pytestmark = pytest.mark.gpu
@@ -411,6 +413,23 @@ def test_decoding_on_the_gpu_gives_the_same(engine, size, tmp_path):
         wanted = list(detect_files(detector, files, size, plain, times[0]))
     assert times[0].skipped == times[1].skipped == 6
     assert [item.path for item in found] == [item.path for item in wanted]
+    for a, b in zip(wanted, found, strict=True):
+        report = parity.match_by_rank(a.found, b.found, tie=1e-3)
+        assert report.unmatched == 0
+        assert max(report.box_difference, report.score_difference) < 1e-3
+
+
+@pytest.mark.parametrize("decoder", [None, "gpu"])
+def test_processes_share_the_files(engine, decoder):
+    """As on several GPUs, here two processes on one."""
+    path, files = engine("fp32")[0], PICTURES * 40
+    with open_detector(path) as detector, open_workers(detector, 0, 4) as workers:
+        wanted = list(detect_files(detector, files, 4, workers))
+        job = job_for(path, detector, files, [0, 0], 4, functools.partial(load_image), decoder)
+        with SeveralGpus(job, [0, 0]) as processes:
+            found = list(processes.detected(files, times := Times()))
+    assert [item.path for item in found] == files
+    assert times.images == len(files)
     for a, b in zip(wanted, found, strict=True):
         report = parity.match_by_rank(a.found, b.found, tie=1e-3)
         assert report.unmatched == 0

@@ -20,7 +20,7 @@ import onnx_utils
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import open_detector, open_detectors
+from runtimes import open_detector, open_first
 from runtimes.detector import network_inputs, split_detections
 from runtimes.openvino_detector import OpenVinoDetector
 from runtimes.ort_detector import OrtDetector
@@ -238,7 +238,7 @@ def test_a_runtime_that_cannot_be_is_one_line(convert, tmp_path):
         with pytest.raises(UserError, match=r"--runtime cuda: .* no CUDA provider; pip install onnxruntime-gpu"):
             open_detector(model, runtime="cuda")
     with pytest.raises(UserError, match=r"--gpus: --runtime cuda runs on one GPU"):
-        open_detectors(model, [0, 1], "cuda")
+        open_first(model, [0, 1], "cuda")
     engine = tmp_path / "engine.trt"
     engine.write_bytes(b"ftrt" + bytes(100))
     for runtime in ("onnxruntime", "openvino", "cuda"):
