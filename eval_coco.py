@@ -133,7 +133,7 @@ def main(argv=None):
         usual = 1 if metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
         images = choose_batch_size(detector, args.batch_size, usual)
         decoder = choose_decoder(args.decoder, detector, list(known), images, args.exif_rotate)
-        with open_workers(detector, len(known), images, decoder=decoder) as workers:
+        with open_workers(detector, len(known), images) as workers:
             try:
                 results, evaluated, seconds = detect(detector, known, images, workers, args, decoder)
             except KeyboardInterrupt:

@@ -327,7 +327,7 @@ def process(source, images, options, results):
             summary.add(item.path, found)
             yield dataclasses.replace(item, found=found), names[item.path], options
 
-    opened = open_workers(source.detector, len(files), source.batch_size, decoder=source.decoder)
+    opened = open_workers(source.detector, len(files), source.batch_size)
     with opened as workers, progress(files, unit="image") as bar:
         started, items = time.perf_counter(), chosen(workers)
         written = workers.map(write_one, items)
@@ -465,7 +465,7 @@ def benchmark(detector, gpus, images, options, args):
     repeated = list(itertools.islice(itertools.cycle(images.files), max(size, args.benchmark_images)))
     with (
         open_source(detector, gpus, repeated, size, options, args) as source,
-        open_workers(detector, len(repeated), size, decoder=source.decoder) as workers,
+        open_workers(detector, len(repeated), size) as workers,
     ):
         workers.warm_up()
         limits = {

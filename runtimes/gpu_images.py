@@ -5,30 +5,31 @@ as images.resizing does, bit for bit. What it is not sure to decode alike goes t
 """
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import os
 import shutil
+import stat
 import struct
 
 from commandline import UserError, warn
 
 import numpy as np
 
-import image_batcher
 from image_batcher import Batch, warn_of_skipped
 from images.decoding import ImageError, load_image
 from images.resizing import placement_of
-from runtimes.workers import in_order
+from runtimes.workers import MAX_THREADS, in_order
 
 PACKAGES = "nvidia-nvimgcodec-cu12 and nvidia-nvjpeg-cu12"
 # Batches decoded at a time, and images, at least and at most. The hardware takes 10,500 a second from 32 on, 12,000 from 64,
 # far fewer one by one; and the batches under way must keep the GPU busy meanwhile.
 BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 64
-READ_AHEAD = 8  # such chunks of files: those that draw pictures read too
-FILE_BYTES = 250_000  # memory for a file that another process reads; of a chunk, what does not fit comes as a message
+LOOK_AHEAD = 2  # such chunks of files, whose reading begins meanwhile
+HEADER_BYTES = 4096  # of a JPEG that are read at first
 # So many processors keep up with the fastest engine on one image at a time, and are faster: 991 images/s, the GPU 798.
 CORES_FOR_ONE_BY_ONE = 8
 LARGEST = 16_000_000  # pixels; larger ones go the CPU's way, which has limits of its own
@@ -131,15 +132,16 @@ def _compile(dtype, layout):
     return kernel
 
 
-def baseline_size(data):
+def baseline_size(data, end=None):
     """(height, width) of a whole baseline JPEG of grey or YCbCr colours; None for any other file: that goes the CPU's way.
 
-    (ITU T.81, B.2: markers, their lengths, the frame header; Adobe's marker says that colours are RGB by transform 0.)
+    data: the file's beginning, to its frame header at least; end: its last two bytes, if `data` is not all of it. (ITU T.81,
+    B.2: markers, their lengths, the frame header; Adobe's marker says that colours are RGB by transform 0.)
     """
-    if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
+    if not data.startswith(b"\xff\xd8") or (data[-2:] if end is None else end) != b"\xff\xd9":
         return None
-    at, end = 2, len(data) - 9
-    while at < end and data[at] == 0xFF:
+    at, last = 2, len(data) - 9
+    while at < last and data[at] == 0xFF:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if marker == 0xC0:
             bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
@@ -151,6 +153,24 @@ def baseline_size(data):
             return None
         at += 2 + length
     return None
+
+
+def plain_jpeg(path):
+    """As baseline_size, of a file. Asks the system to have all of it in memory soon. Raises OSError."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or not 2 <= status.st_size <= LARGEST:
+        return None
+    with open(path, "rb", buffering=0) as file:
+        data = file.read(HEADER_BYTES)
+        file.seek(-2, os.SEEK_END)
+        end = file.read(2)
+        size = baseline_size(data, end)
+        if not size and len(data) < status.st_size:  # there may be a preview before the frame header
+            file.seek(0)
+            size = baseline_size(file.read(), end)
+        if size and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return size
 
 
 class GpuDecoder:
@@ -176,15 +196,25 @@ class GpuDecoder:
         with gpu:
             self._stream = cuda.Stream()
 
-    def decode(self, files):
-        """A DeviceImage for each file's bytes, [n] uint8; None for those that cannot be decoded here."""
+    def decode(self, paths):
+        """A DeviceImage for each file; None for those that cannot be decoded here. One thread's, any."""
         with self._gpu:
-            streams = [self._codec.CodeStream(data) for data in files]
-            images = self._decoder.decode(streams, params=self._parameters, cuda_stream=self._stream.handle)
+            streams = [self._open(path) for path in paths]
+            opened = [stream for stream in streams if stream]
+            images = iter(self._decoder.decode(opened, params=self._parameters, cuda_stream=self._stream.handle))
             self._stream.synchronize()
-        return [image and self._device_image(image) for image in images]
+        return [stream and self._device_image(next(images)) for stream in streams]
+
+    def _open(self, path):
+        """The codec's view of a file, which it reads itself, without Python's lock; None where it cannot."""
+        try:
+            return self._codec.CodeStream(os.fspath(path))
+        except Exception:  # whatever it raises: the CPU's way says why
+            return None
 
     def _device_image(self, image):
+        if image is None:
+            return None
         described = image.__cuda_array_interface__
         height, width, channels = described["shape"]
         if channels != 3:
@@ -245,43 +275,32 @@ def _why_not(detector, files):
     return None if 2 * jpegs >= len(files) else "most of the images are no JPEGs"
 
 
-def files_together(batch_size):
-    """How many files are read, and decoded, at a time."""
-    return min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
-
-
-def reading_memories(batch_size):
-    """(number, bytes) of the shared memories that a GpuBatcher needs of runtimes.workers.Workers."""
-    return READ_AHEAD + 2, files_together(batch_size) * FILE_BYTES
-
-
 class GpuBatcher:
     """As image_batcher.ImageBatcher, with DeviceImages for tensors, in order.
 
-    Workers read ahead, the thread that asks for batches decodes: the codec takes and leaves Python's lock for each image,
-    so that whatever runs in this process's Python beside it makes it wait (BENCHMARKS.md).
+    One thread decodes, a chunk ahead of the thread that asks for batches; the codec itself reads the files. It takes and
+    leaves Python's lock for each image, so that any more Python at work makes it wait (BENCHMARKS.md).
     """
 
-    def __init__(self, paths, resizer, batch_size, decoder, workers, load=load_image, skip=None):
-        """workers: a runtimes.workers.Workers, where they are processes with `reading_memories`."""
+    def __init__(self, paths, resizer, batch_size, decoder, load=load_image, skip=None):
         self.paths, self.batch_size, self.skipped = paths, batch_size, 0
         self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
         self.by_cpu = 0  # images that were decoded by the CPU
-        self._resizer, self._decoder, self._workers, self._load = resizer, decoder, workers, load
-        self._read = functools.partial(_read, resizer=resizer, load=load)
-        self._free = collections.deque(range(len(workers.memory)))  # numbers of shared memories, with processes
+        self._resizer, self._decoder, self._load = resizer, decoder, load
+        self._together = min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
         self._skip = skip or warn_of_skipped
 
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images."""
         batch, numbers = [], itertools.count()
-        tasks = in_order(self._submit, _chunks(self.paths, files_together(self.batch_size)), READ_AHEAD)
-        try:
-            for slot, paths, results in tasks:
-                images = self._decode(paths, self._contents(slot, results))
-                if slot is not None:
-                    self._free.append(slot)
-                for path, image in zip(paths, images, strict=True):
+        with (
+            concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as processors,
+            concurrent.futures.ThreadPoolExecutor(1) as ahead,
+        ):
+            chunks = self._chunks(processors)
+            decoded = in_order(lambda _: ahead.submit(next, chunks, None), itertools.count(), 1)
+            with contextlib.closing(decoded):
+                for path, image in itertools.chain.from_iterable(iter(lambda: next(decoded), None)):
                     number = next(numbers)
                     if isinstance(image, str):
                         self.skipped += 1
@@ -293,76 +312,46 @@ class GpuBatcher:
                         batch = []
             if batch:
                 yield Batch(*map(list, zip(*batch, strict=True)))
-        finally:
-            tasks.close()
 
-    def _submit(self, paths):
-        slot = self._free.popleft() if self._free else None
-        return self._workers.submit(self._read, paths, slot)
+    def _chunks(self, processors):
+        """Yields [(path, DeviceImage, or why it cannot be read)] of some files; `processors` decode what the GPU cannot."""
+        looked_at = collections.deque()
+        for paths in _chunks(self.paths, self._together):
+            looked_at.append(
+                [(path, None if self._plain(path) else processors.submit(self._by_cpu, path)) for path in paths]
+            )
+            if len(looked_at) > LOOK_AHEAD:
+                yield self._decode(looked_at.popleft())
+        while looked_at:
+            yield self._decode(looked_at.popleft())
 
-    def _contents(self, slot, results):
-        """What `_read` tells of, from the shared memory where it is there."""
-        memory = None if slot is None else np.frombuffer(self._workers.memory[slot], np.uint8)
-        return [
-            memory[result[0] : result[0] + math.prod(result[1])].reshape(result[1])
-            if isinstance(result, tuple)
-            else result
-            for result in results
-        ]
+    def _plain(self, path):
+        """Whether the GPU can decode a file, and the network takes its shape."""
+        try:
+            size = plain_jpeg(path)
+            return size and placement_of(*size, self._resizer)
+        except (OSError, ImageError):
+            return False
 
-    def _decode(self, paths, contents):
-        """A DeviceImage for each of what `_read` makes of files, or why it cannot be read."""
-        found = iter(self._decoder.decode([x for x in contents if not isinstance(x, str) and x.ndim == 1]))
+    def _by_cpu(self, path):
+        """The image as the CPU decodes it, or why it cannot be read."""
+        try:
+            image = self._load(path)
+            placement_of(*image.shape[:2], self._resizer)
+        except ImageError as error:
+            return str(error)
+        return image
+
+    def _decode(self, looked_at):
+        found = iter(self._decoder.decode([path for path, other in looked_at if not other]))
         images = []
-        for path, image in zip(paths, contents, strict=True):
-            if not isinstance(image, str) and image.ndim == 1:
-                image = next(found) or _by_cpu(path, self._resizer, self._load)
+        for path, other in looked_at:
+            image = other.result() if other else next(found) or self._by_cpu(path)
             if isinstance(image, np.ndarray):
                 self.by_cpu += 1
                 image = self._decoder.upload(image)
-            images.append(image)
+            images.append((path, image))
         return images
-
-
-def _read(paths, slot, resizer, load):
-    """A worker's task: a baseline JPEG's bytes [n] uint8, any other file's pixels [height, width, 3], or why there are none.
-
-    What fits into the shared memory `slot` is written there, and told by (where it begins, its shape). Returns (slot,
-    paths, results).
-    """
-    memory = np.empty(0, np.uint8) if slot is None else np.frombuffer(image_batcher.SHARED[slot], np.uint8)
-    results, begin = [], 0
-    for path in paths:
-        data = _baseline(path, resizer)
-        data = _by_cpu(path, resizer, load) if data is None else np.frombuffer(data, np.uint8)
-        if not isinstance(data, str) and begin + data.size <= memory.size:
-            memory[begin : begin + data.size] = data.ravel()
-            begin, data = begin + data.size, (begin, data.shape)
-        results.append(data)
-    return slot, paths, results
-
-
-def _baseline(path, resizer):
-    """The bytes of a baseline JPEG; None for any other file, which the CPU may read or say why not."""
-    try:
-        if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
-            return None
-        with open(path, "rb") as file:
-            data = file.read()
-        size = baseline_size(data)
-        return data if size and placement_of(*size, resizer) else None
-    except (OSError, ImageError):
-        return None
-
-
-def _by_cpu(path, resizer, load):
-    """The image as the CPU decodes it, or why it cannot be read."""
-    try:
-        image = load(path)
-        placement_of(*image.shape[:2], resizer)
-    except ImageError as error:
-        return str(error)
-    return image
 
 
 def _chunks(paths, size):

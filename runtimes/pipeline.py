@@ -16,7 +16,7 @@ import onnx_utils
 from image_batcher import ImageBatcher
 from images.decoding import load_image
 from runtimes.detector import Detections
-from runtimes.gpu_images import GpuBatcher, reading_memories
+from runtimes.gpu_images import GpuBatcher
 from runtimes.workers import Workers
 
 
@@ -64,14 +64,9 @@ def choose_batch_size(detector, asked, usual):
     return asked
 
 
-def open_workers(detector, images, batch_size, cores=None, decoder=None):
-    """The Workers for `images` images: to decode, and for whatever is done with the detections. cores: default, all.
-
-    decoder: of gpu_images.choose_decoder; with one, they read.
-    """
+def open_workers(detector, images, batch_size, cores=None):
+    """The Workers for `images` images: to decode, and for whatever is done with the detections. cores: default, all."""
     spec = detector.input
-    if decoder:
-        return Workers(images, cores=cores, memories=reading_memories(batch_size))
     return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize, batch_size, cores)
 
 
@@ -79,7 +74,7 @@ def batcher_for(detector, files, batch_size, workers, keep_images=False, load=lo
     """An ImageBatcher, or with a GpuDecoder a GpuBatcher, of what the detector takes."""
     resizer, dtype = detector.metadata["resizer"], detector.input.dtype
     if decoder:
-        return GpuBatcher(files, resizer, batch_size, decoder, workers, load, skip)
+        return GpuBatcher(files, resizer, batch_size, decoder, load, skip)
     return ImageBatcher(files, resizer, batch_size, workers, dtype, keep_images, load, skip)
 
 

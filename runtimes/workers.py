@@ -32,18 +32,17 @@ TOGETHER, DRAWN_TOGETHER, TOGETHER_BYTES = 8, 4, 10e6
 class Workers:
     """An executor (`submit`) of processes or threads, and what keeps the order of their results. A context manager."""
 
-    def __init__(self, images, image_bytes=0, batch_size=1, cores=None, memories=None):
-        """images: how many there will be; image_bytes: of one in the network's input; cores: default, all. memories: (number,
-        bytes) of those shared with processes; default: for ImageBatcher's tensors."""
+    def __init__(self, images, image_bytes=0, batch_size=1, cores=None):
+        """images: how many there will be; image_bytes: of one in the network's input; cores: default, all."""
         cores = cores or os.cpu_count() or 1
         self.processes = cores >= PROCESSES_FROM_CORES and images >= PROCESSES_FROM_IMAGES
         self.count = cores - 1 if self.processes else min(cores, MAX_THREADS)  # this process needs a core
         self.together = max(1, min(TOGETHER, int(TOGETHER_BYTES / max(1, image_bytes)))) if self.processes else 1
         self.finished, self.seconds = 0, 0.0  # items of `map` that ended well, and seconds spent on them
         # Memory for the tasks ahead, those of a batch, and one more on either side of it.
-        slots, size = memories or (2 * self.count + -(-batch_size // self.together) + 2, self.together * image_bytes)
+        slots = 2 * self.count + -(-batch_size // self.together) + 2 if self.processes and image_bytes else 0
         context = multiprocessing.get_context("spawn")  # forked ones would share the GPU's state
-        self.memory = [context.RawArray(ctypes.c_uint8, size) for _ in range(slots if self.processes and size else 0)]
+        self.memory = [context.RawArray(ctypes.c_uint8, self.together * image_bytes) for _ in range(slots)]
         if self.processes:
             self._pool = process_pool(self.count, image_batcher.attach, (self.memory,))
         else:

@@ -1,7 +1,6 @@
 """Engines on an NVIDIA GPU: run with `pytest -m gpu` where there is one. CI has none; test_engine.py tests the logic there."""
 
 import concurrent.futures
-import contextlib
 import functools
 import re
 import threading
@@ -398,19 +397,16 @@ def test_decoding_on_the_gpu_gives_the_same(engine, size, tmp_path):
         else:
             target.symlink_to(source)
     files = sorted(tmp_path.iterdir())
-    with open_detector(engine("fp32")[0]) as detector, contextlib.ExitStack() as stack:
+    with open_detector(engine("fp32")[0]) as detector, open_workers(detector, 0, size) as workers:
         decoder = choose_decoder("gpu", detector, files, size)
-        # Read by processes at one size, by threads at the others.
-        workers = stack.enter_context(open_workers(detector, 1000 if size == 4 else 0, size, decoder=decoder))
         batcher = batcher_for(detector, files, size, workers, decoder=decoder)
         for batch in batcher:
             for path, image in zip(batch.paths, batch.tensors, strict=True):
                 assert (image.height, image.width) == load_image(path).shape[:2]
         assert (batcher.skipped, 6 < batcher.by_cpu < 20) == (6, True)
         times = [Times(), Times()]
+        wanted = list(detect_files(detector, files, size, workers, times[0]))
         found = list(detect_files(detector, files, size, workers, times[1], decoder=decoder))
-        plain = stack.enter_context(open_workers(detector, 0, size))
-        wanted = list(detect_files(detector, files, size, plain, times[0]))
     assert times[0].skipped == times[1].skipped == 6
     assert [item.path for item in found] == [item.path for item in wanted]
     for a, b in zip(wanted, found, strict=True):

@@ -17,13 +17,12 @@ from images.decoding import ImageError, load_image
 from runtimes import gpu_images
 from runtimes.gpu_images import (
     FEWEST_TOGETHER,
+    LOOK_AHEAD,
     MOST_TOGETHER,
-    READ_AHEAD,
     DeviceImage,
     GpuBatcher,
     baseline_size,
     choose_decoder,
-    reading_memories,
 )
 from runtimes.workers import Workers
 
@@ -82,24 +81,19 @@ class StandIn:
     def decode(self, files):
         self.chunks.append(len(files))
         images = []
-        for data in files:
+        for path in files:
             self.files += 1
-            images.append(
-                None if self.files % 3 == 0 else self.upload(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-            )
+            images.append(None if self.files % 3 == 0 else self.upload(np.asarray(Image.open(path).convert("RGB"))))
         return images
 
     def upload(self, image):
         return DeviceImage(0, 3 * image.shape[1], *image.shape[:2], image)
 
 
-@pytest.mark.parametrize(("size", "processes"), [(1, False), (5, False), (32, True), (50, False)])
+@pytest.mark.parametrize("size", [1, 5, 32, 50])
 @pytest.mark.parametrize("resizer", [FIXED, KEEP])
-def test_images_come_in_order_whoever_decodes_them(size, processes, resizer, tmp_path, capsys):
-    """Of JPEGs, PNGs and broken files among each other: the same as ImageBatcher gives, and the same warnings.
-
-    What processes read comes through memory that takes some of it, the rest as messages.
-    """
+def test_images_come_in_order_whoever_decodes_them(size, resizer, tmp_path, capsys):
+    """Of JPEGs, PNGs and broken files among each other: the same as ImageBatcher gives, and the same warnings."""
     for i in range(70):
         source, target = PICTURES[i % 8], tmp_path / f"{i:02}.jpg"
         if i % 10 == 4:
@@ -110,11 +104,8 @@ def test_images_come_in_order_whoever_decodes_them(size, processes, resizer, tmp
             shutil.copy(source, target)
     files, decoder = sorted(tmp_path.iterdir()), StandIn()
     files += [tmp_path / "absent.jpg", tmp_path]
-    number, _ = reading_memories(size)
-    with Workers(1000, cores=4 if processes else 1, memories=(number, 2_000_000)) as workers:
-        assert workers.processes == processes
-        batcher = GpuBatcher(files, resizer, size, decoder, workers)
-        batches = list(batcher)
+    batcher = GpuBatcher(files, resizer, size, decoder)
+    batches = list(batcher)
     said = capsys.readouterr().err
     with Workers(0) as workers:
         plain = ImageBatcher(files, resizer | {"pad_value": [0, 0, 0]}, size, workers)
@@ -138,11 +129,10 @@ def test_it_reads_only_some_way_ahead():
         raise ImageError("not that one")
 
     files = [Path(f"{i}.png") for i in range(10_000)]
-    with Workers(0) as workers:
-        pictures = iter(GpuBatcher([PICTURES[0], *files], FIXED, 1, StandIn(), workers, load))
-        next(pictures)
-        pictures.close()
-    assert len(read) <= (READ_AHEAD + 1) * FEWEST_TOGETHER
+    pictures = iter(GpuBatcher([PICTURES[0], *files], FIXED, 1, StandIn(), load))
+    next(pictures)
+    pictures.close()
+    assert len(read) <= (LOOK_AHEAD + 3) * FEWEST_TOGETHER
 
 
 def detector(**changes):
