@@ -330,7 +330,7 @@ def process(source, images, options, results):
     opened = open_workers(source.detector, len(files), source.batch_size)
     with opened as workers, progress(files, unit="image") as bar:
         started, items = time.perf_counter(), chosen(workers)
-        written = workers.map(write_one, items)
+        written = workers.map(write_one, items, through_memory=bool(source.decoder))
         try:
             for entries in written:
                 results.add(entries)
@@ -478,7 +478,8 @@ def benchmark(detector, gpus, images, options, args):
         detected = source.detected(repeated, workers, times, bool(options.folder))
         chosen = (dataclasses.replace(item, found=options.chosen(item.found)) for item in detected)
         done = ((item, names[item.path], options) for item in chosen)
-        for _ in workers.map(write_one, done) if options.folder else done:
+        through = bool(source.decoder)
+        for _ in workers.map(write_one, done, through_memory=through) if options.folder else done:
             pass
         seconds = time.perf_counter() - begun
     if not times.images:

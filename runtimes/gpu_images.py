@@ -32,6 +32,7 @@ LOOK_AHEAD = 2  # such chunks of files, whose reading begins meanwhile
 HEADER_BYTES = 4096  # of a JPEG that are read at first
 # So many processors keep up with the fastest engine on one image at a time, and are faster: 991 images/s, the GPU 798.
 CORES_FOR_ONE_BY_ONE = 8
+KEPT_BYTES = 2_000_000  # of a decoded image that is kept to be drawn on, at most; larger ones are decoded again
 LARGEST = 16_000_000  # pixels; larger ones go the CPU's way, which has limits of its own
 # What the kernel is told of each image, as `struct Image`: `height` and `width` are those that it is resized to.
 TABLE = np.dtype(
@@ -88,6 +89,17 @@ class DeviceImage:
     height: int
     width: int
     owner: object  # what the memory lives by
+
+    def download(self, gpu):
+        """Its pixels [height, width, 3] in the processor's memory. gpu: the trt_detector.GpuContext that it is in."""
+        import pycuda.driver as cuda
+
+        rows = np.empty((self.height, self.stride), np.uint8)
+        with gpu:
+            stream = cuda.Stream()  # not the default one: that waits for all others
+            cuda.memcpy_dtoh_async(rows, self.pointer, stream)
+            stream.synchronize()
+        return rows[:, : 3 * self.width].reshape(self.height, self.width, 3)
 
 
 class GpuResizer:
@@ -282,13 +294,14 @@ class GpuBatcher:
     leaves Python's lock for each image, so that any more Python at work makes it wait (BENCHMARKS.md).
     """
 
-    def __init__(self, paths, resizer, batch_size, decoder, load=load_image, skip=None):
+    def __init__(self, paths, resizer, batch_size, decoder, load=load_image, skip=None, keep_images=False):
+        """keep_images: whether batches have `images`, on the GPU too, but for large ones."""
         self.paths, self.batch_size, self.skipped = paths, batch_size, 0
         self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
         self.by_cpu = 0  # images that were decoded by the CPU
         self._resizer, self._decoder, self._load = resizer, decoder, load
         self._together = min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
-        self._skip = skip or warn_of_skipped
+        self._skip, self._keep = skip or warn_of_skipped, keep_images
 
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images."""
@@ -306,7 +319,9 @@ class GpuBatcher:
                         self.skipped += 1
                         self._skip(number, path, image)
                         continue
-                    batch.append((number, path, None, placement_of(image.height, image.width, self._resizer), image))
+                    placement = placement_of(image.height, image.width, self._resizer)
+                    kept = image if self._keep and image.height * image.stride <= KEPT_BYTES else None
+                    batch.append((number, path, kept, placement, image))
                     if len(batch) == self.batch_size:
                         yield Batch(*map(list, zip(*batch, strict=True)))
                         batch = []

@@ -16,7 +16,7 @@ import onnx_utils
 from image_batcher import ImageBatcher
 from images.decoding import load_image
 from runtimes.detector import Detections
-from runtimes.gpu_images import GpuBatcher
+from runtimes.gpu_images import DeviceImage, GpuBatcher
 from runtimes.workers import Workers
 
 
@@ -74,7 +74,7 @@ def batcher_for(detector, files, batch_size, workers, keep_images=False, load=lo
     """An ImageBatcher, or with a GpuDecoder a GpuBatcher, of what the detector takes."""
     resizer, dtype = detector.metadata["resizer"], detector.input.dtype
     if decoder:
-        return GpuBatcher(files, resizer, batch_size, decoder, load, skip)
+        return GpuBatcher(files, resizer, batch_size, decoder, load, skip, keep_images)
     return ImageBatcher(files, resizer, batch_size, workers, dtype, keep_images, load, skip)
 
 
@@ -115,8 +115,11 @@ def _finish(detector, batch, ticket, times):
     with _naming(batch):
         found = detector.finish(ticket)
     times.images += len(found)
-    for item in zip(batch.numbers, batch.paths, batch.images, batch.placements, found, strict=True):
-        yield Detected(*item)
+    for number, path, image, *rest in zip(
+        batch.numbers, batch.paths, batch.images, batch.placements, found, strict=True
+    ):
+        image = image.download(detector.gpu) if isinstance(image, DeviceImage) else image
+        yield Detected(number, path, image, *rest)
 
 
 @contextlib.contextmanager

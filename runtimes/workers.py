@@ -12,11 +12,14 @@ import functools
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 
 from commandline import UserError
+
+import numpy as np
 
 import image_batcher
 
@@ -57,21 +60,30 @@ class Workers:
         """Yields the results of submit(item), futures, in order; two for each worker are begun before they are asked for."""
         return in_order(submit, items, 2 * self.count - 1)
 
-    def map(self, function, items):
-        """Yields function(*item) for each of the items, in order. Any error is raised here."""
+    def map(self, function, items, through_memory=False):
+        """Yields function(*item) for each of the items, in order. Any error is raised here.
+
+        through_memory: arrays in the items go to processes through `memory`, which nothing else may use meanwhile.
+        """
+        free = collections.deque(range(len(self.memory)) if through_memory else ())
         together = DRAWN_TOGETHER if self.processes else 1
         items = iter(items)
         chunks = iter(lambda: list(itertools.islice(items, together)), [])
         try:
-            for results, _ in self.in_order(functools.partial(self._begin, function), chunks):
+            for results, _ in self.in_order(functools.partial(self._begin, function, free), chunks):
                 yield from results
         finally:  # what makes the items may be at work too
             if hasattr(items, "close"):
                 items.close()
 
-    def _begin(self, function, items):
-        future = self.submit(_call_each, function, items)
+    def _begin(self, function, free, items):
+        slot = free.popleft() if free else None
+        if slot is not None:
+            items = _pack(items, self.memory[slot])
+        future = self.submit(_call_each, function, items, slot)
         future.add_done_callback(self._count)
+        if slot is not None:
+            future.add_done_callback(lambda _: free.append(slot))
         return future
 
     def _count(self, future):
@@ -116,10 +128,39 @@ def _first(begun):
     return result
 
 
-def _call_each(function, items):
-    """A worker's task: (results, seconds)."""
+def _call_each(function, items, slot):
+    """A worker's task: (results, seconds). slot: the number of the shared memory that _pack put `items` into, or None."""
     begun = time.perf_counter()
+    if slot is not None:
+        items = _unpack(items, image_batcher.SHARED[slot])
     return [function(*item) for item in items], time.perf_counter() - begun
+
+
+def _pack(items, memory):
+    """(pickle, places) of items whose arrays are copied into a shared memory, as far as they fit: (begin, bytes) of each.
+
+    (Python documentation, pickle, "Out-of-band Buffers".)
+    """
+    memory, places, end = np.frombuffer(memory, np.uint8), [], 0
+
+    def stays_in_the_pickle(buffer):
+        nonlocal end
+        data, begin = np.frombuffer(buffer.raw(), np.uint8), -(-end // 64) * 64  # aligned
+        if begin + data.nbytes > memory.size:
+            return True
+        end = begin + data.nbytes
+        memory[begin:end] = data
+        places.append((begin, data.nbytes))
+        return False
+
+    return pickle.dumps(items, protocol=5, buffer_callback=stays_in_the_pickle), places
+
+
+def _unpack(packed, memory):
+    """The items of _pack, whose arrays lie in the memory."""
+    data, places = packed
+    memory = np.frombuffer(memory, np.uint8)
+    return pickle.loads(data, buffers=[memory[begin : begin + size] for begin, size in places])
 
 
 def end_with_parent():

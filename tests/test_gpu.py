@@ -406,7 +406,9 @@ def test_decoding_on_the_gpu_gives_the_same(engine, size, tmp_path):
         assert (batcher.skipped, 6 < batcher.by_cpu < 20) == (6, True)
         times = [Times(), Times()]
         wanted = list(detect_files(detector, files, size, workers, times[0]))
-        found = list(detect_files(detector, files, size, workers, times[1], decoder=decoder))
+        found = list(detect_files(detector, files, size, workers, times[1], keep_images=True, decoder=decoder))
+    for item in found:  # whoever draws on them
+        np.testing.assert_array_equal(item.image, load_image(item.path))
     assert times[0].skipped == times[1].skipped == 6
     assert [item.path for item in found] == [item.path for item in wanted]
     for a, b in zip(wanted, found, strict=True):

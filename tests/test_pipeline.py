@@ -151,6 +151,24 @@ def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
     assert most[0] <= 2
 
 
+def where(number, array, shape):
+    """A task: the number, the sum of an array, whether it lies in shared memory, its shape as given."""
+    shared = any(np.shares_memory(array, np.frombuffer(memory, np.uint8)) for memory in image_batcher.SHARED)
+    return number, int(array.sum()), shared, shape
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_arrays_reach_processes_through_memory(through):
+    """As far as they fit: DRAWN_TOGETHER small ones do, of larger ones some, of the largest none; each keeps its own."""
+    arrays = [np.full((size, 7, 3), n % 250, np.uint8) for n, size in enumerate([100, 1000, 100, 5000] * 40)]
+    with Workers(1000, 4000, cores=4) as workers:  # of 8 * 4,000 bytes
+        done = workers.map(where, ((n, x, x.shape) for n, x in enumerate(arrays)), through_memory=through)
+        for n, (number, total, shared, shape) in enumerate(done):
+            assert (number, total, shape) == (n, int(arrays[n].sum()), arrays[n].shape)
+            assert shared == (through and arrays[n].nbytes < 30_000)
+    assert n == len(arrays) - 1
+
+
 def fail(path, reason):
     with naming_results_of(path):
         raise OSError(reason)
