@@ -207,9 +207,12 @@ class Options:
 
     def chosen(self, found):
         """Of Detections, those that are written."""
-        left_out = {} if self.masks_from is not None else {"masks": None}
-        left_out |= {} if self.points_from is not None else {"keypoints": None, "keypoint_scores": None}
-        return dataclasses.replace(found.above(self.threshold), **left_out)
+        kept, left_out = found.above(self.threshold), {}
+        if kept.masks is not None and self.masks_from is None:
+            left_out["masks"] = None
+        if kept.keypoints is not None and self.points_from is None:
+            left_out |= {"keypoints": None, "keypoint_scores": None}
+        return dataclasses.replace(kept, **left_out) if left_out else kept
 
     def draw(self, image, found):
         """The image [H, W, 3] with Detections on it, as a Pillow image."""

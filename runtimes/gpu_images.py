@@ -169,20 +169,24 @@ def baseline_size(data, end=None):
 
 def plain_jpeg(path):
     """As baseline_size, of a file. Asks the system to have all of it in memory soon. Raises OSError."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or not 2 <= status.st_size <= LARGEST:
-        return None
-    with open(path, "rb", buffering=0) as file:
-        data = file.read(HEADER_BYTES)
-        file.seek(-2, os.SEEK_END)
-        end = file.read(2)
+    # By the system's own calls: half the time of a file object's, for every image (a named pipe must not make it wait).
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or not 2 <= status.st_size <= LARGEST:
+            return None
+        data = os.read(file, HEADER_BYTES)
+        os.lseek(file, -2, os.SEEK_END)
+        end = os.read(file, 2)
         size = baseline_size(data, end)
         if not size and len(data) < status.st_size:  # there may be a preview before the frame header
-            file.seek(0)
-            size = baseline_size(file.read(), end)
+            os.lseek(file, 0, os.SEEK_SET)
+            size = baseline_size(os.read(file, LARGEST), end)
         if size and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
         return size
+    finally:
+        os.close(file)
 
 
 class GpuDecoder:

@@ -22,7 +22,7 @@ from runtimes import open_detector
 from runtimes.detector import Detections
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import Detected, Times, detect_files, open_workers
-from runtimes.workers import end_with_parent, interrupts_ignored
+from runtimes.processes import end_with_parent, interrupts_ignored
 
 # Files that a GPU is dealt at a time; results that it tells of at a time; results of one that wait for those of another.
 DEALT, TOLD, WAITING = 64, 64, 1024

@@ -6,22 +6,17 @@ resized 970 images/s, 15 processes 2,466 (BENCHMARKS.md).
 
 import collections
 import concurrent.futures
-import contextlib
 import ctypes
 import functools
 import itertools
 import multiprocessing
 import os
-import pickle
-import signal
-import threading
 import time
 
 from commandline import UserError
 
-import numpy as np
-
 import image_batcher
+from runtimes.processes import pack, process_pool, unpack
 
 # From this many cores on, and for this many images, it pays to start processes: each takes a second.
 PROCESSES_FROM_CORES = 4
@@ -79,7 +74,7 @@ class Workers:
     def _begin(self, function, free, items):
         slot = free.popleft() if free else None
         if slot is not None:
-            items = _pack(items, self.memory[slot])
+            items = pack(items, self.memory[slot])
         future = self.submit(_call_each, function, items, slot)
         future.add_done_callback(self._count)
         if slot is not None:
@@ -129,70 +124,8 @@ def _first(begun):
 
 
 def _call_each(function, items, slot):
-    """A worker's task: (results, seconds). slot: the number of the shared memory that _pack put `items` into, or None."""
+    """A worker's task: (results, seconds). slot: the number of the shared memory that `pack` put `items` into, or None."""
     begun = time.perf_counter()
     if slot is not None:
-        items = _unpack(items, image_batcher.SHARED[slot])
+        items = unpack(items, image_batcher.SHARED[slot])
     return [function(*item) for item in items], time.perf_counter() - begun
-
-
-def _pack(items, memory):
-    """(pickle, places) of items whose arrays are copied into a shared memory, as far as they fit: (begin, bytes) of each.
-
-    (Python documentation, pickle, "Out-of-band Buffers".)
-    """
-    memory, places, end = np.frombuffer(memory, np.uint8), [], 0
-
-    def stays_in_the_pickle(buffer):
-        nonlocal end
-        data, begin = np.frombuffer(buffer.raw(), np.uint8), -(-end // 64) * 64  # aligned
-        if begin + data.nbytes > memory.size:
-            return True
-        end = begin + data.nbytes
-        memory[begin:end] = data
-        places.append((begin, data.nbytes))
-        return False
-
-    return pickle.dumps(items, protocol=5, buffer_callback=stays_in_the_pickle), places
-
-
-def _unpack(packed, memory):
-    """The items of _pack, whose arrays lie in the memory."""
-    data, places = packed
-    memory = np.frombuffer(memory, np.uint8)
-    return pickle.loads(data, buffers=[memory[begin : begin + size] for begin, size in places])
-
-
-def end_with_parent():
-    """Called in a new process: it ends with the one that started it, however that one ends."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _begin_process(initializer, arguments):
-    """What a process of a pool does first."""
-    end_with_parent()
-    if initializer:
-        initializer(*arguments)
-
-
-@contextlib.contextmanager
-def interrupts_ignored():
-    """What is started here ignores Ctrl-C from its first instruction on: who started it ends it."""
-    mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None
-    try:
-        yield
-    finally:
-        if mine:
-            signal.signal(signal.SIGINT, before)
-
-
-def process_pool(count, initializer=None, arguments=()):
-    """A pool of fresh processes, started. Ctrl-C does not reach them: what waits for them ends them."""
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(count, context, _begin_process, (initializer, arguments))
-    with interrupts_ignored():
-        for _ in range(count):  # none is idle yet: each starts one
-            pool.submit(os.getpid)
-    return pool

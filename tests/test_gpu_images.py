@@ -1,6 +1,7 @@
 """What surrounds decoding on a GPU, without one: which files go there, order, what is left to processors."""
 
 import io
+import os
 import shutil
 import types
 from pathlib import Path
@@ -23,6 +24,7 @@ from runtimes.gpu_images import (
     GpuBatcher,
     baseline_size,
     choose_decoder,
+    plain_jpeg,
 )
 from runtimes.workers import Workers
 
@@ -63,6 +65,26 @@ def test_only_plain_jpegs_go_to_the_gpu(data, baseline, tmp_path):
         assert baseline_size(data) == load_image(tmp_path / "a.jpg").shape[:2]
     else:
         assert baseline_size(data) is None
+
+
+def test_a_file_is_read_as_far_as_it_must_be(tmp_path):
+    """The header alone of most; all of one with a long preview before it; of a file that is cut off, its end says so."""
+    path, preview = tmp_path / "a.jpg", b"\xff\xe1\xff\xff" + bytes(0xFFFD)
+    for data, found in (
+        (saved(), True),
+        (saved()[:2] + 3 * preview + saved()[2:], True),
+        (saved()[:-1], False),
+        (saved(progressive=True), False),
+        (b"", False),
+        (b"\xff", False),
+    ):
+        path.write_bytes(data)
+        assert plain_jpeg(path) == (load_image(path).shape[:2] if found else None)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert plain_jpeg(tmp_path / "pipe.jpg") is None
+    assert plain_jpeg(tmp_path) is None
+    with pytest.raises(OSError, match="absent"):
+        plain_jpeg(tmp_path / "absent.jpg")
 
 
 def test_sizes_are_those_of_the_photos():

@@ -1,0 +1,73 @@
+"""Processes that this one starts: how they begin, how they end, how arrays reach them."""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+
+import numpy as np
+
+
+def end_with_parent():
+    """Called in a new process: it ends with the one that started it, however that one ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _begin_process(initializer, arguments):
+    """What a process of a pool does first."""
+    end_with_parent()
+    if initializer:
+        initializer(*arguments)
+
+
+@contextlib.contextmanager
+def interrupts_ignored():
+    """What is started here ignores Ctrl-C from its first instruction on: who started it ends it."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, before)
+
+
+def process_pool(count, initializer=None, arguments=()):
+    """A pool of fresh processes, started. Ctrl-C does not reach them: what waits for them ends them."""
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(count, context, _begin_process, (initializer, arguments))
+    with interrupts_ignored():
+        for _ in range(count):  # none is idle yet: each starts one
+            pool.submit(os.getpid)
+    return pool
+
+
+def pack(items, memory):
+    """(pickle, places) of items whose arrays are copied into a shared memory, as far as they fit: (begin, bytes) of each.
+
+    (Python documentation, pickle, "Out-of-band Buffers".)
+    """
+    memory, places, end = np.frombuffer(memory, np.uint8), [], 0
+
+    def stays_in_the_pickle(buffer):
+        nonlocal end
+        data, begin = np.frombuffer(buffer.raw(), np.uint8), -(-end // 64) * 64  # aligned
+        if begin + data.nbytes > memory.size:
+            return True
+        end = begin + data.nbytes
+        memory[begin:end] = data
+        places.append((begin, data.nbytes))
+        return False
+
+    return pickle.dumps(items, protocol=5, buffer_callback=stays_in_the_pickle), places
+
+
+def unpack(packed, memory):
+    """The items of `pack`, whose arrays lie in the memory."""
+    data, places = packed
+    memory = np.frombuffer(memory, np.uint8)
+    return pickle.loads(data, buffers=[memory[begin : begin + size] for begin, size in places])
