@@ -170,7 +170,7 @@ def _serve(connection, job, gpu):
             _detect(connection, job, detector)
     except UserError as error:
         connection.send(error)
-    except EOFError:  # it is not needed any more
+    except (EOFError, BrokenPipeError):  # it is not needed any more
         pass
     except Exception as error:
         connection.send(UserError(f"--gpus {gpu}: {type(error).__name__}: {error}"))
