@@ -19,6 +19,7 @@ from conftest import DEMO, EXPORTS, MODELS, ROOT, need_shared
 
 import build_engine
 import onnx_utils
+from benchmarks import bench_rounds
 from checks import coco
 from images.decoding import load_image
 from runtimes import open_detector, precision, quantization, trt_detector, trt_graph
@@ -437,6 +438,20 @@ def test_the_half_form_builds_strongly_typed(key, convert, exported):
     if key not in EXPORTS:  # those are hardly any weights
         assert sizes[1][0] < 0.8 * sizes[0][0]
         assert sum(sizes[1]) < 0.8 * sum(sizes[0])
+
+
+def test_suppression_by_rounds_finds_the_same_without_a_plugin(convert, coco_images, capsys):
+    """The experiment of benchmarks/bench_rounds.py, bit for bit on photos; in FP16 the whole builds."""
+    path, _ = convert("fpnlite", "--batch_size", "dynamic")
+    args = ["check", "--onnx", str(path), "--input", str(coco_images[0].parent), "--images", "3"]
+    assert bench_rounds.main([*args, "--forms", "rounds", "plugin:pairs=2048"]) == 0
+    rounds, plugin = capsys.readouterr().out.splitlines()
+    assert rounds.startswith("rounds: other detections than the plugin's in 0 of 3 images")
+    assert rounds.endswith("not exact in 0, in 1 of the suppressions")
+    assert plugin.startswith("plugin:pairs=2048: other detections than the plugin's in 0 of 3 images")
+    form = bench_rounds.Form("rounds")
+    model, _ = form.finish(precision.to_half(form.prepare(onnx_utils.load(path), BATCH)), None, True)
+    assert build_with_rtx(model) > 0
 
 
 def test_the_quantized_form_builds_strongly_typed(int8_demo):

@@ -1,0 +1,369 @@
+"""Times forms of suppression on TensorRT, and checks them on ONNX Runtime: the plugin, and rounds (nms_by_rounds.py).
+
+    python benchmarks/bench_rounds.py check --onnx dynamic.onnx --input val2017 --forms plugin:pairs=2048 rounds
+    python benchmarks/bench_rounds.py part --onnx dynamic.onnx --input val2017 --output build/rounds
+    python benchmarks/bench_rounds.py part --onnx dynamic.onnx --input val2017 --output build/rounds \\
+        --forms plugin rounds rounds:first=512,left=256 rounds:topk=1 plugin:pairs=1536
+    python benchmarks/bench_rounds.py full --onnx dynamic.onnx --input val2017 --output build/rounds --forms plugin rounds
+    python benchmarks/bench_rounds.py compare --onnx dynamic.onnx --input val2017 --output build/rounds
+
+check (needs no GPU): in how many images a form finds other detections than the plugin, or says that it is not exact. part:
+suppression and what prepares it as an engine of their own, which builds in half a minute, on what the network gives for the
+images. full: whole engines; compare: their detections. Forms: plugin, plugin:pairs=N (of the best N pairs and few more),
+rounds, rounds:FIELD=N,... with the fields of nms_by_rounds.Sizes. `dynamic.onnx`: of create_onnx.py --batch_size dynamic.
+"""
+
+import collections
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from commandline import UserError, make_folder, progress, run
+from commandline.inputs import find_images
+from commandline.options import count, make_parser
+
+import build_engine
+import onnx_utils
+from benchmarks import nms_by_rounds
+from checks import parity
+from images.decoding import load_image
+from images.resizing import preprocess
+from runtimes import precision, standard_graph, trt_graph
+from runtimes.cuda_graph import CudaGraph
+from runtimes.detector import detect_image, input_spec, network_inputs
+from runtimes.trt_detector import GpuContext, TrtDetector, import_tensorrt, make_logger
+from tfod.nms import among_largest
+
+RUNS = 200
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("mode", choices=["check", "part", "full", "compare"])
+    add("--onnx", required=True, help="the model.onnx, made with --batch_size dynamic")
+    add("--input", required=True, help="a folder of images")
+    add("--output", help="folder for engines and timing caches; not for check")
+    add("--forms", nargs="+", type=Form, default=[Form("plugin"), Form("rounds")], help="default: plugin rounds")
+    add("--precision", choices=["fp32", "fp16"], default="fp16", help="default: fp16")
+    add("--batch", type=int, nargs=3, default=[1, 8, 32], metavar=("MIN", "OPT", "MAX"), help="default: 1 8 32")
+    add("--node", type=int, default=0, metavar="N", help="part: which of the suppressions, from 0; default: 0")
+    add("--images", type=count, help="check, compare: at most so many; default: all")
+    add("--profile", type=count, default=8, metavar="N", help="print the N slowest layers; default: 8")
+    args = parser.parse_args(argv)
+    if args.mode != "check" and not args.output:
+        raise UserError("--output: name a folder for the engines")
+    return args
+
+
+class Form:
+    """A form of suppression, by its text on the command line. Raises UserError for one that there is not."""
+
+    def __init__(self, text):
+        self.text = text
+        self.kind, _, fields = text.partition(":")
+        known = {"plugin": ["pairs"], "rounds": [field.name for field in dataclasses.fields(nms_by_rounds.Sizes)]}
+        pairs = [field.split("=") for field in fields.split(",") if field]
+        if self.kind not in known or not all(
+            len(x) == 2 and x[0] in known[self.kind] and x[1].isdigit() for x in pairs
+        ):
+            raise UserError(
+                f"--forms {text}: give plugin, plugin:pairs=N, rounds or rounds:FIELD=N,... with the fields"
+                f" {', '.join(known['rounds'])}"
+            )
+        self.fields = {name: int(value) for name, value in pairs}
+        self.sizes = nms_by_rounds.Sizes(**self.fields) if self.kind == "rounds" else None
+
+    def prepare(self, model, most):
+        """The graph that TensorRT gets, before it is given its types; then `finish`."""
+        if self.sizes:
+            return nms_by_rounds.prepare(model, most, self.sizes)
+        if self.fields:
+            model = with_fewer_pairs(model, self.fields["pairs"])
+        return trt_graph.prepare(model, most)
+
+    def finish(self, model, told, half, check=False):
+        """(model, build_engine.LayerTypes or None) with the rounds in it, if any."""
+        if self.sizes:
+            model, names = nms_by_rounds.replace(model, self.sizes, half, check)
+            told = told and dataclasses.replace(told, float32=told.float32 | names)
+        return model, told
+
+    def path(self, args, kind):
+        """The engine's file."""
+        name = "".join(letter if letter.isalnum() else "-" for letter in self.text)
+        return Path(args.output) / f"{Path(args.onnx).stem}.{kind}.{args.precision}.{name}.trt"
+
+
+def with_fewer_pairs(model, pairs):
+    """A copy of the model whose plugins get the best `pairs` and few more, without a sort: the others score 0."""
+    graph = precision.typed_graph(model)
+    for number, node in enumerate([node for node in graph.nodes if node.op == "EfficientNMS_TRT"]):
+        ops, scores = onnx_utils.OpBuilder(graph, f"fewer_{number}"), node.inputs[1]
+        boxes, classes = scores.shape[1:]
+        if boxes * classes > pairs:
+            flat = ops.reshape(scores, [0, boxes * classes, 1])
+            kept = ops.reshape(among_largest(ops, flat, pairs), [0, boxes, classes])
+            kept.dtype = bool
+            node.inputs[1] = ops.add("Where", kept, scores, np.float32(0), dtype=np.float32)
+            node.inputs[1].shape = scores.shape
+    result = gs.export_onnx(graph.cleanup().toposort())
+    result.metadata_props.extend(model.metadata_props)
+    return result
+
+
+def open_session(model):
+    data = standard_graph.prepare(model, onnx_utils.PLUGIN_MAX_PAIRS).SerializeToString()
+    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+
+def check(args, files):
+    model, metadata = build_engine.read_model(args.onnx)
+    spec, outputs = input_spec(metadata), len(model.graph.output)
+    plugin = open_session(trt_graph.prepare(model, args.batch[2]))
+    half, forms = args.precision == "fp16", {}
+    for form in args.forms:
+        forms[form], _ = form.finish(form.prepare(model, args.batch[2]), None, half, check=True)
+    sessions = {form: open_session(made) for form, made in forms.items()}
+    differing, inexact = collections.Counter(), collections.Counter()
+    for path in progress(files, unit="image"):
+        picture, placement = preprocess(load_image(path), metadata["resizer"])
+        feeds = network_inputs(picture[None], [placement.true_shape], spec)
+        wanted = plugin.run(None, feeds)
+        for form, session in sessions.items():
+            found = session.run(None, feeds)
+            differing[form] += not all(map(np.array_equal, wanted, found[:outputs]))
+            inexact[form] += not all(exact.all() for exact in found[outputs:])
+    for form, made in forms.items():
+        print(
+            f"{form.text}: other detections than the plugin's in {differing[form]} of {len(files)} images; by its own word"
+            f" not exact in {inexact[form]}, in {len(made.graph.output) - outputs} of the suppressions"
+        )
+    return int(differing.total() + inexact.total() > 0)
+
+
+def batch_of_images(args, files, metadata):
+    """The first images as a batch of the largest size: (array [B, height, width, 3], true shapes)."""
+    files = [files[i % len(files)] for i in range(args.batch[2])]
+    pictures = [preprocess(load_image(path), metadata["resizer"]) for path in files]
+    return np.stack([x for x, _ in pictures]), [placement.true_shape for _, placement in pictures]
+
+
+def build(args, model, metadata, told, engine):
+    options = ["--onnx", args.onnx, "--engine", str(engine), "--precision", args.precision]
+    options = build_engine.parse_args([*options, "--timing_cache", f"{engine}.cache"])
+    trt, _ = import_tensorrt("bench_rounds.py")
+    metadata = {**metadata, "precision": args.precision}
+    return build_engine.build(trt, options, model, metadata, tuple(args.batch), told)
+
+
+def show_table(rows, batch):
+    """rows: {form: (build seconds, [ms of each batch])}."""
+    print("\n| form | build s | " + " | ".join(f"ms, batch {size}" for size in batch) + " |")
+    print("|---" * (len(batch) + 2) + "|")
+    for form, (seconds, times) in rows.items():
+        print(f"| {form.text} | {seconds:.0f} | " + " | ".join(f"{ms:.3f}" for ms in times) + " |", flush=True)
+
+
+def show_layers(title, layers, most):
+    """layers: {name: ms}, slowest first."""
+    print(f"\n{title}: {len(layers)} layers, {sum(layers.values()):.3f} ms with the profiler on")
+    for name, ms in list(layers.items())[:most]:
+        print(f"  {ms:.4f} ms  {name[:150]}")
+
+
+def full(args, files):
+    trt, cuda = import_tensorrt("bench_rounds.py full")
+    model, metadata = build_engine.read_model(args.onnx)
+    images, _ = batch_of_images(args, files, metadata)
+    rows = {}
+    for form in args.forms:
+        engine, started = form.path(args, "full"), time.perf_counter()
+        prepared = form.prepare(model, args.batch[2])
+        told = None if build_engine.is_strongly_typed(trt) else build_engine.layer_types(args.precision, prepared, None)
+        typed = build_engine.typed_model(args.precision, prepared, None)
+        typed, told = form.finish(typed, told, args.precision == "fp16")
+        try:
+            with GpuContext(cuda):
+                engine.write_bytes(build(args, typed, metadata, told, engine))
+        except UserError as error:
+            print(f"{form.text}: {error}", flush=True)
+            continue
+        seconds = time.perf_counter() - started
+        with TrtDetector(engine) as detector:
+            rows[form] = seconds, [detector.benchmark(images[:size])[0] for size in args.batch]
+            for size in args.batch[::2]:
+                show_layers(f"{form.text}, batch {size}", detector.profile(images[:size]), args.profile)
+        show_table(rows, args.batch)
+    return 0
+
+
+def compare(args, files):
+    """Detections of the first form's engine against those of the others, of `full`."""
+    found = {}
+    for form in args.forms:
+        with TrtDetector(form.path(args, "full")) as detector:
+            found[form] = [detect_image(detector, load_image(path)) for path in files]
+    first, *others = args.forms
+    for form in others:
+        same = unmatched = 0
+        for theirs, ours in zip(found[first], found[form], strict=True):
+            same += all(np.array_equal(getattr(theirs, x), getattr(ours, x)) for x in ("boxes", "scores", "classes"))
+            unmatched += parity.match_by_rank(theirs, ours).unmatched
+        print(
+            f"{form.text} against {first.text}: the same bit for bit in {same} of {len(files)} images, {unmatched} unmatched"
+        )
+    return 0
+
+
+def cut_out(model, number):
+    """(graphsurgeon graph, plugin, tensors that it starts from): a suppression and what prepares it, behind the layers with
+    weights and what only moves their results."""
+    graph = precision.typed_graph(model)
+    wide = precision.float32_nodes(graph)
+    plugins = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
+    if number >= len(plugins):
+        raise UserError(f"--node {number}: the model has {len(plugins)}, numbered from 0")
+    seen, todo, edge = set(), [plugins[number]], {}
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        for tensor in node.inputs:
+            if tensor.inputs and id(tensor.inputs[0]) in wide:
+                todo.append(tensor.inputs[0])
+            elif tensor.inputs:
+                edge[tensor.name] = tensor
+    return graph, plugins[number], [edge[name] for name in sorted(edge)]
+
+
+def part_of(model, number, feeds):
+    """(the part as a model of its own, {input: what the network gives it}); see cut_out."""
+    graph, _, edge = cut_out(model, number)
+    graph.outputs = list(edge)
+    session = open_session(gs.export_onnx(graph.cleanup().toposort()))
+    needed = {tensor.name: feeds[tensor.name] for tensor in session.get_inputs()}
+    values = dict(zip([tensor.name for tensor in edge], session.run(None, needed), strict=True))
+    graph, plugin, edge = cut_out(model, number)
+    for tensor in edge:
+        tensor.inputs.clear()
+        tensor.shape, tensor.dtype = ["B", *values[tensor.name].shape[1:]], np.float32
+    for tensor, kind in zip(plugin.outputs, (np.int32, np.float32, np.float32, np.int32), strict=True):
+        tensor.shape, tensor.dtype = ["B", *tensor.shape[1:]], kind
+    graph.inputs, graph.outputs = list(edge), list(plugin.outputs)
+    return gs.export_onnx(graph.cleanup().toposort()), values
+
+
+def part(args, files):
+    trt, cuda = import_tensorrt("bench_rounds.py part")
+    model, metadata = build_engine.read_model(args.onnx)
+    images, shapes = batch_of_images(args, files, metadata)
+    cut, values = part_of(model, args.node, network_inputs(images, shapes, input_spec(metadata)))
+    print("The part starts from " + ", ".join(f"{name} {list(x.shape)}" for name, x in values.items()), flush=True)
+    rows, results = {}, {}
+    for form in args.forms:
+        prepared = form.prepare(cut, args.batch[2])
+        typed = build_engine.is_strongly_typed(trt) or args.precision == "fp32"
+        told = None if typed else build_engine.LayerTypes({node.name for node in prepared.graph.node}, set(), {})
+        prepared, told = form.finish(prepared, told, args.precision == "fp16")
+        started = time.perf_counter()
+        with GpuContext(cuda):
+            try:
+                data = build(args, prepared, metadata, told, form.path(args, f"part{args.node}"))
+            except UserError as error:
+                print(f"{form.text}: {error}", flush=True)
+                continue
+            seconds = time.perf_counter() - started
+            times, results[form] = time_part(trt, cuda, data, values, args, form.text)
+        rows[form] = seconds, times
+        show_table(rows, args.batch)
+    first, *others = results
+    for form in others:
+        same = [
+            all(np.array_equal(a[i], b[i]) for a, b in zip(results[first], results[form], strict=True))
+            for i in range(len(images))
+        ]
+        print(f"{form.text} against {first.text}: the same bit for bit in {sum(same)} of {len(images)} images")
+    return 0
+
+
+def time_part(trt, cuda, data, values, args, title):
+    """([median ms of each batch], outputs of the largest, ordered alike for all forms) of an engine, with CUDA graphs."""
+    logger = make_logger(trt)
+    trt.init_libnvinfer_plugins(logger, "")
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(data)
+    context, stream, times = engine.create_execution_context(), cuda.Stream(), []
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    for size in args.batch:
+        memory, outputs = {}, {}
+        for name in filter(values.__contains__, names):
+            x = np.ascontiguousarray(values[name][:size], np.float32)
+            memory[name] = cuda.to_device(x)
+            context.set_input_shape(name, x.shape)
+        for name in set(names) - values.keys():
+            kind = trt.nptype(engine.get_tensor_dtype(name))
+            outputs[name] = np.empty(tuple(context.get_tensor_shape(name)), kind)
+            memory[name] = cuda.mem_alloc(outputs[name].nbytes)
+        for name in names:
+            context.set_tensor_address(name, int(memory[name]))
+        times.append(time_runs(cuda, stream, lambda: context.execute_async_v3(stream.handle)))
+    for name, x in outputs.items():
+        cuda.memcpy_dtoh(x, memory[name])
+    show_layers(f"{title}, batch {size}", profile(trt, context, stream), args.profile)
+    return times, sorted(outputs.values(), key=lambda x: (x.dtype.kind, x.shape))
+
+
+def time_runs(cuda, stream, enqueue):
+    """Median ms of what `enqueue` puts on the stream, as a CUDA graph where that can be captured."""
+    enqueue()
+    stream.synchronize()
+    captured = CudaGraph.capture(stream, enqueue)
+    launch, times = captured.launch if captured else enqueue, []
+    for _ in range(RUNS + 20):
+        begin, end = cuda.Event(), cuda.Event()
+        begin.record(stream)
+        launch()
+        end.record(stream)
+        end.synchronize()
+        times.append(end.time_since(begin))
+    return float(np.median(times[20:]))
+
+
+def profile(trt, context, stream, runs=20):
+    """{layer name: mean ms}, slowest first, of what the context holds."""
+    times = collections.Counter()
+
+    class Profiler(trt.IProfiler):
+        def __init__(self):
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, name, ms):
+            times[name] += ms / runs
+
+    context.profiler = Profiler()
+    for _ in range(runs):
+        context.execute_async_v3(stream.handle)
+        stream.synchronize()
+    return dict(times.most_common())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    files = find_images(args.input).files
+    files = files if args.mode in ("part", "full") else files[: args.images]
+    if args.output:
+        make_folder(args.output)
+    return {"check": check, "part": part, "full": full, "compare": compare}[args.mode](args, files)
+
+
+if __name__ == "__main__":
+    run(main)
