@@ -32,9 +32,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(script, *options, cores=2, limit=None):
-    """Starts a script in a process group of its own, as a shell does; returns it once Python runs."""
-    command = [sys.executable, "-c", RUN.replace("sys.argv.pop(1)", str(cores), 1), ROOT / script, *map(str, options)]
+def start(script, *options, cores=2, limit=None, before=""):
+    """Starts a script in a process group of its own, as a shell does; returns it once Python runs.
+
+    before: Python code that runs ahead of it.
+    """
+    code = before + RUN.replace("sys.argv.pop(1)", str(cores), 1)
+    command = [sys.executable, "-c", code, ROOT / script, *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, preexec_fn=limit, **pipes)
     assert process.stdout.readline() == "begun\n"
@@ -99,6 +103,37 @@ def test_sigterm_stops_as_ctrl_c_does(model, tmp_path, whom):
         assert process.returncode == 130
     else:  # what ended first, decides
         assert process.returncode == 130 or "the system ended a process" in errors
+
+
+# Code that sends a signal from within: when the script imports NumPy, and at two moments of Python's own end, before and
+# after it takes its handlers away.
+IN_IMPORTS = """
+import os, sys
+class Finder:
+    find_spec = lambda name, *_: os.kill(os.getpid(), {0}) if name == "numpy" else None
+sys.meta_path.insert(0, Finder)
+"""
+AT_THE_END = """
+import atexit, os
+atexit.register(lambda: os.kill(os.getpid(), {0}))
+class Last:
+    __del__ = lambda _, kill=os.kill, number=os.getpid(): kill(number, {0})
+last = Last()
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_its_imports_and_at_its_end(kind):
+    """130 from the start on, and the status of what was done once it is done."""
+    for before, options, status in (
+        (IN_IMPORTS, ["--version"], 130),
+        (AT_THE_END, ["--version"], 0),
+        (AT_THE_END, ["--engine", "no.onnx", "--input", PICTURES[0]], 2),
+    ):
+        process = start("infer.py", *options, before=before.format(int(kind)))
+        _, errors = ended(process)
+        assert process.returncode == status
+        assert len(errors.splitlines()) == (status == 2), errors
 
 
 def test_a_killed_script_leaves_no_process(model, tmp_path):
