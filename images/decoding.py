@@ -262,7 +262,8 @@ def _from_sixteen_bits(bits, zero_is_white, strip):
 
 
 def _from_floats(scale, strip):
-    grey = np.asarray(strip)[:, :, None] * np.float32(scale)
+    with np.errstate(all="ignore"):  # it warns of signalling NaN and of -1e38 times 255
+        grey = np.asarray(strip)[:, :, None] * np.float32(scale)
     if not (grey.min() >= 0 and grey.max() <= 255):  # nor NaN
         raise ImageError(
             "its floating-point values are neither 0 to 1 nor 0 to 255; scale them, or save it with 8 bits"

@@ -104,6 +104,7 @@ def tiff(bits, photometric, data, width, height):
     return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + data
 
 
+@pytest.mark.filterwarnings("error")
 def test_numbers_of_more_than_eight_bits(tmp_path):
     path = tmp_path / "image.tif"
     share = RNG.random((9, 14), dtype=np.float32)
@@ -117,9 +118,11 @@ def test_numbers_of_more_than_eight_bits(tmp_path):
     np.testing.assert_array_equal(loaded(share * 254.6)[:, :, 0], np.rint(share * 254.6))
     deep = RNG.integers(0, 65536, (9, 14)).astype(np.uint16)
     np.testing.assert_array_equal(loaded(deep), np.repeat((deep >> 8)[:, :, None], 3, axis=2))
-    for wrong in (share * 3000, share - 0.5, np.where(share > 0.5, np.float32("nan"), share), deep.astype(np.int32)):
+    signalling = np.where(share > 0.5, np.uint32(0x7F800001), share.view(np.uint32)).view(np.float32)
+    wrong = share * 3000, share - 0.5, share - 3e38, np.where(share > 0.5, np.float32("nan"), share), signalling
+    for array in (*wrong, deep.astype(np.int32)):
         with pytest.raises(ImageError, match=r"8 (or 16 )?bits"):
-            loaded(wrong)
+            loaded(array)
     path.write_bytes(tiff(16, 0, deep.tobytes(), 14, 9))
     np.testing.assert_array_equal(load_image(path)[:, :, 1], 255 - (deep >> 8))
     twelve = RNG.integers(0, 4096, (9, 14))
@@ -356,10 +359,9 @@ def test_blank_images_are_small_and_valid(tmp_path):
 
 
 @pytest.mark.fuzz
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("seed", range(4))
-def test_damaged_files_give_an_image_or_an_image_error(tmp_path, seed):
-    """Bits, bytes, sizes and lengths changed, pieces cut out and repeated."""
+def test_damaged_files_give_an_image_or_an_image_error(tmp_path, seed, recwarn):
+    """Bits, bytes, sizes and lengths changed, pieces cut out and repeated. NumPy warns of nothing."""
     choose = random.Random(seed)
     contents = [path.read_bytes() for path in CORPUS]
     path, slowest = tmp_path / "damaged.jpg", 0
@@ -385,6 +387,7 @@ def test_damaged_files_give_an_image_or_an_image_error(tmp_path, seed):
         slowest = max(slowest, time.process_time() - begun)
         assert image is None or (image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3)
     assert slowest < 1
+    assert not [str(warning) for warning in recwarn if warning.category is not UserWarning]
 
 
 def test_pillows_warnings_do_not_come_through(tmp_path):
