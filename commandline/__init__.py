@@ -59,10 +59,39 @@ def _tell_missing_package(kind, error, trace):
     os._exit(2)  # an excepthook cannot choose the status otherwise
 
 
+def _leave(*_):
+    """A handler of signals for the imports of a script: nothing is begun, and KeyboardInterrupt may not come through."""
+    os._exit(130)
+
+
+def _stop(_, frame):
+    """A handler of signals: KeyboardInterrupt, but after an import that is going on.
+
+    In the midst of one, packages of native code make an ImportError of it (onnxruntime), or crash.
+    """
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # a SIGALRM, which comes here as well
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+# What stops a script, nothing half-written: Ctrl-C, and docker stop and systemd. SIGALRM: see _stop.
+STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if hasattr(signal, "setitimer") else [])]
+
+
+def _on_stops(handler):
+    """Sets the handler of the signals that stop a script; what runs in the background of a shell still ignores Ctrl-C."""
+    for number in STOPS:
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 _script = getattr(sys.modules["__main__"], "__file__", None)
 if _script and Path(_script).resolve().parent in (ROOT, ROOT / "benchmarks"):
     sys.excepthook = _tell_missing_package
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops a script as Ctrl-C does, nothing half-written
+    _on_stops(_leave)
 
 
 def run(main):
@@ -72,6 +101,7 @@ def run(main):
     `main` on, neither signal does anything.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; stderr does so by itself
+    _on_stops(_stop if hasattr(signal, "setitimer") else signal.default_int_handler)
     try:
         status = main()
         sys.stdout.flush()
@@ -92,8 +122,7 @@ def run(main):
         sys.exit(130)
     finally:
         # Python takes a while to end, part of it with its own handlers gone: the status stands, and no signal changes it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _on_stops(signal.SIG_IGN)
         gc.freeze()  # else Python searches all that TensorFlow made for what can be freed: 1.7 s
 
 

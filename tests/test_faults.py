@@ -136,6 +136,30 @@ def test_stopped_in_its_imports_and_at_its_end(kind):
         assert len(errors.splitlines()) == (status == 2), errors
 
 
+# What onnxruntime's import makes of KeyboardInterrupt.
+NATIVE = """
+import os
+try:
+    os.kill(os.getpid(), {0})
+    print("imported")
+except KeyboardInterrupt as error:
+    raise ImportError("initialization failed") from error
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_import_is_finished_first(tmp_path, kind):
+    (tmp_path / "native.py").write_text(NATIVE.format(int(kind)))
+    code = f"""
+import signal, sys, time, commandline
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.append({str(tmp_path)!r})
+commandline.run(lambda: (__import__("native"), time.sleep(60)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "imported\n", "")
+
+
 def test_a_killed_script_leaves_no_process(model, tmp_path):
     """Its workers end with it."""
     out = tmp_path / "out"
@@ -249,7 +273,7 @@ def test_stopped_at_any_moment(model, tmp_path, name, kind, number):
     script, *options = COMMANDS[name](model, tmp_path / "out")
     (tmp_path / "out").mkdir()
     process = start(script, *options)
-    time.sleep(random.Random(f"{name} {kind} {number}").uniform(0, 12))
+    time.sleep(random.Random(f"{name} {kind} {number}").uniform(0.2, 12))  # before, Python itself answers
     with_pictures = name == "infer"
     if process.poll() is None:
         os.killpg(process.pid, signal.Signals[kind])
