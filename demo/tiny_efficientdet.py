@@ -8,6 +8,7 @@ SSD's. Some kB of weights; its detections mean nothing.
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -39,8 +40,8 @@ def make_anchors():
     return np.float32(anchors) / SIZE
 
 
-def exported_module(tf, seed=1):
-    """The detector as TFOD's exporter writes it for an image_tensor."""
+def exported_module(tf, seed=1, weighted=True):
+    """The detector as TFOD's exporter writes it for an image_tensor. weighted: D0 to D5; D6 and D7 add features as they are."""
     rng = np.random.default_rng(seed)
     anchors = make_anchors()
 
@@ -82,9 +83,12 @@ def exported_module(tf, seed=1):
 
         def joined(self, features, name):
             """Fast attention (TFOD: BiFPNCombineLayer), then swish, convolution, batch norm."""
-            weights = tf.nn.relu(self.weight(f"{name}/weights", (len(features), 1), 0.5, 1.0))
-            weights = weights / (tf.reduce_sum(weights) + 1e-4)
-            x = tf.squeeze(tf.linalg.matmul(tf.stack(features, axis=-1), weights), axis=-1)
+            if weighted:
+                weights = tf.nn.relu(self.weight(f"{name}/weights", (len(features), 1), 0.5, 1.0))
+                weights = weights / (tf.reduce_sum(weights) + 1e-4)
+                x = tf.squeeze(tf.linalg.matmul(tf.stack(features, axis=-1), weights), axis=-1)
+            else:  # combine_method: "sum"
+                x = functools.reduce(tf.add, features)
             return self.norm(self.separable(tf.nn.swish(x), name), f"{name}/norm")
 
         def pyramid(self, fine, middle, coarse):
@@ -128,11 +132,11 @@ def exported_module(tf, seed=1):
     return Detector()
 
 
-def save_export(folder):
+def save_export(folder, weighted=True):
     """Writes folder/saved_model and folder/pipeline.config."""
     import tensorflow as tf
 
-    module = exported_module(tf)
+    module = exported_module(tf, weighted=weighted)
     module(tf.zeros([1, SIZE, SIZE, 3], tf.uint8))  # makes the variables
     text = (
         pipeline_config(EXPORT)

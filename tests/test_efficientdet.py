@@ -19,10 +19,10 @@ from tfod.saved_model import SavedModel
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture(scope="module", params=["D0 to D5", pytest.param("D6 and D7", marks=pytest.mark.zoo)])
+def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "efficientdet"
-    tiny.save_export(folder)
+    tiny.save_export(folder, weighted=request.param == "D0 to D5")
     return folder
 
 
@@ -63,6 +63,7 @@ def test_the_padding_is_the_mean_colour(converted):
         np.testing.assert_allclose(tensor[-1, -1], np.float32(tiny.MEAN) * 255, atol=0.01)
 
 
+@pytest.mark.parametrize("exported", ["D0 to D5"], indirect=True)
 def test_features_are_summed_without_matrix_products(converted):
     ops = [node.op_type for node in onnx.load(converted).graph.node]
     assert not {"MatMul", "Einsum"} & set(ops)

@@ -32,7 +32,7 @@ LARGE = [
 ALL += [pytest.param(key, marks=zoo) for key in LARGE]
 ALL += ["tf1_2018_ssd", *(pytest.param(key, marks=zoo) for key in ("tf1_2018_faster_rcnn", "tf1_ssd"))]
 # Of which all batch sizes and layouts are run.
-ZOO_BATCHES = ("fpnlite", "efficientdet", "centernet_mobilenet", "centernet_keypoints")
+ZOO_BATCHES = ("fpnlite", *ZOO_ONLY)
 # Pictures to look at, where one takes seconds, or the test is one of `make test`'s longest.
 SLOW = {"faster_rcnn_640": 5, "faster_rcnn_1333": 3, "mask_rcnn": 2, "tf1_2018_ssd": 4, "tf1_2018_faster_rcnn": 1}
 
@@ -159,12 +159,14 @@ def test_every_batch_size_and_layout_gives_the_same(key, detector):
             assert report.keypoints_elsewhere == 0
 
 
-def test_uint8_input_takes_rounded_pixels(detector):
-    wide, narrow = detector("demo"), detector("demo", "--input_type", "uint8")
+@pytest.mark.parametrize("key", ["demo", *(pytest.param(key, marks=zoo) for key in ZOO_BATCHES)])
+def test_uint8_input_takes_rounded_pixels(key, detector):
+    wide, narrow = detector(key), detector(key, "--input_type", "uint8")
     assert narrow.input.dtype == np.uint8
-    for path in test_images(8, "demo"):
-        tensor, _ = preprocess(load_image(path), wide.metadata["resizer"])
-        report = parity.match_by_rank(wide.infer(np.rint(tensor)[None])[0], narrow.infer(tensor[None])[0])
+    for path in test_images(8, key):
+        tensor, place = preprocess(load_image(path), wide.metadata["resizer"])
+        shape = [place.true_shape]
+        report = parity.match_by_rank(wide.infer(np.rint(tensor)[None], shape)[0], narrow.infer(tensor[None], shape)[0])
         assert (report.unmatched, report.box_difference < 1e-5, report.score_difference < 1e-5) == (0, True, True)
 
 
