@@ -3,10 +3,15 @@
 import random
 import shutil
 
+from commandline import UserError
+
 import pytest
 from conftest import DEMO_MODEL, variants
 from test_convert import command
 
+from tfod.graph import FrozenGraph
+from tfod.preprocessing import find_preprocessed_images
+from tfod.saved_model import naming_model
 from tfod.tensorflow_import import import_tensorflow
 
 
@@ -73,3 +78,13 @@ def test_a_damaged_saved_model_is_one_line(tmp_path, seed):
         assert str(export) in line
     else:
         assert done.returncode == 0 and "PASSED" in done.stdout
+
+
+def test_a_search_that_finds_nothing_names_the_model():
+    tf = import_tensorflow()
+    with tf.Graph().as_default() as graph:
+        tf.identity(tf.compat.v1.placeholder(tf.float32, [1, None, None, 3], name="image"), name="boxes")
+    frozen = FrozenGraph(graph.as_graph_def(), "image:0", {"detection_boxes": "boxes"}, None)
+    at_fault = pytest.raises(UserError, match=r"^exported/saved_model: the SavedModel's")
+    with at_fault, naming_model("exported/saved_model", "cannot be converted"):
+        find_preprocessed_images(frozen)

@@ -83,7 +83,9 @@ def naming_model(folder, what):
     becomes a UserError: `folder` `what`, why, and where in the code it came up."""
     try:
         yield
-    except UserError:
+    except UserError as error:
+        if str(error).startswith("the SavedModel"):  # from a search through its graph, which does not know its name
+            raise UserError(f"{folder}: {error}") from error
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
