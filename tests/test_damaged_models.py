@@ -5,13 +5,14 @@ import shutil
 
 from commandline import UserError
 
+import numpy as np
 import pytest
 from conftest import DEMO_MODEL, variants
 from test_convert import command
 
 from tfod.graph import FrozenGraph
 from tfod.preprocessing import find_preprocessed_images
-from tfod.saved_model import naming_model
+from tfod.saved_model import SavedModel, find_saved_model, naming_model
 from tfod.tensorflow_import import import_tensorflow
 
 
@@ -58,12 +59,12 @@ def damage(rng, saved_model):
 def test_a_damaged_saved_model_is_one_line(tmp_path, seed):
     """Or a file that passed its check. Some make TensorFlow itself abort, which no Python code can catch."""
     import_tensorflow()
-    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+    from tensorflow.core.protobuf import saved_model_pb2
 
     export = tmp_path / "export"
     shutil.copytree(DEMO_MODEL, export)
     path = export / "saved_model" / "saved_model.pb"
-    proto = SavedModel.FromString(path.read_bytes())
+    proto = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     damage(random.Random(seed), proto)
     path.write_bytes(proto.SerializeToString())
     done = command("--saved_model", export, "--onnx", tmp_path / "model.onnx")
@@ -88,3 +89,15 @@ def test_a_search_that_finds_nothing_names_the_model():
     at_fault = pytest.raises(UserError, match=r"^exported/saved_model: the SavedModel's")
     with at_fault, naming_model("exported/saved_model", "cannot be converted"):
         find_preprocessed_images(frozen)
+
+
+def test_outputs_of_other_shapes_are_refused():
+    """Seed 110 of `make fuzz`."""
+    with SavedModel(find_saved_model(DEMO_MODEL)) as model:
+        outputs = dict(model.outputs)
+        for name in model.OUTPUTS:
+            model.outputs = {**outputs, name: outputs["raw_detection_boxes"]}
+            with pytest.raises(UserError, match=r"its \w+ are no such thing"):
+                model.detect(np.zeros((9, 9, 3), np.uint8))
+        model.outputs = outputs
+        model.detect(np.zeros((9, 9, 3), np.uint8))

@@ -177,7 +177,14 @@ class SavedModel:
         """
         with naming_model(self.folder, "cannot be run by TensorFlow"):
             results = self._session.run(self.outputs, {self.input: self.feed(image)})
-            return {key: value[0] for key, value in results.items()}
+            results = {key: value[0] for key, value in results.items()}
+        count = np.shape(results["detection_scores"])[:1]
+        for name, shape in zip(self.OUTPUTS, ((*count, 4), count, count, ()), strict=True):
+            if np.shape(results[name]) != shape:
+                raise UserError(
+                    f"{self.folder} is not a TFOD detection model: its {name} are no such thing; re-export it"
+                )
+        return results
 
     def freeze(self):
         """Returns the model as a FrozenGraph: variables are constants, functions are inlined, outputs keep their keys."""
