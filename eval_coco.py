@@ -206,11 +206,11 @@ def detect(detector, known, batch_size, workers, args, decoder=None):
     load = functools.partial(load_image, **image_options(args))
     # To paste masks holds Python's lock: processes do it, on however few cores.
     pasting = Workers(PROCESSES_FROM_IMAGES, cores=max(PROCESSES_FROM_CORES, os.cpu_count() or 1)) if masks else workers
-    with contextlib.ExitStack() as stack:
-        if masks:
-            stack.enter_context(pasting)
-        bar = stack.enter_context(progress(known, unit="image"))
-        stack.enter_context(coco.without_garbage_collection())
+    with (
+        pasting if masks else contextlib.nullcontext(),
+        progress(known, unit="image") as bar,
+        coco.without_garbage_collection(),
+    ):
 
         def found_in_files():
             for item in detect_files(detector, list(known), batch_size, workers, load=load, decoder=decoder):

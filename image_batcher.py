@@ -62,7 +62,7 @@ class ImageBatcher:
     def __iter__(self):
         """Yields Batch after Batch, each but the last of batch_size images or, of broken files, fewer."""
         batch, used, numbers = [], [], itertools.count()
-        tasks = self._workers.in_order(self._submit, _chunks(self.paths, self._workers.together))
+        tasks = self._workers.in_order(self._submit, chunks(self.paths, self._workers.together))
         try:
             for slot, paths, results in tasks:
                 tensors = self._tensors(slot, results)
@@ -150,7 +150,8 @@ def rows_of(memory, shape, dtype):
     return np.frombuffer(memory, dtype).reshape(-1, *shape)
 
 
-def _chunks(items, size):
+def chunks(items, size):
+    """Yields lists of `size` items, the last one perhaps shorter."""
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk

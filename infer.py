@@ -290,7 +290,6 @@ class Source:
     batch_size: int
     load: functools.partial  # of load_image
     decoder: object  # a GpuDecoder, or None where processors decode
-    gpus: list
     several: SeveralGpus | None
 
     def detected(self, files, workers, times, keep_images=False):
@@ -301,7 +300,7 @@ class Source:
 
     def text(self, workers):
         """Where it runs and who decodes, in words."""
-        several = f" on {len(self.gpus)} GPUs" if self.several else ""
+        several = f" on {len(self.several.gpus)} GPUs" if self.several else ""
         by = f"in {workers.count} {'processes' if workers.processes else 'threads'}"
         by = f"by {self.decoder.name}" if self.decoder else by
         return f"{self.detector.runtime}{several}, decoded {by}"
@@ -316,7 +315,7 @@ def open_source(detector, gpus, files, size, options, args):
         if len(gpus) > 1:
             job = job_for(args.engine, detector, files, gpus, size, options.load, decoder, args.exif_rotate)
             several = stack.enter_context(SeveralGpus(job, gpus))
-        yield Source(detector, size, options.load, decoder, gpus, several)
+        yield Source(detector, size, options.load, decoder, several)
 
 
 def process(source, images, options, results):
@@ -481,8 +480,7 @@ def benchmark(detector, gpus, images, options, args):
         detected = source.detected(repeated, workers, times, bool(options.folder))
         chosen = (dataclasses.replace(item, found=options.chosen(item.found)) for item in detected)
         done = ((item, names[item.path], options) for item in chosen)
-        through = bool(source.decoder)
-        for _ in workers.map(write_one, done, through_memory=through) if options.folder else done:
+        for _ in workers.map(write_one, done, through_memory=bool(source.decoder)) if options.folder else done:
             pass
         seconds = time.perf_counter() - begun
     if not times.images:

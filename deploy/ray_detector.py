@@ -115,7 +115,8 @@ class RayDetector:
         detected = detect_files(self._detector, paths, self._batch_size, self._workers, **options)
         chosen = (dataclasses.replace(item, found=item.found.above(self._job.threshold)) for item in detected)
         if self._pictures:
-            chosen = self._workers.map(self._pictures.write, ((item, names[item.number]) for item in chosen))
+            items = ((item, names[item.number]) for item in chosen)
+            chosen = self._workers.map(self._pictures.write, items, through_memory=bool(decoder))
         for item in chosen:
             rows[item.number] = self._row(item)
             summary.add(names[item.number], item.found)

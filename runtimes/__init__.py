@@ -94,8 +94,8 @@ def faster_runtime(metadata):
 
 
 def open_first(path, gpus, runtime="auto"):
-    """Opens a model on the first of some GPUs. gpus: their numbers, or "all". Returns (Detector, the numbers of all of them,
-    checked); it is one where the model runs on processors."""
+    """Opens a model on the first of some GPUs. gpus: their numbers, or "all". Returns (Detector, the numbers of all of
+    them); it is one where the model runs on processors."""
     if runtime == "cuda" and (gpus == "all" or len(gpus) > 1):
         raise UserError("--gpus: --runtime cuda runs on one GPU; name one")
     first = open_detector(path, 0 if gpus == "all" else gpus[0], runtime)

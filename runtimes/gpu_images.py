@@ -19,7 +19,7 @@ from commandline import UserError, warn
 
 import numpy as np
 
-from image_batcher import Batch, warn_of_skipped
+from image_batcher import Batch, chunks, warn_of_skipped
 from images.decoding import ImageError, load_image
 from images.resizing import placement_of
 from runtimes.workers import MAX_THREADS, in_order
@@ -30,7 +30,7 @@ PACKAGES = "nvidia-nvimgcodec-cu12 and nvidia-nvjpeg-cu12"
 BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 64
 LOOK_AHEAD = 2  # such chunks of files, whose reading begins meanwhile
 HEADER_BYTES = 4096  # of a JPEG that are read at first
-# So many processors keep up with the fastest engine on one image at a time, and are faster: 991 images/s, the GPU 798.
+# So many processors keep up with the fastest engine on one image at a time about as well (BENCHMARKS.md).
 CORES_FOR_ONE_BY_ONE = 8
 KEPT_BYTES = 2_000_000  # of a decoded image that is kept to be drawn on, at most; larger ones are decoded again
 LARGEST = 16_000_000  # pixels; larger ones go the CPU's way, which has limits of its own
@@ -213,7 +213,7 @@ class GpuDecoder:
             self._stream = cuda.Stream()
 
     def decode(self, paths):
-        """A DeviceImage for each file; None for those that cannot be decoded here. One thread's, any."""
+        """A DeviceImage for each file; None for those that cannot be decoded here. For one thread at a time."""
         with self._gpu:
             streams = [self._open(path) for path in paths]
             opened = [stream for stream in streams if stream]
@@ -314,8 +314,8 @@ class GpuBatcher:
             concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as processors,
             concurrent.futures.ThreadPoolExecutor(1) as ahead,
         ):
-            chunks = self._chunks(processors)
-            decoded = in_order(lambda _: ahead.submit(next, chunks, None), itertools.count(), 1)
+            decoding = self._decoding(processors)
+            decoded = in_order(lambda _: ahead.submit(next, decoding, None), itertools.count(), 1)
             with contextlib.closing(decoded):
                 for path, image in itertools.chain.from_iterable(iter(lambda: next(decoded), None)):
                     number = next(numbers)
@@ -332,10 +332,10 @@ class GpuBatcher:
             if batch:
                 yield Batch(*map(list, zip(*batch, strict=True)))
 
-    def _chunks(self, processors):
+    def _decoding(self, processors):
         """Yields [(path, DeviceImage, or why it cannot be read)] of some files; `processors` decode what the GPU cannot."""
         looked_at = collections.deque()
-        for paths in _chunks(self.paths, self._together):
+        for paths in chunks(self.paths, self._together):
             looked_at.append(
                 [(path, None if self._plain(path) else processors.submit(self._by_cpu, path)) for path in paths]
             )
@@ -371,8 +371,3 @@ class GpuBatcher:
                 image = self._decoder.upload(image)
             images.append((path, image))
         return images
-
-
-def _chunks(paths, size):
-    paths = iter(paths)
-    return iter(lambda: list(itertools.islice(paths, size)), [])

@@ -47,19 +47,19 @@ class SeveralGpus:
 
     def __init__(self, job, gpus):
         """gpus: their numbers. Raises UserError, on entering, where the engine cannot run on one of them."""
-        self._job, self._gpus, self._parts = job, gpus, []
+        self.gpus, self._job, self._parts = gpus, job, []
 
     def __enter__(self):
         context = multiprocessing.get_context("spawn")
         try:
             with interrupts_ignored():
-                for gpu in self._gpus:
+                for gpu in self.gpus:
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_serve, args=(theirs, self._job, gpu))
                     process.start()
                     theirs.close()
                     self._parts.append((process, ours))
-            for gpu, (_, connection) in zip(self._gpus, self._parts, strict=True):
+            for gpu, (_, connection) in zip(self.gpus, self._parts, strict=True):
                 _receive(connection, gpu)  # it is ready
         except BaseException:
             self.close()
@@ -72,7 +72,7 @@ class SeveralGpus:
         An error in any of the processes is raised here.
         """
         stopped, streams = threading.Event(), []
-        for turn, (gpu, (_, connection)) in enumerate(zip(self._gpus, self._parts, strict=True)):
+        for turn, (gpu, (_, connection)) in enumerate(zip(self.gpus, self._parts, strict=True)):
             numbers = [n for n in range(len(files)) if n // DEALT % len(self._parts) == turn]
             connection.send([(number, files[number]) for number in numbers])
             streams.append(_Stream(functools.partial(_receive, connection, gpu), stopped))

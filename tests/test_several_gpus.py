@@ -46,6 +46,7 @@ def test_results_come_in_input_order(detector, convert, count, size, dealt, tmp_
     assert [item.number for item in found] == [n for n in range(len(files)) if n not in (3, 17, 18)]
     for item in found:
         assert item.path == files[item.number]
+        assert (item.placement.height, item.placement.width) == load_image(item.path).shape[:2]
         assert parity.match_by_rank(wanted[item.path], item.found).unmatched == 0
     assert (times.images, times.skipped) == (len(files) - 3, 3)
     assert not multiprocessing.active_children()
