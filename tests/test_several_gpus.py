@@ -26,6 +26,13 @@ def detector(convert):
         yield opened
 
 
+@pytest.fixture
+def started():
+    """A function that gives the processes begun in the test: a session's own pool, of conftest, may run beside them."""
+    before = set(multiprocessing.active_children())
+    return lambda: [process for process in multiprocessing.active_children() if process not in before]
+
+
 def several(detector, convert, files, count, size):
     """The demo's model in `count` processes."""
     model, gpus = convert("demo", "--batch_size", "dynamic")[0], list(range(count))
@@ -33,7 +40,7 @@ def several(detector, convert, files, count, size):
 
 
 @pytest.mark.parametrize(("count", "size", "dealt"), [(2, 4, 8), (3, 1, 5), (2, 3, 64)])
-def test_results_come_in_input_order(detector, convert, count, size, dealt, tmp_path, monkeypatch):
+def test_results_come_in_input_order(detector, convert, count, size, dealt, started, tmp_path, monkeypatch):
     monkeypatch.setattr(several_gpus, "DEALT", dealt)
     files = [*PICTURES] * 6
     for number in (3, 17, 18):
@@ -49,28 +56,28 @@ def test_results_come_in_input_order(detector, convert, count, size, dealt, tmp_
         assert (item.placement.height, item.placement.width) == load_image(item.path).shape[:2]
         assert parity.match_by_rank(wanted[item.path], item.found).unmatched == 0
     assert (times.images, times.skipped) == (len(files) - 3, 3)
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
-def test_one_that_is_killed_ends_all(detector, convert):
+def test_one_that_is_killed_ends_all(detector, convert, started):
     with several(detector, convert, PICTURES * 500, 2, 2) as processes:
         found = processes.detected(PICTURES * 500, Times())
         for _ in range(5):
             next(found)
-        multiprocessing.active_children()[0].kill()
+        started()[0].kill()
         with pytest.raises(UserError, match=r"--gpus [01]: the system ended its process"):
             list(found)
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
-def test_one_that_cannot_open_the_engine_says_so(detector, tmp_path):
+def test_one_that_cannot_open_the_engine_says_so(detector, started, tmp_path):
     job = job_for(tmp_path / "no.onnx", detector, PICTURES, [0, 1], 2, functools.partial(load_image), None)
     with pytest.raises(UserError, match=r"no\.onnx: no such file"), SeveralGpus(job, [0, 1]):
         pass
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
-def test_who_stops_early_leaves_nothing_running(detector, convert):
+def test_who_stops_early_leaves_nothing_running(detector, convert, started):
     before, times = threading.active_count(), Times()
     with several(detector, convert, PICTURES * 200, 2, 2) as processes:
         found = processes.detected(PICTURES * 200, times)
@@ -79,7 +86,7 @@ def test_who_stops_early_leaves_nothing_running(detector, convert):
         found.close()
     assert 5 <= times.images < 8 * 200
     assert threading.active_count() <= before
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
 def test_gpus_as_an_option():
