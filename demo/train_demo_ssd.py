@@ -52,7 +52,21 @@ class Export:
     input_type: str = "image_tensor"
 
 
-def draw_scene(rng, width, height, tries=None):
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """How difficult pictures are."""
+
+    sides: tuple = (0.16, 0.55)  # a shape's height, of the picture's shorter side
+    overlap: float = 0.1  # so much of the smaller of two shapes may be within the other's box
+    contrast: int = 80  # 0..255, by which a shape stands out where it can
+    noise: float = 8.0  # the largest standard deviation, 0..255
+    strokes: int = 14  # fewer than that
+
+
+DEMO_SCENE = Scene()
+
+
+def draw_scene(rng, width, height, tries=None, scene=DEMO_SCENE):
     """Draws shapes on a made-up background. Returns (RGB [H, W, 3] uint8, boxes [N, 4] yxyx pixels, classes [N]).
 
     tries: so many places are made up for shapes, those where another is are not used; default: 1 to 8.
@@ -61,33 +75,35 @@ def draw_scene(rng, width, height, tries=None):
     corners = (base + rng.integers(-50, 51, (2, 3, 3))).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(corners).resize((width, height), Image.BICUBIC)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 14)):  # clutter: blurred strokes
+    for _ in range(rng.integers(0, scene.strokes)):  # clutter: blurred strokes
         ends = rng.uniform(0, 1, 4) * [width, height, width, height]
         colour = (base + rng.integers(-80, 81, 3)).clip(0, 255)
         draw.line(list(ends), fill=tuple(colour.tolist()), width=int(rng.integers(1, 12)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
     boxes, classes = [], []
     for _ in range(tries or rng.integers(1, 9)):
-        side = min(width, height) * rng.uniform(0.16, 0.55)
+        side = min(width, height) * rng.uniform(*scene.sides)
         w, h = side * rng.uniform(0.8, 1.25), side
         x, y = rng.uniform(0, max(1, width - w)), rng.uniform(0, max(1, height - h))
         box = np.array([y, x, y + h, x + w])
-        if any(_overlap(box, other) > 0.1 for other in boxes):
+        if any(_overlap(box, other) > scene.overlap for other in boxes):
             continue
         kind = int(rng.integers(len(CLASSES)))
-        _draw_shape(image, kind, box, _visible_colour(rng, image.crop((x, y, x + w, y + h))))
+        _draw_shape(image, kind, box, _visible_colour(rng, image.crop((x, y, x + w, y + h)), scene.contrast))
         boxes.append(box)
         classes.append(kind)
-    pixels = np.asarray(image).astype(np.float32) + rng.normal(0, rng.uniform(0, 8), (height, width, 1))
+    pixels = np.asarray(image).astype(np.float32) + rng.normal(0, rng.uniform(0, scene.noise), (height, width, 1))
     return pixels.clip(0, 255).astype(np.uint8), np.array(boxes).reshape(-1, 4), np.array(classes, int)
 
 
-def _visible_colour(rng, ground):
+def _visible_colour(rng, ground, wanted):
     """A made-up colour that differs from nearly all of the ground (a Pillow image): a shape that nobody sees is not fair."""
     pixels = np.asarray(ground.resize((12, 12), Image.BOX)).reshape(-1, 1, 3).astype(int)
     colours = rng.integers(0, 256, (64, 3))
     contrast = np.quantile(np.abs(pixels - colours).max(axis=2), 0.05, axis=0)  # [64]
-    return tuple(colours[np.minimum(contrast, 80).argmax()].tolist())  # the first that is good enough, else the best
+    return tuple(
+        colours[np.minimum(contrast, wanted).argmax()].tolist()
+    )  # the first that is good enough, else the best
 
 
 def _overlap(a, b):
@@ -410,7 +426,7 @@ def save_export(tf, folder, network, anchors, export):
     (folder / "labels.txt").write_text("\n".join(CLASSES) + "\n")
 
 
-def write_images(output, count=8, seed=99):
+def write_images(output, count=8, seed=99, tries=8, scene=DEMO_SCENE):
     """Writes unseen scenes as JPEG with their annotations in COCO format."""
     folder = output / "images"
     folder.mkdir(parents=True, exist_ok=True)
@@ -419,7 +435,7 @@ def write_images(output, count=8, seed=99):
     coco = {"images": [], "annotations": [], "categories": categories}
     for number in range(1, count + 1):
         width, height = [(640, 480), (480, 640), (800, 450), (500, 500)][number % 4]
-        pixels, boxes, classes = draw_scene(rng, width, height, tries=8)
+        pixels, boxes, classes = draw_scene(rng, width, height, tries, scene)
         name = f"shapes_{number:02}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=88)
         coco["images"].append({"id": number, "file_name": name, "width": width, "height": height})

@@ -163,30 +163,9 @@ def describe(model, options):
 def convert_network(frozen, inputs, outputs):
     """Converts a part of a FrozenGraph; returns a Network. inputs: {name: (tensor, shape)}; outputs: {name: tensor}.
 
-    With fixed shapes all shape arithmetic folds away. Large weights take no part in the conversion, whose every pass would
-    copy them (SSD ResNet50: 44 s and 10 GB with, 6 s without): they are inputs to tf2onnx, and put back behind it.
+    With fixed shapes all shape arithmetic folds away.
     """
-    import tf2onnx
-
-    subgraph = frozen.extract(outputs.values(), dict(inputs.values()))
-    write_fake_quants(frozen, subgraph)
-    write_weighted_sums(frozen, subgraph)
-    weights = detach_weights(subgraph)
-    names = {name: tensor_name(tensor) for name, (tensor, _) in inputs.items()}
-    with silenced():
-        model, _ = tf2onnx.convert.from_graph_def(
-            subgraph,
-            input_names=[*names.values(), *map(tensor_name, weights)],
-            output_names=[tensor_name(tensor) for tensor in outputs.values()],
-            opset=onnx_utils.OPSET,
-            inputs_as_nchw=list(names.values()),
-        )
-    graph = gs.import_onnx(model)
-    by_name = {tensor.name: tensor for tensor in graph.inputs}
-    for name, values in weights.items():
-        if tensor := by_name.get(tensor_name(name)):
-            onnx_utils.replace_tensor(graph, tensor, gs.Constant(f"{name}/weights", values))
-    graph.inputs = [by_name[name] for name in names.values()]
+    graph = import_network(frozen, inputs, outputs)
     graph.fold_constants(size_threshold=sys.maxsize).cleanup()
     drop_transposes(graph)
     onnx_utils.fold_batch_norms(graph)
@@ -194,8 +173,38 @@ def convert_network(frozen, inputs, outputs):
     onnx_utils.name_by_place(graph.cleanup())
     shapes = {name: tensor.shape for name, tensor in zip(outputs, graph.outputs, strict=True)}
     return Network(
-        graph, dict(zip(names, graph.inputs, strict=True)), dict(zip(outputs, graph.outputs, strict=True)), shapes
+        graph, dict(zip(inputs, graph.inputs, strict=True)), dict(zip(outputs, graph.outputs, strict=True)), shapes
     )
+
+
+def import_network(frozen, inputs, outputs, larger_than=4096):
+    """What tf2onnx makes of a part of a FrozenGraph, as a graphsurgeon graph; arguments: see convert_network.
+
+    Weights of more values than larger_than take no part in the conversion, whose every pass would copy them (SSD ResNet50: 44 s
+    and 10 GB with, 6 s without): they are inputs to tf2onnx, and put back behind it, as TensorFlow has and names them.
+    """
+    import tf2onnx
+
+    subgraph = frozen.extract(outputs.values(), dict(inputs.values()))
+    write_fake_quants(frozen, subgraph)
+    write_weighted_sums(frozen, subgraph)
+    weights = detach_weights(subgraph, larger_than)
+    images = [tensor_name(tensor) for tensor, _ in inputs.values()]
+    with silenced():
+        model, _ = tf2onnx.convert.from_graph_def(
+            subgraph,
+            input_names=[*images, *map(tensor_name, weights)],
+            output_names=[tensor_name(tensor) for tensor in outputs.values()],
+            opset=onnx_utils.OPSET,
+            inputs_as_nchw=images,
+        )
+    graph = gs.import_onnx(model)
+    by_name = {tensor.name: tensor for tensor in graph.inputs}
+    for name, values in weights.items():
+        if tensor := by_name.get(tensor_name(name)):
+            onnx_utils.replace_tensor(graph, tensor, gs.Constant(name, values))
+    graph.inputs = [by_name[name] for name in images]
+    return graph
 
 
 def make_batch_free(graph, counts):
