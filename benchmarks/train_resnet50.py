@@ -43,6 +43,7 @@ SIDE = 640  # the network's input, pixels
 # Small and hidden shapes, faint ones and noise: few are missed, but boxes of all are not exact.
 SCENE = Scene(sides=(0.04, 0.4), overlap=0.4, contrast=30, noise=40.0, strokes=40)
 PLACES = 20  # made up for shapes in each picture; half of them are taken
+BLOCK = 8  # pictures that a process draws at a time
 # pipeline.config: argmax_matcher (both thresholds), weighted_sigmoid_focal, batch_norm, class_prediction_bias_init
 MATCHED_FROM = 0.5
 ALPHA, GAMMA = 0.25, 2.0
@@ -93,6 +94,11 @@ def export(args):
     from benchmarks.trainable import export_network
 
     network, anchors = export_network(args.saved_model)
+    shape = [size.dim_value for size in network.graph.input[0].type.tensor_type.shape.dim[1:]]
+    if shape != [SIDE, SIDE, 3]:
+        raise UserError(
+            f"--saved_model {args.saved_model}: its input is {shape}; pictures are drawn for {SIDE} x {SIDE}"
+        )
     make_folder(args.folder)
     np.save(args.folder / "anchors.npy", anchors)
     with whole_file(args.folder / "network.onnx") as path:
@@ -105,7 +111,7 @@ def write(args):
 
     from benchmarks.trainable import checkpoint_keys, find_saved_model, write_saved_model
 
-    trained = onnx.load(args.folder / "trained.onnx").graph.initializer
+    trained = onnx.load(made(args.folder, "trained.onnx", "train")).graph.initializer
     names = checkpoint_keys(find_saved_model(args.saved_model))
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in trained if tensor.name in names}
     output = args.folder / "ssd_resnet50_v1_fpn_shapes"
@@ -139,7 +145,7 @@ def draw(args):
     """Pictures to train on go into one array, those to evaluate and to calibrate on into JPEG files."""
     folder, number, begin = make_folder(args.folder), args.pictures, time.monotonic()
     boxes, classes = np.zeros((number, PLACES, 4), np.float32), np.full((number, PLACES), -1, np.int64)
-    blocks = [range(i, min(i + 32, number)) for i in range(0, number, 32)]
+    blocks = [range(i, min(i + BLOCK, number)) for i in range(0, number, BLOCK)]
     spawn = multiprocessing.get_context("spawn")
     with (
         whole_file(folder / "training.npy") as path,
@@ -253,17 +259,30 @@ def check_network(torch, network, path, pictures):
             raise UserError(f"{path}: PyTorch computes other {name}; nothing was trained")
 
 
+def made(folder, name, stage):
+    """The path of a file that an earlier stage writes. Raises UserError where it is missing."""
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name} is missing: the stage {stage} writes it, with the same --folder")
+    return folder / name
+
+
 def train(args):
-    import onnx
-    import torch
+    try:
+        import onnx
+        import torch
 
-    from benchmarks.torch_network import TorchNetwork
-
+        from benchmarks.torch_network import TorchNetwork
+    except ModuleNotFoundError as error:
+        raise UserError(f"the stage train needs {error.name}: run it with a Python that has it") from error
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: PyTorch finds no GPU; cpu is good for trying it out")
     folder = args.folder
-    model, anchors = onnx.load(folder / "network.onnx"), np.load(folder / "anchors.npy")
-    pixels, objects = np.load(folder / "training.npy", mmap_mode="r"), np.load(folder / "objects.npz")
-    check_network(torch, TorchNetwork(model, "cpu"), folder / "network.onnx", pixels[:2])
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
+    path = made(folder, "network.onnx", "export")
+    model, anchors = onnx.load(path), np.load(made(folder, "anchors.npy", "export"))
+    objects = np.load(made(folder, "objects.npz", "draw"))
+    pixels = np.load(made(folder, "training.npy", "draw"), mmap_mode="r")
+    check_network(torch, TorchNetwork(model, "cpu"), path, pixels[:2])
+    torch.backends.cudnn.benchmark = True
     random = torch.Generator(args.device).manual_seed(args.seed)
     network = TorchNetwork(model, args.device)
     initialise(torch, network, random)

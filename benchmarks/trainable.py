@@ -29,10 +29,10 @@ def export_network(saved_model):
     """
     folder = find_saved_model(saved_model)
     config = read_pipeline_config(find_pipeline_config(folder))
+    if not config.HasField("ssd"):
+        raise UserError(f"--saved_model {saved_model}: it is no SSD; only those are trained here")
     with SavedModel(folder) as model:
         frozen = model.freeze()
-        if not config.HasField("ssd") or not ssd.recognise(frozen):
-            raise UserError(f"--saved_model {saved_model}: no SSD; only those are trained here")
         resizer = describe_resizer(config.ssd.image_resizer)
         images = find_preprocessed_images(frozen)
         colours = probe_preprocessing(frozen, images, resizer)

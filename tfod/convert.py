@@ -211,10 +211,10 @@ def make_batch_free(graph, counts):
     """Lets a graph that was converted for one image take any batch.
 
     Every Reshape to a shape that begins with one of the inputs' first dimensions (`counts`: 1 image, 300 crops) has the
-    batch there, as has its input: 0 copies that dimension.
+    batch there, as has its input: 0 copies that dimension. Weights, where they are not folded, have no batch.
     """
     for node in graph.nodes:
-        if node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant):
+        if node.op == "Reshape" and [isinstance(x, gs.Constant) for x in node.inputs] == [False, True]:
             shape = node.inputs[1].values
             if shape[0] in counts:
                 free = np.concatenate([[0], shape[1:]]).astype(np.int64)
