@@ -29,15 +29,15 @@ from demo.train_demo_ssd import BOX_SCALES, Scene, draw_scene, write_images
 from images.resizing import resize_image
 
 COMMANDS = """
-INT8 on the trained model, where TensorRT is (MODEL: the export above; $D: the folder; 16 cores and an H200):
+INT8 on the trained model, where TensorRT is:
 
-    D=build/shapes; T=$D/ssd_resnet50_v1_fpn_shapes
-    python create_onnx.py --saved_model $T --onnx $D/model.onnx --batch_size dynamic
-    python eval_coco.py --engine $D/model.onnx --input $D/held_out/images --annotations $D/held_out/instances_shapes.json
-    python benchmarks/bench_gpu.py --onnx $D/model.onnx --output $D/engines --input $D/held_out/images \\
-        --annotations $D/held_out/instances_shapes.json --batch 1 8 32 --calib_input $D/calibration/images
+    D=build/shapes H=$D/held_out
+    python create_onnx.py --saved_model $D/ssd_resnet50_v1_fpn_shapes --onnx $D/model.onnx --batch_size dynamic
+    python eval_coco.py --engine $D/model.onnx --input $H/images --annotations $H/instances_shapes.json
+    python benchmarks/bench_gpu.py --onnx $D/model.onnx --output $D/engines --input $H/images \\
+        --annotations $H/instances_shapes.json --calib_input $D/calibration/images --batch 1 8 32
     python build_engine.py --onnx $D/model.onnx --typed_onnx $D/int8.onnx --precision int8 --calib_input $D/calibration/images
-    python eval_coco.py --engine $D/int8.onnx --input $D/held_out/images --annotations $D/held_out/instances_shapes.json
+    python eval_coco.py --engine $D/int8.onnx --input $H/images --annotations $H/instances_shapes.json
 """
 SIDE = 640  # the network's input, pixels
 # Small and hidden shapes, faint ones and noise: few are missed, but boxes of all are not exact.
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     stage = functools.partial(_add_stage, stages)
     stage("export", saved_model=True)
     draw = stage("draw")
-    draw.add_argument("--pictures", type=count, default=16000, help="to train on, 1.2 MB each; default: 16000")
+    draw.add_argument("--pictures", type=count, default=12000, help="to train on, 1.2 MB each; default: 12000")
     draw.add_argument("--held_out", type=count, default=500, help="pictures to evaluate on; default: 500")
     draw.add_argument("--calibration", type=count, default=200, help="pictures to calibrate on; default: 200")
     draw.add_argument("--processes", type=count, help="default: one for each core")
