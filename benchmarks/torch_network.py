@@ -54,10 +54,12 @@ class TorchNetwork:
         return found
 
     def kernels(self):
-        return {self.source(node.input[1]) for node, _ in self.nodes if node.op_type == "Conv"}
+        """Names, always in the same order."""
+        return sorted({self.source(node.input[1]) for node, _ in self.nodes if node.op_type == "Conv"})
 
     def biases(self):
-        return {name for node, _ in self.nodes if node.op_type == "Conv" for name in node.input[2:]}
+        """Names of the convolutions' biases."""
+        return sorted({name for node, _ in self.nodes if node.op_type == "Conv" for name in node.input[2:]})
 
     def batch_norms(self):
         """[(gamma, beta, moving mean, moving variance)], as tensors."""

@@ -94,7 +94,7 @@ def export(args):
     from benchmarks.trainable import export_network
 
     network, anchors = export_network(args.saved_model)
-    shape = [size.dim_value for size in network.graph.input[0].type.tensor_type.shape.dim[1:]]
+    shape = [dim.dim_value for dim in network.graph.input[0].type.tensor_type.shape.dim[1:]]
     if shape != [SIDE, SIDE, 3]:
         raise UserError(
             f"--saved_model {args.saved_model}: its input is {shape}; pictures are drawn for {SIDE} x {SIDE}"

@@ -25,7 +25,8 @@ def export_network(saved_model):
     """Returns (ONNX model, anchors [N, 4] yxyx, normalised) of an SSD's SavedModel.
 
     The model takes RGB images "input_tensor" [B, H, W, 3], 0..255, float32, and gives what the network predicts for them:
-    "encodings" [B, N, (1,) 4] and "logits" [B, N, columns]. The variables are its initializers, by their names. Raises UserError for a model that is no SSD, or whose variables are not all found in it.
+    "encodings" [B, N, (1,) 4] and "logits" [B, N, columns]. The variables are its initializers,
+    by their names. Raises UserError for a model that is no SSD, or whose variables are not all found in it.
     """
     folder = find_saved_model(saved_model)
     config = read_pipeline_config(find_pipeline_config(folder))
