@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from commandline import UserError, make_folder, progress, run, whole_file
+from commandline import UserError, command, make_folder, progress, run, whole_file
 from commandline.options import count, count_from_0, make_parser, size
 
 import numpy as np
@@ -103,7 +103,8 @@ def export(args):
     np.save(args.folder / "anchors.npy", anchors)
     with whole_file(args.folder / "network.onnx") as path:
         onnx.save(network, path)
-    print(f"Wrote {args.folder / 'network.onnx'}: {len(network.graph.node)} nodes, {len(anchors)} anchors")
+    what = f"{len(network.graph.node)} nodes, {len(anchors)} anchors"
+    print(f"Wrote {args.folder / 'network.onnx'}: {what}. Next: {following('draw', args)}")
 
 
 def write(args):
@@ -116,7 +117,9 @@ def write(args):
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in trained if tensor.name in names}
     output = args.folder / "ssd_resnet50_v1_fpn_shapes"
     write_saved_model(args.saved_model, weights, output)
-    print(f"Wrote {output} with {len(weights)} variables. Next: create_onnx.py and eval_coco.py (--help)")
+    print(
+        f"Wrote {output} with {len(weights)} variables. Next: create_onnx.py and eval_coco.py (--help has the commands)"
+    )
 
 
 def draw_picture(number, side=SIDE):
@@ -162,7 +165,8 @@ def draw(args):
     np.savez(folder / "objects.npz", boxes=boxes, classes=classes)
     shapes, seconds = (classes >= 0).sum() / number, time.monotonic() - begin
     print(
-        f"Drew {number} pictures to train on, {shapes:.1f} shapes in each, {folder}/held_out and calibration: {seconds:.0f} s"
+        f"Drew {number} pictures to train on, {shapes:.1f} shapes in each, {folder}/held_out and calibration: {seconds:.0f} s."
+        f" Next: {following('train', args)}"
     )
 
 
@@ -259,6 +263,11 @@ def check_network(torch, network, path, pictures):
             raise UserError(f"{path}: PyTorch computes other {name}; nothing was trained")
 
 
+def following(stage, args):
+    """The command of the next stage."""
+    return command(Path(__file__).name, stage, "--folder", args.folder)
+
+
 def made(folder, name, stage):
     """The path of a file that an earlier stage writes. Raises UserError where it is missing."""
     if not (folder / name).is_file():
@@ -292,7 +301,7 @@ def train(args):
     fit(torch, network, data, torch.tensor(anchors, device=args.device), random, args)
     with whole_file(folder / "trained.onnx") as path:
         network.write(path, model)
-    print(f"Wrote {folder / 'trained.onnx'}. Next: the stage write")
+    print(f"Wrote {folder / 'trained.onnx'}. Next: {following('write', args)} --saved_model MODEL, as for export")
 
 
 def load_data(torch, pixels, objects, device):

@@ -68,8 +68,8 @@ def _open_bundle(folder):
 def write_saved_model(saved_model, weights, output):
     """Writes OUTPUT/saved_model and OUTPUT/pipeline.config: the model with other values in its variables.
 
-    saved_model.pb stays what it is, byte for byte. weights: {variable's name: array}. Raises
-    UserError for a name or a shape that is not the model's.
+    saved_model.pb stays what it is, byte for byte. weights: {variable's name: array}. Raises UserError for a name or a
+    shape that is not the model's.
     """
     tf = import_tensorflow()
     folder = find_saved_model(saved_model)

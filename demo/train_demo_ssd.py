@@ -101,9 +101,8 @@ def _visible_colour(rng, ground, wanted):
     pixels = np.asarray(ground.resize((12, 12), Image.BOX)).reshape(-1, 1, 3).astype(int)
     colours = rng.integers(0, 256, (64, 3))
     contrast = np.quantile(np.abs(pixels - colours).max(axis=2), 0.05, axis=0)  # [64]
-    return tuple(
-        colours[np.minimum(contrast, wanted).argmax()].tolist()
-    )  # the first that is good enough, else the best
+    best = np.minimum(contrast, wanted).argmax()  # the first that is good enough, else the best
+    return tuple(colours[best].tolist())
 
 
 def _overlap(a, b):

@@ -7,11 +7,9 @@ fills it.
 
 import dataclasses
 
-from commandline import UserError
-
 import numpy as np
 
-from tfod.graph import before_reshaping, node_name
+from tfod.graph import ModelError, before_reshaping, node_name
 
 # Of normalised boxes: half a pixel of 500.
 THIN = 1e-3
@@ -41,7 +39,7 @@ def find_box_decoder(frozen, boxes):
             sides = [x for x in frozen.inputs(product) if node_name(x) != name]
             references.update(before_reshaping(frozen, _column_source(frozen, side)) for side in sides)
     if len(exponentials) != 2 or len(sources) != 1 or len(references) != 1:
-        raise UserError("the SavedModel's box decoder was not found behind its boxes; is it a TFOD detection model?")
+        raise ModelError("the SavedModel's box decoder was not found behind its boxes; is it a TFOD detection model?")
     return BoxDecoder(sources.pop(), references.pop(), _box_scales(frozen, exponentials[0]))
 
 

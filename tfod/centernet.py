@@ -6,15 +6,13 @@ Shapes: B images, h x w places of the heatmap, C classes, M detections. Boxes ar
 
 import dataclasses
 
-from commandline import UserError
-
 import numpy as np
 
 from onnx_utils import OpBuilder
 from tfod import keypoints
 from tfod.boxes import to_window
 from tfod.config import wrong_config
-from tfod.graph import PICKING, before_reshaping, node_name, reading_op
+from tfod.graph import PICKING, ModelError, before_reshaping, node_name, reading_op
 from tfod.peaks import Peaks, find_peaks, grid_of, peak_scores
 
 # The option that overrides the detections' score threshold.
@@ -63,7 +61,7 @@ def find(frozen, images, config, resizer):
             part = "sizes" if reading_op(frozen, name) == "Maximum" else "offsets"
             heads.setdefault(part, set()).add(before_reshaping(frozen, frozen.inputs(name)[0]))
     if heads.keys() != {"sizes", "offsets"} or any(len(found) != 1 for found in heads.values()):
-        raise UserError("the SavedModel's heads for sizes and offsets were not found behind detection_boxes")
+        raise ModelError("the SavedModel's heads for sizes and offsets were not found behind detection_boxes")
     outputs = {"centres": peaks.logits, **{part: found.pop() for part, found in sorted(heads.items())}}
     task = keypoints.find(frozen, peaks.top_k)
     shape = [1, resizer["height"], resizer["width"], 3]

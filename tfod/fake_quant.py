@@ -3,13 +3,11 @@
 So that FP32 and FP16 give TensorFlow's results. runtimes/trained_ranges.py finds them again for INT8.
 """
 
-from commandline import UserError
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_utils import OpBuilder, replace_tensor
-from tfod.graph import node_name
+from tfod.graph import ModelError, node_name
 from tfod.tensorflow_import import import_tensorflow
 
 OPS = {"FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel", "FakeQuantWithMinMaxArgs"}
@@ -37,7 +35,9 @@ def _ranges(frozen, nodes):
         else:
             computed += node.input[1:3]
     if any(node_name(frozen.image) in frozen.ancestors(tensor) for tensor in computed):
-        raise UserError("the SavedModel measures ranges of quantisation as it runs; export it from an evaluation graph")
+        raise ModelError(
+            "the SavedModel measures ranges of quantisation as it runs; export it from an evaluation graph"
+        )
     values = iter(frozen.run(computed, frozen.extract(computed), {}) if computed else ())
     return found | {node.name: (next(values), next(values)) for node in nodes if node.name not in found}
 

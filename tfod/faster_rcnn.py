@@ -7,14 +7,12 @@ network's input; windows: see boxes.
 
 import dataclasses
 
-from commandline import UserError
-
 import numpy as np
 
 from onnx_utils import PLUGIN_MAX_PAIRS, OpBuilder, replace_tensor
 from tfod.boxes import centre_and_size, clip_boxes, decode_boxes, find_box_decoder, to_window
 from tfod.config import wrong_config
-from tfod.graph import before_reshaping, node_name, run_by_shape
+from tfod.graph import ModelError, before_reshaping, node_name, run_by_shape
 from tfod.heads import ScoreHead, check_converter, find_score_head
 from tfod.nms import CANDIDATES_EACH, NmsSettings, add_nms, among_largest, find_nms_nodes, nms_settings
 from tfod.tf1 import clip_candidates, clips_first
@@ -102,7 +100,7 @@ def _find_pooled_crops(frozen, tensor, after):
         upstream = set(frozen.ancestors(name)) - {name}
         if not upstream.intersection(pools):
             return frozen.inputs(name)[0]
-    raise UserError("the SavedModel's second stage was not found (no max-pool behind a crop of features)")
+    raise ModelError("the SavedModel's second stage was not found (no max-pool behind a crop of features)")
 
 
 def _find_cropped_features(frozen, crops, images, after):
@@ -114,7 +112,7 @@ def _find_cropped_features(frozen, crops, images, after):
         shape = frozen.static_shape(name)
         if name in free and len(shape) == 4 and shape[-1] > 4:
             return name
-    raise UserError("the SavedModel's crop of features was not found; is it a TFOD Faster or Mask R-CNN?")
+    raise ModelError("the SavedModel's crop of features was not found; is it a TFOD Faster or Mask R-CNN?")
 
 
 def _crops_with_op(frozen, crops, features):
@@ -128,7 +126,7 @@ def _find_mask_logits(frozen):
         if op == "Sigmoid":
             choice = next(n for n, o in frozen.ancestors(name).items() if o in ("GatherV2", "GatherNd"))
             return before_reshaping(frozen, frozen.inputs(choice)[0])
-    raise UserError("the SavedModel's mask head was not found behind detection_masks")
+    raise ModelError("the SavedModel's mask head was not found behind detection_masks")
 
 
 def describe(network, parts, config, options):

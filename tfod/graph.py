@@ -2,6 +2,8 @@
 
 import collections
 
+from commandline import UserError
+
 import numpy as np
 
 from tfod.tensorflow_import import import_tensorflow
@@ -21,6 +23,10 @@ RESHAPING = {
 PICKING = {"GatherNd", "GatherV2"}
 # Ops whose result depends on a tensor's shape alone.
 SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank"}
+
+
+class ModelError(UserError):
+    """What a search through a model's graph does not find. It does not know the model's name: saved_model.naming_model does."""
 
 
 class FrozenGraph:

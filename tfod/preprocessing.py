@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from commandline import UserError
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -11,6 +9,7 @@ import onnx_utils
 from images import resizing
 from tfod import tf1
 from tfod.config import wrong_config
+from tfod.graph import ModelError
 
 
 def find_preprocessed_images(frozen):
@@ -28,7 +27,7 @@ def find_preprocessed_images(frozen):
         if op == "TensorListStack" and len(frozen.static_shape(name)) == 4 and frozen.is_float(name, "element_dtype")
     ]
     if len(found) != 1:
-        raise UserError(
+        raise ModelError(
             "the SavedModel's image preprocessing was not found (no loop over the batch); "
             "export it with TFOD's exporter_main_v2.py as image_tensor or float_image_tensor"
         )
@@ -74,7 +73,7 @@ def probe_preprocessing(frozen, images, resizer):
         if fits and np.abs(colours.normalise(image) - result[:height]).max() < 1e-3:
             break
     else:
-        raise UserError(
+        raise ModelError(
             "the SavedModel's preprocessing is not the config's resizer and a scale per channel; "
             "is the pipeline.config the model's own?"
         )
@@ -96,7 +95,7 @@ def _check_resizing(preprocess, resizer, colours):
     resized, placement = resizing.preprocess(image, resizer)
     filled = tuple(slice(side) for side in placement.true_shape)
     if np.abs(colours.normalise(resized[filled]) - preprocess(image)[filled]).max() > 1e-3:
-        raise UserError(
+        raise ModelError(
             "the SavedModel does not resize images as the config's image_resizer says"
             f" ({resizer['kind']}, {resizer.get('method', 'bilinear')});"
             " is the pipeline.config the model's own?"

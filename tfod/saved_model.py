@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tfod import tf1
-from tfod.graph import FrozenGraph
+from tfod.graph import FrozenGraph, ModelError
 from tfod.tensorflow_import import first_line, import_tensorflow, silenced
 
 # What people give in a SavedModel's place: {end of the name: what it is and what to do}.
@@ -83,9 +83,9 @@ def naming_model(folder, what):
     becomes a UserError: `folder` `what`, why, and where in the code it came up."""
     try:
         yield
-    except UserError as error:
-        if str(error).startswith("the SavedModel"):  # from a search through its graph, which does not know its name
-            raise UserError(f"{folder}: {error}") from error
+    except ModelError as error:
+        raise UserError(f"{folder}: {error}") from error
+    except UserError:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
