@@ -1,14 +1,14 @@
 """JPEG files decoded and resized on the GPU, straight into an engine's input: nothing but their bytes crosses the bus.
 
-nvImageCodec decodes (its hardware decoder equals libjpeg-turbo, which images.decoding uses, BENCHMARKS.md), a kernel resizes
-as images.resizing does, bit for bit. What it is not sure to decode alike goes the CPU's way, image by image.
+nvJPEG decodes (its hardware decoder equals libjpeg-turbo, which images.decoding uses, BENCHMARKS.md), a kernel resizes as
+images.resizing does, bit for bit. What it is not sure to decode alike goes the CPU's way, image by image.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import os
 import shutil
@@ -18,18 +18,22 @@ import struct
 from commandline import UserError, warn
 
 import numpy as np
+from PIL import ExifTags, Image
 
-from image_batcher import Batch, chunks, warn_of_skipped
+from image_batcher import Batch, warn_of_skipped
 from images.decoding import ImageError, load_image
 from images.resizing import placement_of
+from runtimes import nvjpeg
 from runtimes.workers import MAX_THREADS, in_order
 
-PACKAGES = "nvidia-nvimgcodec-cu12 and nvidia-nvjpeg-cu12"
 # Batches decoded at a time, and images, at least and at most. The hardware takes 10,500 a second from 32 on, 12,000 from 64,
 # far fewer one by one; and the batches under way must keep the GPU busy meanwhile.
 BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 64
-LOOK_AHEAD = 2  # such chunks of files, whose reading begins meanwhile
-HEADER_BYTES = 4096  # of a JPEG that are read at first
+LOOK_AHEAD = 1  # such chunks of files, read meanwhile
+PIXELS_TOGETHER = 100_000_000  # from so many on no more are decoded at a time
+DECODERS = 1  # threads that decode
+ALIGNMENT = 256  # of images in the GPU's memory
+EXIF_WITHIN = 70_000  # bytes of a JPEG's beginning
 # So many processors keep up with the fastest engine on one image at a time about as well (BENCHMARKS.md).
 CORES_FOR_ONE_BY_ONE = 8
 KEPT_BYTES = 2_000_000  # of a decoded image that is kept to be drawn on, at most; larger ones are decoded again
@@ -144,13 +148,12 @@ def _compile(dtype, layout):
     return kernel
 
 
-def baseline_size(data, end=None):
+def baseline_size(data):
     """(height, width) of a whole baseline JPEG of grey or YCbCr colours; None for any other file: that goes the CPU's way.
 
-    data: the file's beginning, to its frame header at least; end: its last two bytes, if `data` is not all of it. (ITU T.81,
-    B.2: markers, their lengths, the frame header; Adobe's marker says that colours are RGB by transform 0.)
+    (ITU T.81, B.2: markers, their lengths, the frame header; Adobe's marker says that colours are RGB by transform 0.)
     """
-    if not data.startswith(b"\xff\xd8") or (data[-2:] if end is None else end) != b"\xff\xd9":
+    if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
         return None
     at, last = 2, len(data) - 9
     while at < last and data[at] == 0xFF:
@@ -167,82 +170,103 @@ def baseline_size(data, end=None):
     return None
 
 
-def plain_jpeg(path):
-    """As baseline_size, of a file. Asks the system to have all of it in memory soon. Raises OSError."""
+def read_jpeg(path):
+    """(bytes, (height, width)) of a JPEG as baseline_size wants it; None of any other file. Raises OSError."""
     # By the system's own calls: half the time of a file object's, for every image (a named pipe must not make it wait).
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode) or not 2 <= status.st_size <= LARGEST:
             return None
-        data = os.read(file, HEADER_BYTES)
-        os.lseek(file, -2, os.SEEK_END)
-        end = os.read(file, 2)
-        size = baseline_size(data, end)
-        if not size and len(data) < status.st_size:  # there may be a preview before the frame header
-            os.lseek(file, 0, os.SEEK_SET)
-            size = baseline_size(os.read(file, LARGEST), end)
-        if size and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-        return size
+        data = os.read(file, status.st_size)
     finally:
         os.close(file)
+    size = baseline_size(data)
+    return size and (data, size)
+
+
+def is_turned(data):
+    """Whether a JPEG's EXIF data ask for it to be shown other than it is stored."""
+    if b"Exif" not in data[:EXIF_WITHIN]:
+        return False
+    with Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 class GpuDecoder:
-    """JPEGs from memory to DeviceImages."""
+    """JPEGs from memory to DeviceImages, by nvJPEG."""
 
-    def __init__(self, gpu, exif_rotate=False):
-        """gpu: a trt_detector.GpuContext. Raises ImportError without nvImageCodec."""
+    def __init__(self, gpu, exif_rotate=False, backends=nvjpeg.BACKENDS):
+        """gpu: a trt_detector.GpuContext. Raises ImportError without nvJPEG, UserError where it does not run."""
         import pycuda.driver as cuda
-        from nvidia import nvimgcodec
+        from pycuda.tools import DeviceMemoryPool
 
-        self._gpu, self._cuda, self._codec = gpu, cuda, nvimgcodec
-        self._parameters = nvimgcodec.DecodeParams(apply_exif_orientation=exif_rotate)
-        kinds = {"the JPEG hardware": "HW_GPU_ONLY", "the GPU and processors": "HYBRID_CPU_GPU"}
-        for self.name, kind in kinds.items():
-            try:
-                backend = nvimgcodec.Backend(getattr(nvimgcodec.BackendKind, kind))
-                self._decoder = nvimgcodec.Decoder(device_id=gpu.number, backends=[backend])
-                break
-            except Exception as error:  # no such hardware
-                reason = error
-        else:
-            raise UserError(f"--decoder gpu: nvImageCodec has no decoder for this GPU ({reason}); use --decoder cpu")
+        self._gpu, self._cuda, self._exif_rotate = gpu, cuda, exif_rotate
         with gpu:
-            self._stream = cuda.Stream()
+            try:
+                self._codec = nvjpeg.NvJpeg(backends)
+                self._states = [self._codec.new_state() for _ in range(DECODERS)]
+            except OSError as error:
+                raise UserError(
+                    f"--decoder gpu: nvJPEG does not run on this GPU ({error}); use --decoder cpu"
+                ) from error
+            self._streams = {state: cuda.Stream() for state in self._states}
+            self._pool = DeviceMemoryPool()
+        self.name = self._codec.name
 
-    def decode(self, paths):
-        """A DeviceImage for each file; None for those that cannot be decoded here. For one thread at a time."""
-        with self._gpu:
-            streams = [self._open(path) for path in paths]
-            opened = [stream for stream in streams if stream]
-            images = iter(self._decoder.decode(opened, params=self._parameters, cuda_stream=self._stream.handle))
-            self._stream.synchronize()
-        return [stream and self._device_image(next(images)) for stream in streams]
+    def decode(self, files):
+        """A DeviceImage for each (bytes, (height, width)) of read_jpeg; None for those that cannot be decoded here.
 
-    def _open(self, path):
-        """The codec's view of a file, which it reads itself, without Python's lock; None where it cannot."""
+        DECODERS threads at a time. Raises UserError where the GPU's memory is too small.
+        """
+        state = self._states.pop()
         try:
-            return self._codec.CodeStream(os.fspath(path))
-        except Exception:  # whatever it raises: the CPU's way says why
-            return None
+            with self._gpu:
+                return self._decode(files, state, self._streams[state])
+        finally:
+            self._states.append(state)
 
-    def _device_image(self, image):
-        if image is None:
-            return None
-        described = image.__cuda_array_interface__
-        height, width, channels = described["shape"]
-        if channels != 3:
-            return None
-        stride = described.get("strides")
-        return DeviceImage(described["data"][0], stride[0] if stride else 3 * width, height, width, image)
+    def _decode(self, files, state, stream):
+        able = [
+            i
+            for i, (data, _) in enumerate(files)
+            if state.supports(data) and not (self._exif_rotate and is_turned(data))
+        ]
+        images = [None] * len(files)
+        if not able:
+            return images
+        places, end = [], 0
+        for i in able:
+            height, width = files[i][1]
+            places.append(end)
+            end += -(-3 * height * width // ALIGNMENT) * ALIGNMENT
+        # Powers of two: blocks that are given back fit again.
+        try:
+            memory = self._pool.allocate(1 << (end - 1).bit_length())
+        except self._cuda.MemoryError as error:
+            raise UserError("--decoder gpu: too little GPU memory; --decoder cpu takes less") from error
+        pointers = [int(memory) + place for place in places]
+        strides = [3 * files[i][1][1] for i in able]
+        decoded = state.decode([files[i][0] for i in able], pointers, strides, stream.handle)
+        stream.synchronize()
+        if decoded:
+            for i, pointer, stride in zip(able, pointers, strides, strict=True):
+                images[i] = DeviceImage(pointer, stride, *files[i][1], memory)
+        return images
 
     def upload(self, image):
         """A DeviceImage of an RGB array [height, width, 3] uint8."""
         with self._gpu:
             memory = self._cuda.to_device(np.ascontiguousarray(image))
         return DeviceImage(int(memory), 3 * image.shape[1], *image.shape[:2], _Uploaded(self._gpu, memory))
+
+    def close(self):
+        """In its context, which then goes."""
+        self._streams.clear()
+        for state in self._states:
+            state.close()
+        self._codec.close()
+        self._pool.stop_holding()
 
 
 class _Uploaded:
@@ -258,7 +282,7 @@ class _Uploaded:
 
 
 def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
-    """The GpuDecoder for an open detector and image files, or None where processors are to decode.
+    """The GpuDecoder for an open detector and image files, or None where processors are to decode. It closes with the detector.
 
     choice: "auto", "cpu" or "gpu", of --decoder. Warns where only a package is missing; raises UserError where "gpu" cannot
     be.
@@ -270,9 +294,11 @@ def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
     if reason:
         raise UserError(f"--decoder gpu: {reason}; use --decoder cpu")
     try:
-        return GpuDecoder(detector.gpu, exif_rotate)
+        if exif_rotate not in detector.gpu.decoders:
+            detector.gpu.decoders[exif_rotate] = GpuDecoder(detector.gpu, exif_rotate)
+        return detector.gpu.decoders[exif_rotate]
     except ImportError as error:
-        missing = f"{PACKAGES} are not installed ({error}): pip install -r requirements-gpu.txt"
+        missing = f"nvJPEG cannot be loaded ({error}): pip install -r requirements-gpu.txt"
         if choice == "gpu":
             raise UserError(f"--decoder gpu: {missing}") from error
         warn(f"processors decode the images: {missing}")
@@ -294,8 +320,7 @@ def _why_not(detector, files):
 class GpuBatcher:
     """As image_batcher.ImageBatcher, with DeviceImages for tensors, in order.
 
-    One thread decodes, a chunk ahead of the thread that asks for batches; the codec itself reads the files. It takes and
-    leaves Python's lock for each image, so that any more Python at work makes it wait (BENCHMARKS.md).
+    One thread reads files, one or some decode them, ahead of the thread that asks for batches.
     """
 
     def __init__(self, paths, resizer, batch_size, decoder, load=load_image, skip=None, keep_images=False):
@@ -312,45 +337,50 @@ class GpuBatcher:
         batch, numbers = [], itertools.count()
         with (
             concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as processors,
-            concurrent.futures.ThreadPoolExecutor(1) as ahead,
+            concurrent.futures.ThreadPoolExecutor(1) as reader,
+            concurrent.futures.ThreadPoolExecutor(DECODERS) as decoders,
         ):
-            decoding = self._decoding(processors)
-            decoded = in_order(lambda _: ahead.submit(next, decoding, None), itertools.count(), 1)
-            with contextlib.closing(decoded):
-                for path, image in itertools.chain.from_iterable(iter(lambda: next(decoded), None)):
-                    number = next(numbers)
-                    if isinstance(image, str):
-                        self.skipped += 1
-                        self._skip(number, path, image)
-                        continue
-                    placement = placement_of(image.height, image.width, self._resizer)
-                    kept = image if self._keep and image.height * image.stride <= KEPT_BYTES else None
-                    batch.append((number, path, kept, placement, image))
-                    if len(batch) == self.batch_size:
-                        yield Batch(*map(list, zip(*batch, strict=True)))
-                        batch = []
+            chunks = self._chunks(processors)
+            read = in_order(lambda _: reader.submit(next, chunks, None), itertools.count(), LOOK_AHEAD)
+            with contextlib.closing(read):
+                begun = iter(lambda: next(read), None)
+                decoded = in_order(lambda chunk: decoders.submit(self._decode, chunk), begun, DECODERS)
+                with contextlib.closing(decoded):
+                    for path, image in itertools.chain.from_iterable(decoded):
+                        number = next(numbers)
+                        if isinstance(image, str):
+                            self.skipped += 1
+                            self._skip(number, path, image)
+                            continue
+                        placement = placement_of(image.height, image.width, self._resizer)
+                        kept = image if self._keep and image.height * image.stride <= KEPT_BYTES else None
+                        batch.append((number, path, kept, placement, image))
+                        if len(batch) == self.batch_size:
+                            yield Batch(*map(list, zip(*batch, strict=True)))
+                            batch = []
             if batch:
                 yield Batch(*map(list, zip(*batch, strict=True)))
 
-    def _decoding(self, processors):
-        """Yields [(path, DeviceImage, or why it cannot be read)] of some files; `processors` decode what the GPU cannot."""
-        looked_at = collections.deque()
-        for paths in chunks(self.paths, self._together):
-            looked_at.append(
-                [(path, None if self._plain(path) else processors.submit(self._by_cpu, path)) for path in paths]
-            )
-            if len(looked_at) > LOOK_AHEAD:
-                yield self._decode(looked_at.popleft())
-        while looked_at:
-            yield self._decode(looked_at.popleft())
+    def _chunks(self, processors):
+        """Yields [(path, what read_jpeg gives)] of some files; of what the GPU cannot decode, `processors`' Future."""
+        chunk, pixels = [], 0
+        for path in self.paths:
+            jpeg = self._read(path)
+            chunk.append((path, jpeg or processors.submit(self._by_cpu, path)))
+            pixels += jpeg[1][0] * jpeg[1][1] if jpeg else 0
+            if len(chunk) == self._together or pixels >= PIXELS_TOGETHER:
+                yield chunk
+                chunk, pixels = [], 0
+        if chunk:
+            yield chunk
 
-    def _plain(self, path):
-        """Whether the GPU can decode a file, and the network takes its shape."""
+    def _read(self, path):
+        """As read_jpeg; None too where the network does not take the image's shape, or the file cannot be read."""
         try:
-            size = plain_jpeg(path)
-            return size and placement_of(*size, self._resizer)
+            jpeg = read_jpeg(path)
+            return jpeg and placement_of(*jpeg[1], self._resizer) and jpeg
         except (OSError, ImageError):
-            return False
+            return None
 
     def _by_cpu(self, path):
         """The image as the CPU decodes it, or why it cannot be read."""
@@ -361,11 +391,12 @@ class GpuBatcher:
             return str(error)
         return image
 
-    def _decode(self, looked_at):
-        found = iter(self._decoder.decode([path for path, other in looked_at if not other]))
+    def _decode(self, chunk):
+        """[(path, DeviceImage, or why it cannot be read)] of a chunk."""
+        found = iter(self._decoder.decode([jpeg for _, jpeg in chunk if isinstance(jpeg, tuple)]))
         images = []
-        for path, other in looked_at:
-            image = other.result() if other else next(found) or self._by_cpu(path)
+        for path, other in chunk:
+            image = (next(found) or self._by_cpu(path)) if isinstance(other, tuple) else other.result()
             if isinstance(image, np.ndarray):
                 self.by_cpu += 1
                 image = self._decoder.upload(image)

@@ -77,6 +77,7 @@ class GpuContext:
         if gpu >= cuda.Device.count():
             raise UserError(f"--gpus {gpu}: there are {cuda.Device.count()} GPUs here, numbered from 0")
         self.number, self.count, self.closed = gpu, cuda.Device.count(), False
+        self.decoders = {}  # gpu_images.GpuDecoders in it
         self._primary = cuda.Device(gpu).retain_primary_context()
 
     def __enter__(self):
@@ -87,7 +88,10 @@ class GpuContext:
         self._primary.pop()
 
     def close(self):
-        """Lets the context go; what lies in it must have been freed, or is freed by it."""
+        """Closes the decoders and lets the context go; what else lies in it must have been freed, or is freed by it."""
+        with self:
+            for decoder in self.decoders.values():
+                decoder.close()
         self._primary.detach()
         self.closed = True
 

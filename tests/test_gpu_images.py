@@ -17,6 +17,7 @@ from image_batcher import ImageBatcher
 from images.decoding import ImageError, load_image
 from runtimes import gpu_images
 from runtimes.gpu_images import (
+    DECODERS,
     FEWEST_TOGETHER,
     LOOK_AHEAD,
     MOST_TOGETHER,
@@ -24,7 +25,8 @@ from runtimes.gpu_images import (
     GpuBatcher,
     baseline_size,
     choose_decoder,
-    plain_jpeg,
+    is_turned,
+    read_jpeg,
 )
 from runtimes.workers import Workers
 
@@ -59,7 +61,7 @@ def saved(mode="RGB", **options):
         (b"", False),
     ],
 )
-def test_only_plain_jpegs_go_to_the_gpu(data, baseline, tmp_path):
+def test_only_read_jpegs_go_to_the_gpu(data, baseline, tmp_path):
     if baseline:
         (tmp_path / "a.jpg").write_bytes(data)
         assert baseline_size(data) == load_image(tmp_path / "a.jpg").shape[:2]
@@ -67,8 +69,8 @@ def test_only_plain_jpegs_go_to_the_gpu(data, baseline, tmp_path):
         assert baseline_size(data) is None
 
 
-def test_a_file_is_read_as_far_as_it_must_be(tmp_path):
-    """The header alone of most; all of one with a long preview before it; of a file that is cut off, its end says so."""
+def test_whole_read_jpegs_are_read(tmp_path):
+    """One with a long preview before its header too; none that is cut off, and nothing that is no file."""
     path, preview = tmp_path / "a.jpg", b"\xff\xe1\xff\xff" + bytes(0xFFFD)
     for data, found in (
         (saved(), True),
@@ -79,12 +81,20 @@ def test_a_file_is_read_as_far_as_it_must_be(tmp_path):
         (b"\xff", False),
     ):
         path.write_bytes(data)
-        assert plain_jpeg(path) == (load_image(path).shape[:2] if found else None)
+        assert read_jpeg(path) == ((data, load_image(path).shape[:2]) if found else None)
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert plain_jpeg(tmp_path / "pipe.jpg") is None
-    assert plain_jpeg(tmp_path) is None
+    assert read_jpeg(tmp_path / "pipe.jpg") is None
+    assert read_jpeg(tmp_path) is None
     with pytest.raises(OSError, match="absent"):
-        plain_jpeg(tmp_path / "absent.jpg")
+        read_jpeg(tmp_path / "absent.jpg")
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_turned_images_are_known(orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    assert is_turned(saved(exif=exif)) == (orientation in (3, 6, 8))
 
 
 def test_sizes_are_those_of_the_photos():
@@ -103,9 +113,11 @@ class StandIn:
     def decode(self, files):
         self.chunks.append(len(files))
         images = []
-        for path in files:
+        for data, (height, width) in files:
             self.files += 1
-            images.append(None if self.files % 3 == 0 else self.upload(np.asarray(Image.open(path).convert("RGB"))))
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            assert image.size == (width, height)
+            images.append(None if self.files % 3 == 0 else self.upload(np.asarray(image)))
         return images
 
     def upload(self, image):
@@ -154,11 +166,13 @@ def test_it_reads_only_some_way_ahead():
     pictures = iter(GpuBatcher([PICTURES[0], *files], FIXED, 1, StandIn(), load))
     next(pictures)
     pictures.close()
-    assert len(read) <= (LOOK_AHEAD + 3) * FEWEST_TOGETHER
+    assert len(read) <= (LOOK_AHEAD + DECODERS + 3) * FEWEST_TOGETHER
 
 
 def detector(**changes):
-    return types.SimpleNamespace(**{"gpu": object(), "runtime": "X", "metadata": {"resizer": FIXED}, **changes})
+    return types.SimpleNamespace(
+        **{"gpu": types.SimpleNamespace(decoders={}), "runtime": "X", "metadata": {"resizer": FIXED}, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,8 +198,8 @@ def test_without_the_packages_it_is_one_line(monkeypatch, capsys):
     assert choose_decoder("auto", detector(), PICTURES, 8) is None
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
-    assert "nvidia-nvimgcodec-cu12" in said
-    with pytest.raises(UserError, match="--decoder gpu: nvidia-nvimgcodec-cu12"):
+    assert "requirements-gpu.txt" in said
+    with pytest.raises(UserError, match="--decoder gpu: nvJPEG cannot be loaded"):
         choose_decoder("gpu", detector(), PICTURES, 8)
 
 
@@ -196,6 +210,7 @@ def test_one_image_at_a_time_is_the_processors_where_there_are_many(cores, size,
     monkeypatch.setattr(gpu_images.os, "cpu_count", lambda: cores)
     asked = []
     monkeypatch.setattr(gpu_images, "GpuDecoder", lambda *arguments: asked.append(arguments) or "decoder")
-    assert choose_decoder("auto", detector(), PICTURES, size) == ("decoder" if decodes else None)
-    assert choose_decoder("gpu", detector(), PICTURES, size) == "decoder"
-    assert len(asked) == 1 + decodes
+    opened = detector()
+    assert choose_decoder("auto", opened, PICTURES, size) == ("decoder" if decodes else None)
+    assert choose_decoder("gpu", opened, PICTURES, size) == "decoder"
+    assert len(asked) == 1  # it stays, for the next files
