@@ -43,8 +43,7 @@ class Detections:
 
     def where(self, kept):
         """The detections for which `kept` [D] (bool, or a slice) holds."""
-        parts = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return Detections(**{name: None if part is None else part[kept] for name, part in parts})
+        return Detections(**{name: None if part is None else part[kept] for name, part in vars(self).items()})
 
     def points(self, size, least):
         """The keypoints [D, K, 2] y, x in pixels of an image of `size` (height, width), NaN where they score less than `least`,
