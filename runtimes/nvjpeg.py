@@ -39,9 +39,13 @@ def load_library():
     reason = "libnvjpeg is not here"
     for path in _libraries():
         try:
-            return ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
         except OSError as error:
             reason = error
+            continue
+        if hasattr(library, "nvjpegDecodeBatchedSupported"):
+            return library
+        reason = f"{path} is too old"
     raise ImportError(str(reason))
 
 
