@@ -49,6 +49,11 @@ def load_library():
     raise ImportError(str(reason))
 
 
+def without_releasing(library):
+    """The library for short calls, which keep Python's lock: to leave and take it would cost more than they do."""
+    return ctypes.PyDLL(library._name)
+
+
 class NvJpeg:
     """nvJPEG on the GPU whose context is current. `name` says what decodes."""
 
@@ -61,8 +66,7 @@ class NvJpeg:
                 break
         else:
             raise OSError(f"nvjpegCreateEx gives status {status}")
-        # Short calls keep Python's lock: to leave and take it would cost more than they do.
-        self._quick = ctypes.PyDLL(self._library._name)
+        self._quick = without_releasing(self._library)
 
     def new_state(self):
         """A State, for one thread at a time."""
