@@ -1,19 +1,19 @@
-"""JPEG files decoded and resized on the GPU, straight into an engine's input: nothing but their bytes crosses the bus.
+"""JPEG files decoded on the GPU and resized into an engine's input: nothing but their bytes crosses the bus.
 
-nvJPEG decodes (its hardware decoder equals libjpeg-turbo, which images.decoding uses, BENCHMARKS.md), a kernel resizes as
-images.resizing does, bit for bit. What it is not sure to decode alike goes the CPU's way, image by image.
+nvJPEG decodes planes, kernels make pixels of them and resize (runtimes.device_images). On a GPU with JPEG hardware all that is
+TensorFlow's to the last bit, which GpuDecoder makes sure of with a picture of each kind. Whatever else goes the CPU's way,
+image by image.
 """
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
 import io
 import itertools
 import os
 import shutil
 import stat
 import struct
+import typing
 
 from commandline import UserError, warn
 
@@ -21,135 +21,38 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from image_batcher import Batch, warn_of_skipped
-from images.decoding import ImageError, load_image
+from images.decoding import ImageError, decode_image, load_image
 from images.resizing import placement_of
 from runtimes import nvjpeg
+from runtimes.device_images import ALIGNMENT, PLANES, DeviceImage, MemoryPool, join_planes
 from runtimes.workers import MAX_THREADS, in_order
 
-# Batches decoded at a time, and images, at least and at most. The hardware takes 10,500 a second from 32 on, 12,000 from 64,
-# far fewer one by one; and the batches under way must keep the GPU busy meanwhile.
-BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 64
-LOOK_AHEAD = 1  # such chunks of files, read meanwhile
+# Batches decoded at a time, and images, at least and at most: far fewer a second one by one (BENCHMARKS.md).
+BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 32
+DECODERS = 2  # threads that decode
+READY_AHEAD = 3  # such chunks of files, being decoded or waiting for the network
+READ_AHEAD = 1  # being read
 PIXELS_TOGETHER = 100_000_000  # from so many on no more are decoded at a time
-DECODERS = 1  # threads that decode
-ALIGNMENT = 256  # of images in the GPU's memory
 EXIF_WITHIN = 70_000  # bytes of a JPEG's beginning
 # So many processors keep up with the fastest engine on one image at a time about as well (BENCHMARKS.md).
 CORES_FOR_ONE_BY_ONE = 8
+# By how many bits the colours' planes are narrower and lower; a grey image has none. Of any other kind few JPEGs are.
+SAMPLINGS = {"grey": None, "4:4:4": (0, 0), "4:2:2": (1, 0), "4:2:0": (1, 1)}
+NAMES = {b"\x11\x11\x11": "4:4:4", b"\x21\x11\x11": "4:2:2", b"\x22\x11\x11": "4:2:0"}
 KEPT_BYTES = 2_000_000  # of a decoded image that is kept to be drawn on, at most; larger ones are decoded again
 LARGEST = 16_000_000  # pixels; larger ones go the CPU's way, which has limits of its own
-# What the kernel is told of each image, as `struct Image`: `height` and `width` are those that it is resized to.
-TABLE = np.dtype(
-    [("pixels", np.uint64), ("stride", np.int64)]
-    + [(name, np.int32) for name in ("rows", "columns", "height", "width")]
-    + [(name, np.float32) for name in ("scale_y", "scale_x")]
-)
-# One thread a pixel of the network's input, one layer of blocks an image. TF1's bilinear resize (images.resizing) in float32,
-# each product and sum rounded by itself: __fmul_rn and __fadd_rn are not merged into one rounding.
-KERNEL = """
-struct Image {
-    const unsigned char *pixels;
-    long long stride;
-    int rows, columns, height, width;
-    float scale_y, scale_x;
-};
-
-__device__ float between(float a, float b, float weight) {
-    return __fadd_rn(a, __fmul_rn(__fsub_rn(b, a), weight));
-}
-
-extern "C" __global__ void resize(const Image *images, TYPE *out, int height, int width,
-                                  float pad_r, float pad_g, float pad_b) {
-    int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
-    if (x >= width || y >= height) return;
-    Image image = images[blockIdx.z];
-    out += (size_t)blockIdx.z * 3 * height * width;
-    float pad[3] = {pad_r, pad_g, pad_b};
-    float at_y = __fmul_rn((float)y, image.scale_y), at_x = __fmul_rn((float)x, image.scale_x);
-    int top = (int)floorf(at_y), left = (int)floorf(at_x);
-    int bottom = min(top + 1, image.rows - 1), right = min(left + 1, image.columns - 1);
-    float down = __fsub_rn(at_y, (float)top), across = __fsub_rn(at_x, (float)left);
-    bool inside = y < image.height && x < image.width;
-    for (int c = 0; c < 3; c++) {
-        float value = pad[c];
-        if (inside) {
-            const unsigned char *upper = image.pixels + top * image.stride + c;
-            const unsigned char *lower = image.pixels + bottom * image.stride + c;
-            value = between(between(upper[left * 3], upper[right * 3], across),
-                            between(lower[left * 3], lower[right * 3], across), down);
-        }
-        out[PLANES ? (c * height + y) * width + x : (y * width + x) * 3 + c] = ROUND(value);
-    }
-}
-"""
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceImage:
-    """An RGB image in the GPU's memory, [height, width, 3] uint8."""
+class Frame(typing.NamedTuple):
+    """What a JPEG's header says of its pixels."""
 
-    pointer: int
-    stride: int  # bytes from row to row
     height: int
     width: int
-    owner: object  # what the memory lives by
-
-    def download(self, gpu):
-        """Its pixels [height, width, 3] in the processor's memory. gpu: the trt_detector.GpuContext that it is in."""
-        import pycuda.driver as cuda
-
-        rows = np.empty((self.height, self.stride), np.uint8)
-        with gpu:
-            stream = cuda.Stream()  # not the default one: that waits for all others
-            cuda.memcpy_dtoh_async(rows, self.pointer, stream)
-            stream.synchronize()
-        return rows[:, : 3 * self.width].reshape(self.height, self.width, 3)
+    sampling: str  # of SAMPLINGS
 
 
-class GpuResizer:
-    """Resizes DeviceImages into an engine's input, [n, H, W, 3] or [n, 3, H, W], float32 or uint8."""
-
-    def __init__(self, resizer, spec):
-        """resizer: of the model's metadata; spec: its InputSpec. A CUDA context is current. Raises UserError without nvcc."""
-        import pycuda.driver as cuda
-
-        self._spec, self._copy = spec, cuda.memcpy_htod_async
-        self._pad = [np.float32(value) for value in resizer.get("pad_value", (0, 0, 0))]
-        self._kernel = _compile(spec.dtype.name, spec.layout)
-
-    def resize(self, images, true_shapes, table, device_table, pointer, stream):
-        """Queues the resize of DeviceImages to (height, width) `true_shapes` [n, 2], to the memory at `pointer`, in a stream.
-
-        table, device_table: TABLE [n], page-locked, and the memory on the GPU that it goes to; theirs until the stream has
-        got there.
-        """
-        rows = zip(images, np.asarray(true_shapes, np.int32).tolist(), strict=True)
-        table[:] = [
-            (image.pointer, image.stride, image.height, image.width, height, width, 0, 0)
-            for image, (height, width) in rows
-        ]
-        for scale, old, new in (("scale_y", "rows", "height"), ("scale_x", "columns", "width")):
-            table[scale] = table[old].astype(np.float32) / table[new].astype(np.float32)
-        self._copy(device_table, table, stream)
-        grid = -(-self._spec.width // 32), -(-self._spec.height // 8), len(table)
-        arguments = int(device_table), int(pointer), self._spec.height, self._spec.width, *self._pad
-        self._kernel.prepared_async_call(grid, (32, 8, 1), stream, *arguments)
-
-
-@functools.cache
-def _compile(dtype, layout):
-    """The kernel for a type and a layout, compiled by nvcc and kept by pycuda in the user's cache folder."""
-    from pycuda.compiler import SourceModule
-
-    kind, rounding = ("float", "") if dtype == "float32" else ("unsigned char", "__float2uint_rn")
-    options = [f"-DTYPE={kind}", f"-DPLANES={int(layout == 'NCHW')}", f"-DROUND(x)={rounding}(x)"]
-    kernel = SourceModule(KERNEL, options=options, no_extern_c=True).get_function("resize")
-    kernel.prepare("PPiifff")
-    return kernel
-
-
-def baseline_size(data):
-    """(height, width) of a whole baseline JPEG of grey or YCbCr colours; None for any other file: that goes the CPU's way.
+def baseline_frame(data):
+    """The Frame of a whole baseline JPEG of grey or YCbCr colours; None for any other file: that goes the CPU's way.
 
     (ITU T.81, B.2: markers, their lengths, the frame header; Adobe's marker says that colours are RGB by transform 0.)
     """
@@ -160,8 +63,10 @@ def baseline_size(data):
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if marker == 0xC0:
             bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            plain = bits == 8 and components in (1, 3) and 0 < height * width <= LARGEST
-            return (height, width) if plain else None
+            # Of each component: its number, how many samples of it stand for the most of all, across and down, its table.
+            sampling = "grey" if components == 1 else NAMES.get(data[at + 11 : at + 10 + 3 * components : 3])
+            plain = bits == 8 and sampling and 0 < height * width <= LARGEST
+            return Frame(height, width, sampling) if plain else None
         if 0xC0 < marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):  # another coding; C4, C8 and CC are no frames
             return None
         if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15 : at + 16] == b"\0":
@@ -171,7 +76,7 @@ def baseline_size(data):
 
 
 def read_jpeg(path):
-    """(bytes, (height, width)) of a JPEG as baseline_size wants it; None of any other file. Raises OSError."""
+    """(bytes, Frame) of a JPEG as baseline_frame wants it; None of any other file. Raises OSError."""
     # By the system's own calls: half the time of a file object's, for every image (a named pipe must not make it wait).
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -181,8 +86,8 @@ def read_jpeg(path):
         data = os.read(file, status.st_size)
     finally:
         os.close(file)
-    size = baseline_size(data)
-    return size and (data, size)
+    frame = baseline_frame(data)
+    return frame and (data, frame)
 
 
 def is_turned(data):
@@ -194,28 +99,37 @@ def is_turned(data):
 
 
 class GpuDecoder:
-    """JPEGs from memory to DeviceImages, by nvJPEG."""
+    """JPEGs from memory to DeviceImages, by nvJPEG. `name` says by what of it."""
 
-    def __init__(self, gpu, exif_rotate=False, backends=nvjpeg.BACKENDS):
+    def __init__(self, gpu, exif_rotate=False):
         """gpu: a trt_detector.GpuContext. Raises ImportError without nvJPEG, UserError where it does not run."""
         import pycuda.driver as cuda
-        from pycuda.tools import DeviceMemoryPool
 
         self._gpu, self._cuda, self._exif_rotate = gpu, cuda, exif_rotate
+        self._pool = MemoryPool(cuda)
         with gpu:
             try:
-                self._codec = nvjpeg.NvJpeg(backends)
+                self._codec = nvjpeg.NvJpeg()
                 self._states = [self._codec.new_state() for _ in range(DECODERS)]
             except OSError as error:
                 raise UserError(
                     f"--decoder gpu: nvJPEG does not run on this GPU ({error}); use --decoder cpu"
                 ) from error
             self._streams = {state: cuda.Stream() for state in self._states}
-            self._pool = DeviceMemoryPool()
         self.name = self._codec.name
+        self.samplings = set(SAMPLINGS)  # that are decoded here
+        self.differences = {sampling: self._difference(sampling) for sampling in SAMPLINGS}
+
+    def _difference(self, sampling):
+        """By how much a picture of a kind differs from what processors decode, of 255; 255 where it is not decoded here."""
+        data = sample_picture(sampling)
+        (image,) = self.decode([(data, baseline_frame(data))])
+        if image is None:
+            return 255
+        return int(np.abs(image.download(self._gpu) - decode_image(data).astype(int)).max())
 
     def decode(self, files):
-        """A DeviceImage for each (bytes, (height, width)) of read_jpeg; None for those that cannot be decoded here.
+        """A DeviceImage for each (bytes, Frame) of read_jpeg; None for those that cannot be decoded here.
 
         DECODERS threads at a time. Raises UserError where the GPU's memory is too small.
         """
@@ -223,42 +137,37 @@ class GpuDecoder:
         try:
             with self._gpu:
                 return self._decode(files, state, self._streams[state])
+        except self._cuda.MemoryError as error:
+            raise UserError("--decoder gpu: too little GPU memory; --decoder cpu takes less") from error
         finally:
             self._states.append(state)
 
     def _decode(self, files, state, stream):
-        able = [
-            i
-            for i, (data, _) in enumerate(files)
-            if state.supports(data) and not (self._exif_rotate and is_turned(data))
-        ]
+        able = [i for i, file in enumerate(files) if self._can_decode(state, *file)]
         images = [None] * len(files)
         if not able:
             return images
-        places, end = [], 0
-        for i in able:
-            height, width = files[i][1]
-            places.append(end)
-            end += -(-3 * height * width // ALIGNMENT) * ALIGNMENT
-        # Powers of two: blocks that are given back fit again.
-        try:
-            memory = self._pool.allocate(1 << (end - 1).bit_length())
-        except self._cuda.MemoryError as error:
-            raise UserError("--decoder gpu: too little GPU memory; --decoder cpu takes less") from error
-        pointers = [int(memory) + place for place in places]
-        strides = [3 * files[i][1][1] for i in able]
-        decoded = state.decode([files[i][0] for i in able], pointers, strides, stream.handle)
-        stream.synchronize()
-        if decoded:
-            for i, pointer, stride in zip(able, pointers, strides, strict=True):
-                images[i] = DeviceImage(pointer, stride, *files[i][1], memory)
+        data, frames = zip(*(files[i] for i in able), strict=True)
+        planes, pixels = (self._pool.allocate(sum(map(size, frames))) for size in (_planes_size, _pixels_size))
+        rows = _rows(frames, int(planes), int(pixels))
+        if state.decode(data, [row[:3] for row in rows], [(row[4], row[5], row[5]) for row in rows], stream.handle):
+            device_table = self._pool.allocate(len(rows) * PLANES.itemsize)
+            join_planes(np.array(rows, PLANES), int(device_table), stream)
+            for i, frame, row in zip(able, frames, rows, strict=True):
+                images[i] = DeviceImage(row[3], 3 * frame.width, frame.height, frame.width, pixels)
+        stream.synchronize()  # then the planes may go
         return images
+
+    def _can_decode(self, state, data, frame):
+        kind = frame.sampling in self.samplings
+        return kind and state.supports(data) and not (self._exif_rotate and is_turned(data))
 
     def upload(self, image):
         """A DeviceImage of an RGB array [height, width, 3] uint8."""
         with self._gpu:
-            memory = self._cuda.to_device(np.ascontiguousarray(image))
-        return DeviceImage(int(memory), 3 * image.shape[1], *image.shape[:2], _Uploaded(self._gpu, memory))
+            memory = self._pool.allocate(image.nbytes)
+            self._cuda.memcpy_htod(int(memory), np.ascontiguousarray(image))
+        return DeviceImage(int(memory), 3 * image.shape[1], *image.shape[:2], memory)
 
     def close(self):
         """In its context, which then goes."""
@@ -266,19 +175,55 @@ class GpuDecoder:
         for state in self._states:
             state.close()
         self._codec.close()
-        self._pool.stop_holding()
+        self._pool.close()
 
 
-class _Uploaded:
-    """GPU memory that is freed in its context by whichever thread lets it go last; pycuda by itself would leak it there."""
+def _planes(frame):
+    """[(bytes from row to row, bytes)] of the planes of a JPEG: one, or y, cb and cr; whole blocks of 8 x 8 samples in each."""
+    width, height = (-(-size // 16) * 16 for size in (frame.width, frame.height))
+    shifts = SAMPLINGS[frame.sampling]
+    sizes = [(width, height)] + ([(width >> shifts[0], height >> shifts[1])] * 2 if shifts else [])
+    return [(width, _aligned(width * height)) for width, height in sizes]
 
-    def __init__(self, gpu, memory):
-        self._gpu, self._memory = gpu, memory
 
-    def __del__(self):
-        if not self._gpu.closed:
-            with self._gpu:
-                self._memory.free()
+def _aligned(size):
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _planes_size(frame):
+    return sum(size for _, size in _planes(frame))
+
+
+def _pixels_size(frame):
+    return _aligned(3 * frame.height * frame.width)
+
+
+def _rows(frames, planes, pixels):
+    """[values of a PLANES] for JPEGs whose planes, and whose pixels, lie one behind the other from those places on."""
+    rows = []
+    for frame in frames:
+        pointers, strides = [0, 0, 0], [0, 0, 0]
+        for i, (stride, size) in enumerate(_planes(frame)):
+            pointers[i], strides[i] = planes, stride
+            planes += size
+        rows.append((*pointers, pixels, *strides[:2], *frame[:2], *(SAMPLINGS[frame.sampling] or (0, 0))))
+        pixels += _pixels_size(frame)
+    return rows
+
+
+def sample_picture(sampling):
+    """A small JPEG of a kind of SAMPLINGS, of many colours and edges, its sizes not even."""
+    y, x = np.mgrid[:45, :67]
+    image = (
+        np.stack([x * 3 + y, x * y // 9, 255 - y * 4 + x % 7 * 9], axis=2) + 60 * (x // 6 % 2 * (y // 5 % 2))[..., None]
+    )
+    image = Image.fromarray((image % 256).astype(np.uint8))
+    buffer = io.BytesIO()
+    if sampling == "grey":
+        image.convert("L").save(buffer, "JPEG")
+    else:
+        image.save(buffer, "JPEG", subsampling=sampling)
+    return buffer.getvalue()
 
 
 def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
@@ -294,15 +239,33 @@ def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
     if reason:
         raise UserError(f"--decoder gpu: {reason}; use --decoder cpu")
     try:
-        if exif_rotate not in detector.gpu.decoders:
-            detector.gpu.decoders[exif_rotate] = GpuDecoder(detector.gpu, exif_rotate)
-        return detector.gpu.decoders[exif_rotate]
+        decoder = detector.gpu.decoders.get(exif_rotate) or GpuDecoder(detector.gpu, exif_rotate)
     except ImportError as error:
         missing = f"nvJPEG cannot be loaded ({error}): pip install -r requirements-gpu.txt"
         if choice == "gpu":
             raise UserError(f"--decoder gpu: {missing}") from error
         warn(f"processors decode the images: {missing}")
         return None
+    detector.gpu.decoders[exif_rotate] = decoder
+    return _limited(choice, decoder)
+
+
+def _limited(choice, decoder):
+    """The GpuDecoder, to decode only what it decodes as processors do; None where that is nothing. With "gpu" it decodes the
+    rest too, and that is said; raises UserError where it decodes nothing at all."""
+    differences = {sampling: by for sampling, by in decoder.differences.items() if by < 255}
+    exact, others = ({sampling for sampling, by in differences.items() if (by > 0) == more} for more in (False, True))
+    decoder.samplings = exact
+    if choice == "gpu":
+        if not differences:
+            raise UserError(f"--decoder gpu: nvJPEG ({decoder.name}) decodes nothing on this GPU; use --decoder cpu")
+        decoder.samplings = exact | others
+        if others:
+            warn(
+                f"--decoder gpu: nvJPEG ({decoder.name}) gives JPEGs of {', '.join(sorted(others))} colours that differ from"
+                f" TensorFlow's by up to {max(differences.values())} of 255; --decoder cpu gives TensorFlow's"
+            )
+    return decoder if decoder.samplings else None
 
 
 def _why_not(detector, files):
@@ -320,7 +283,7 @@ def _why_not(detector, files):
 class GpuBatcher:
     """As image_batcher.ImageBatcher, with DeviceImages for tensors, in order.
 
-    One thread reads files, one or some decode them, ahead of the thread that asks for batches.
+    One thread reads files, DECODERS decode them, ahead of the thread that asks for batches.
     """
 
     def __init__(self, paths, resizer, batch_size, decoder, load=load_image, skip=None, keep_images=False):
@@ -341,10 +304,10 @@ class GpuBatcher:
             concurrent.futures.ThreadPoolExecutor(DECODERS) as decoders,
         ):
             chunks = self._chunks(processors)
-            read = in_order(lambda _: reader.submit(next, chunks, None), itertools.count(), LOOK_AHEAD)
+            read = in_order(lambda _: reader.submit(next, chunks, None), itertools.count(), READ_AHEAD)
             with contextlib.closing(read):
                 begun = iter(lambda: next(read), None)
-                decoded = in_order(lambda chunk: decoders.submit(self._decode, chunk), begun, DECODERS)
+                decoded = in_order(lambda chunk: decoders.submit(self._decode, chunk), begun, READY_AHEAD)
                 with contextlib.closing(decoded):
                     for path, image in itertools.chain.from_iterable(decoded):
                         number = next(numbers)
@@ -378,7 +341,7 @@ class GpuBatcher:
         """As read_jpeg; None too where the network does not take the image's shape, or the file cannot be read."""
         try:
             jpeg = read_jpeg(path)
-            return jpeg and placement_of(*jpeg[1], self._resizer) and jpeg
+            return jpeg and placement_of(*jpeg[1][:2], self._resizer) and jpeg
         except (OSError, ImageError):
             return None
 

@@ -15,9 +15,8 @@ import numpy as np
 PACKAGE = "nvidia-nvjpeg-cu12"
 # nvjpegBackend_t: the JPEG hardware of the GPU; Huffman codes by the GPU or by processors, the rest by the GPU.
 BACKENDS = {"the JPEG hardware": 3, "the GPU and processors": 2}
-RGBI = 5  # nvjpegOutputFormat_t: [height, width, 3]
-INTERPOLATE = 1 << 5  # NVJPEG_FLAGS_UPSAMPLING_WITH_INTERPOLATION: of colours, as libjpeg-turbo does
-CHANNELS = 4  # of an nvjpegImage_t: so many pointers, then so many bytes from row to row
+YUV = 1  # nvjpegOutputFormat_t: planes as they are in the file
+CHANNELS = 4  # of an nvjpegImage_t: so many planes, then so many bytes from row to row
 THREADS = 8  # of processors, where they decode Huffman codes
 
 
@@ -61,7 +60,7 @@ class NvJpeg:
         """Raises ImportError without the library, OSError where no backend runs on this GPU."""
         self._library, self._handle = load_library(), ctypes.c_void_p()
         for self.name, backend in backends.items():
-            status = self._library.nvjpegCreateEx(backend, None, None, INTERPOLATE, ctypes.byref(self._handle))
+            status = self._library.nvjpegCreateEx(backend, None, None, 0, ctypes.byref(self._handle))
             if not status:
                 break
         else:
@@ -100,19 +99,19 @@ class State:
         return not failed and not answer.value
 
     def decode(self, files, pointers, strides, stream):
-        """Queues the decoding of JPEGs to the GPU's memory at `pointers`, in a stream. Returns whether that went well.
+        """Queues the decoding of JPEGs to their planes y, cb and cr, in a stream. Returns whether that went well.
 
-        files: their bytes, each of which it supports, to be kept until the stream has got there; strides: bytes from row to
-        row.
+        files: their bytes, each of which it supports, to be kept until the stream has got there; pointers, strides [n, 3]:
+        where in the GPU's memory each plane begins, and its bytes from row to row. A grey one has y alone.
         """
         count = len(files)
         if count != self._batch:
             self._batch = 0
-            if self._library.nvjpegDecodeBatchedInitialize(self._handle, self._state, count, THREADS, RGBI):
+            if self._library.nvjpegDecodeBatchedInitialize(self._handle, self._state, count, THREADS, YUV):
                 return False
             self._batch = count
         images = np.zeros((count, 2, CHANNELS), np.uint64)
-        images[:, 0, 0], images[:, 1, 0] = pointers, strides
+        images[:, 0, :3], images[:, 1, :3] = pointers, strides
         failed = self._library.nvjpegDecodeBatched(
             self._handle,
             self._state,

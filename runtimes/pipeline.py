@@ -16,7 +16,8 @@ import onnx_utils
 from image_batcher import ImageBatcher
 from images.decoding import load_image
 from runtimes.detector import Detections
-from runtimes.gpu_images import DeviceImage, GpuBatcher
+from runtimes.device_images import DeviceImage
+from runtimes.gpu_images import GpuBatcher
 from runtimes.workers import Workers
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_utils
 from runtimes.cuda_graph import CudaGraph
 from runtimes.detector import STAGES, image_input, input_spec, shape_input, split_detections
-from runtimes.gpu_images import TABLE, DeviceImage, GpuResizer
+from runtimes.device_images import IMAGE, DeviceImage, resize_images
 
 REBUILD = "build it here with build_engine.py"
 # Batches that may be under way: one is copied in while one is computed and one's results are copied out.
@@ -118,7 +118,7 @@ class Slot:
         self.host_outputs = cuda.pagelocked_empty(output_bytes, np.uint8)
         self.images = None  # DeviceImages that are being read
         most = max(shape[0] for shape, _ in inputs.values())
-        self.table = cuda.pagelocked_empty(most * TABLE.itemsize, np.uint8).view(TABLE)
+        self.table = cuda.pagelocked_empty(most * IMAGE.itemsize, np.uint8).view(IMAGE)
         self.device_table = cuda.mem_alloc(self.table.nbytes)
         self.begun, self.copied, self.computing, self.computed, self.done = (cuda.Event() for _ in range(5))
 
@@ -150,7 +150,7 @@ class TrtDetector:
         self.version = self._trt.__version__
         self._lock, self.gpu = threading.RLock(), GpuContext(self._cuda, gpu)
         self._cuda_graphs, self._slots, self._context, self._engine = {}, [], None, None
-        self._turn, self._resizer = 0, None
+        self._turn = 0
         self.spent = dict.fromkeys(STAGES, 0.0)
         try:
             self._load(data)
@@ -248,11 +248,9 @@ class TrtDetector:
         name, spec, copy = self.input.name, self.input, self._cuda.memcpy_htod_async
         if isinstance(batch[0], DeviceImage):
             slot.images = batch  # they are read until `finish`
-            self._resizer = self._resizer or GpuResizer(self.metadata["resizer"], spec)
-            table = slot.table[: len(batch)]
-            self._resizer.resize(
-                batch, true_shapes, table, slot.device_table, slot.device_inputs[name], self._copying_in
-            )
+            tables = slot.table[: len(batch)], slot.device_table
+            resizer = self.metadata["resizer"]
+            resize_images(batch, true_shapes, resizer, spec, *tables, slot.device_inputs[name], self._copying_in)
         else:
             # From page-locked memory copies go on beside the network; those made from it before have ended: see `finish`.
             copy(slot.device_inputs[name], image_input(batch, spec, slot.host_inputs[name][:size]), self._copying_in)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import io
 import re
 import threading
 import time
@@ -19,11 +20,12 @@ import build_engine
 import infer
 import onnx_utils
 from checks import parity
-from images.decoding import ImageError, load_image
+from images.decoding import ImageError, decode_image, load_image
 from images.resizing import preprocess
 from runtimes import open_detector, quantization, standard_graph, trt_graph
 from runtimes.detector import InputSpec, detect_image
-from runtimes.gpu_images import TABLE, DeviceImage, GpuResizer, choose_decoder
+from runtimes.device_images import IMAGE, DeviceImage, resize_images
+from runtimes.gpu_images import SAMPLINGS, GpuDecoder, baseline_frame, choose_decoder, sample_picture
 from runtimes.pipeline import Times, batcher_for, detect_files, open_workers
 from runtimes.several_gpus import SeveralGpus, job_for
 from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
@@ -366,9 +368,9 @@ def test_images_are_resized_to_the_last_bit(layout, dtype, keep):
             shapes.append(placement.true_shape)
         assert len(images) > 4
         found = np.empty((len(images), *spec_shape(spec, layout)), dtype)
-        table = cuda.pagelocked_empty(len(images) * TABLE.itemsize, np.uint8).view(TABLE)
+        table = cuda.pagelocked_empty(len(images) * IMAGE.itemsize, np.uint8).view(IMAGE)
         memory, device_table, stream = cuda.mem_alloc(found.nbytes), cuda.mem_alloc(table.nbytes), cuda.Stream()
-        GpuResizer(resizer, spec).resize(images, shapes, table, device_table, memory, stream)
+        resize_images(images, shapes, resizer, spec, table, device_table, memory, stream)
         stream.synchronize()
         cuda.memcpy_dtoh(found, memory)
         found = found if layout == "NHWC" else found.transpose(0, 2, 3, 1)
@@ -381,6 +383,32 @@ def test_images_are_resized_to_the_last_bit(layout, dtype, keep):
 def spec_shape(spec, layout=None):
     shape = spec.height, spec.width
     return shape if layout is None else (*shape, 3) if layout == "NHWC" else (3, *shape)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_jpegs_have_the_pixels_of_libjpeg_turbo(sampling):
+    """Of whatever size; a GPU without JPEG hardware comes near."""
+    import pycuda.driver as cuda
+
+    cuda.init()
+    gpu = GpuContext(cuda)
+    decoder, jpegs = GpuDecoder(gpu), [sample_picture(sampling)]
+    for i, (height, width) in enumerate(SIZES):
+        buffer = io.BytesIO()
+        picture = Image.open(PICTURES[i]).resize((width, height))
+        if sampling == "grey":
+            picture.convert("L").save(buffer, "JPEG", quality=60 + 5 * i)
+        else:
+            picture.save(buffer, "JPEG", quality=60 + 5 * i, subsampling=sampling)
+        jpegs.append(buffer.getvalue())
+    exact = decoder.name == "the JPEG hardware"
+    for data, image in zip(jpegs, decoder.decode([(data, baseline_frame(data)) for data in jpegs]), strict=True):
+        difference = np.abs(image.download(gpu) - decode_image(data).astype(int)).max()
+        assert difference <= (0 if exact else 6), f"{image.height} x {image.width}"
+    assert max(decoder.differences.values()) <= (0 if exact else 6)
+    del image
+    with gpu:
+        decoder.close()
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

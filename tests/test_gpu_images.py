@@ -14,16 +14,16 @@ from conftest import DEMO, need_shared
 from PIL import Image
 
 from image_batcher import ImageBatcher
-from images.decoding import ImageError, load_image
-from runtimes import gpu_images
+from images.decoding import ImageError, decode_image, load_image
+from runtimes.device_images import DeviceImage
 from runtimes.gpu_images import (
-    DECODERS,
     FEWEST_TOGETHER,
-    LOOK_AHEAD,
     MOST_TOGETHER,
-    DeviceImage,
+    READ_AHEAD,
+    READY_AHEAD,
+    Frame,
     GpuBatcher,
-    baseline_size,
+    baseline_frame,
     choose_decoder,
     is_turned,
     read_jpeg,
@@ -43,30 +43,29 @@ def saved(mode="RGB", **options):
 
 
 @pytest.mark.parametrize(
-    ("data", "baseline"),
+    ("data", "sampling"),
     [
-        (saved(), True),
-        (saved(subsampling=0), True),
-        (saved(optimize=True, quality=30, exif=Image.Exif(), comment="\xff\xc2 no marker"), True),
-        (saved("L"), True),
-        (saved(progressive=True), False),
-        (saved("CMYK"), False),
-        (saved(keep_rgb=True), False),  # RGB, not YCbCr, as Adobe's marker says
-        (saved()[:-2], False),  # cut off
-        (saved()[:-1000], False),
-        (saved() + b"more", False),
-        (b"\xff\xd8\xff\xd9", False),
-        (b"\xff\xd8" + b"\xff" * 50 + b"\xff\xd9", False),
-        (b"\x89PNG\r\n\x1a\n", False),
-        (b"", False),
+        (saved(), "4:2:0"),
+        (saved(subsampling=0), "4:4:4"),
+        (saved(subsampling="4:2:2"), "4:2:2"),
+        (saved(optimize=True, quality=30, exif=Image.Exif(), comment="\xff\xc2 no marker"), "4:2:0"),
+        (saved("L"), "grey"),
+        (saved(streamtype=2).replace(b"\1\x22\0\2", b"\1\x12\0\2"), None),  # 4:4:0, which few have
+        (saved(progressive=True), None),
+        (saved("CMYK"), None),
+        (saved(keep_rgb=True), None),  # RGB, not YCbCr, as Adobe's marker says
+        (saved()[:-2], None),  # cut off
+        (saved()[:-1000], None),
+        (saved() + b"more", None),
+        (b"\xff\xd8\xff\xd9", None),
+        (b"\xff\xd8" + b"\xff" * 50 + b"\xff\xd9", None),
+        (b"\x89PNG\r\n\x1a\n", None),
+        (b"", None),
     ],
 )
-def test_only_read_jpegs_go_to_the_gpu(data, baseline, tmp_path):
-    if baseline:
-        (tmp_path / "a.jpg").write_bytes(data)
-        assert baseline_size(data) == load_image(tmp_path / "a.jpg").shape[:2]
-    else:
-        assert baseline_size(data) is None
+def test_only_read_jpegs_go_to_the_gpu(data, sampling):
+    frame = baseline_frame(data)
+    assert frame == (sampling and Frame(*decode_image(data).shape[:2], sampling))
 
 
 def test_whole_read_jpegs_are_read(tmp_path):
@@ -81,7 +80,7 @@ def test_whole_read_jpegs_are_read(tmp_path):
         (b"\xff", False),
     ):
         path.write_bytes(data)
-        assert read_jpeg(path) == ((data, load_image(path).shape[:2]) if found else None)
+        assert read_jpeg(path) == ((data, Frame(*load_image(path).shape[:2], "4:2:0")) if found else None)
     os.mkfifo(tmp_path / "pipe.jpg")
     assert read_jpeg(tmp_path / "pipe.jpg") is None
     assert read_jpeg(tmp_path) is None
@@ -99,9 +98,9 @@ def test_turned_images_are_known(orientation):
 
 def test_sizes_are_those_of_the_photos():
     for path in sorted(need_shared("coco", "val2017").glob("*.jpg"))[:60]:
-        size = baseline_size(path.read_bytes())
-        if size:
-            assert size == load_image(path).shape[:2]
+        frame = baseline_frame(path.read_bytes())
+        if frame:
+            assert frame[:2] == load_image(path).shape[:2]
 
 
 class StandIn:
@@ -113,10 +112,10 @@ class StandIn:
     def decode(self, files):
         self.chunks.append(len(files))
         images = []
-        for data, (height, width) in files:
+        for data, frame in files:
             self.files += 1
             image = Image.open(io.BytesIO(data)).convert("RGB")
-            assert image.size == (width, height)
+            assert image.size == (frame.width, frame.height)
             images.append(None if self.files % 3 == 0 else self.upload(np.asarray(image)))
         return images
 
@@ -166,7 +165,7 @@ def test_it_reads_only_some_way_ahead():
     pictures = iter(GpuBatcher([PICTURES[0], *files], FIXED, 1, StandIn(), load))
     next(pictures)
     pictures.close()
-    assert len(read) <= (LOOK_AHEAD + DECODERS + 3) * FEWEST_TOGETHER
+    assert len(read) <= (READ_AHEAD + READY_AHEAD + 3) * FEWEST_TOGETHER
 
 
 def detector(**changes):
@@ -201,16 +200,3 @@ def test_without_the_packages_it_is_one_line(monkeypatch, capsys):
     assert "requirements-gpu.txt" in said
     with pytest.raises(UserError, match="--decoder gpu: nvJPEG cannot be loaded"):
         choose_decoder("gpu", detector(), PICTURES, 8)
-
-
-@pytest.mark.parametrize(("cores", "size", "decodes"), [(16, 1, False), (16, 8, True), (4, 1, True)])
-def test_one_image_at_a_time_is_the_processors_where_there_are_many(cores, size, decodes, monkeypatch):
-    """The choice of "auto"; "gpu" has its way. The decoder itself is not to be had here: asking for it is the choice."""
-    monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
-    monkeypatch.setattr(gpu_images.os, "cpu_count", lambda: cores)
-    asked = []
-    monkeypatch.setattr(gpu_images, "GpuDecoder", lambda *arguments: asked.append(arguments) or "decoder")
-    opened = detector()
-    assert choose_decoder("auto", opened, PICTURES, size) == ("decoder" if decodes else None)
-    assert choose_decoder("gpu", opened, PICTURES, size) == "decoder"
-    assert len(asked) == 1  # it stays, for the next files

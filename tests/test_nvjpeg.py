@@ -1,17 +1,26 @@
-"""What nvJPEG is called with, as nvjpeg.h declares it: here by functions that decode with Pillow into the processor's memory."""
+"""JPEGs decoded by nvJPEG, in whose place here are functions as nvjpeg.h declares them, which know some JPEGs' planes."""
 
 import ctypes
-import io
+import types
 
+from commandline import UserError
+
+import kernels_on_cpu
 import numpy as np
 import pytest
 from conftest import DEMO
-from PIL import Image
+from kernels_on_cpu import SHIFTS, jpeg_of_planes
 
-from images.decoding import load_image
-from runtimes import nvjpeg
+from images.decoding import decode_image, load_image
+from runtimes import gpu_images, nvjpeg
+from runtimes.gpu_images import MOST_TOGETHER, GpuDecoder, baseline_frame, choose_decoder
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
+IMAGES = [load_image(path) for path in PICTURES[:3]] + [load_image(PICTURES[3])[:45, :67]]
+# [bytes, planes]: one of each kind and more.
+JPEGS = [
+    jpeg_of_planes(image, kind) for image, kind in zip(IMAGES * 2, ["grey", *SHIFTS, *SHIFTS, "grey"], strict=True)
+]
 HANDLE, STATE, HEADER, STREAM = 0x1000, 0x2000, 0x3000, 0x4000
 
 
@@ -20,10 +29,14 @@ class NvjpegImage(ctypes.Structure):
 
 
 class Library:
-    """libnvjpeg's functions. Each gives status 2 for arguments that it was not meant to get; `made` says what lives."""
+    """libnvjpeg's functions. Each gives status 2 for arguments that it was not meant to get; `made` says what lives.
+
+    `working`: the backends that there are; `beside`: by how much each sample is decoded wrong.
+    """
 
     def __init__(self):
-        self.working, self.refused, self.made, self.batch = [2, 3], b"\xff\xc2", set(), 0
+        self.working, self.refused, self.made, self.batch = [2, 3], b"\xff\xc2", [], 0
+        self.planes, self.beside = dict(JPEGS), 0
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
         out = ctypes.POINTER(pointer)
         signatures = {
@@ -38,13 +51,13 @@ class Library:
             "DecodeBatchedInitialize": (pointer, pointer, number, number, number),
             "DecodeBatched": (pointer, pointer, pointer, pointer, pointer, pointer),
         }
-        for name, types in signatures.items():
-            function = ctypes.CFUNCTYPE(number, *types)(getattr(self, f"_{name}"))
+        for name, arguments in signatures.items():
+            function = ctypes.CFUNCTYPE(number, *arguments)(getattr(self, f"_{name}"))
             function.__name__ = f"nvjpeg{name}"
             setattr(self, f"nvjpeg{name}", function)
 
     def _make(self, number, out):
-        self.made.add(number)
+        self.made.append(number)
         out[0] = number
         return 0
 
@@ -55,7 +68,7 @@ class Library:
     def _CreateEx(self, backend, device_allocator, pinned_allocator, flags, out):
         if backend not in self.working:
             return 7
-        return 2 if device_allocator or pinned_allocator or flags != 32 else self._make(HANDLE, out)
+        return 2 if device_allocator or pinned_allocator or flags else self._make(HANDLE, out)
 
     def _JpegStateCreate(self, handle, out):
         return self._make(STATE, out) if handle == HANDLE else 2
@@ -77,7 +90,7 @@ class Library:
 
     def _DecodeBatchedInitialize(self, handle, state, count, threads, kind):
         self.batch = count
-        return 0 if (handle, state, kind) == (HANDLE, STATE, 5) and threads > 0 else 2
+        return 0 if (handle, state, kind) == (HANDLE, STATE, 1) and threads > 0 else 2
 
     def _DecodeBatched(self, handle, state, files, lengths, images, stream):
         if (handle, state, stream) != (HANDLE, STATE, STREAM) or not self.batch:
@@ -86,13 +99,13 @@ class Library:
         lengths = ctypes.cast(lengths, ctypes.POINTER(ctypes.c_size_t))
         images = ctypes.cast(images, ctypes.POINTER(NvjpegImage))
         for i in range(self.batch):
-            try:
-                pixels = np.asarray(Image.open(io.BytesIO(ctypes.string_at(files[i], lengths[i]))).convert("RGB"))
-            except OSError:
+            planes = self.planes.get(ctypes.string_at(files[i], lengths[i]))
+            if planes is None:
                 self.batch = 0  # must be initialised again
                 return 3
-            for y, row in enumerate(pixels):
-                ctypes.memmove(images[i].channel[0] + y * images[i].pitch[0], row.tobytes(), row.size)
+            for plane, pointer, pitch in zip(planes, images[i].channel, images[i].pitch, strict=False):
+                for y, row in enumerate(plane + np.uint8(self.beside)):
+                    ctypes.memmove(pointer + y * pitch, row.tobytes(), row.size)
         return 0
 
 
@@ -104,23 +117,48 @@ def library(monkeypatch):
     return made
 
 
+@pytest.fixture
+def gpu(library, monkeypatch):
+    """A GpuContext of the processor; the sample pictures of GpuDecoder are of known planes."""
+    kernels_on_cpu.install(monkeypatch)
+    samples = {kind: jpeg_of_planes(IMAGES[3], kind) for kind in ("grey", *SHIFTS)}
+    library.planes.update(samples.values())
+    monkeypatch.setattr(gpu_images, "sample_picture", lambda kind: samples[kind][0])
+    monkeypatch.setattr(gpu_images.shutil, "which", lambda name: name)
+    return Gpu()
+
+
+class Gpu:
+    def __init__(self):
+        self.decoders = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 def decoded(state, files):
-    """(whether it went well, images) of files, decoded one behind the other, with some bytes behind each row."""
-    sizes = [Image.open(io.BytesIO(data)).size for data in files]
-    memory = [np.zeros((height, 3 * width + 5), np.uint8) for width, height in sizes]
-    fine = state.decode(files, [m.ctypes.data for m in memory], [m.shape[1] for m in memory], STREAM)
-    return fine, [m[:, :-5].reshape(len(m), -1, 3) for m in memory]
+    """(whether it went well, planes) of JPEGS, decoded one behind the other, with some bytes behind each row."""
+    memory = [[np.zeros((len(plane), plane.shape[1] + 5), np.uint8) for plane in planes] for _, planes in files]
+    none = [0] * 3
+    pointers = [([m.ctypes.data for m in each] + none)[:3] for each in memory]
+    strides = [([m.shape[1] for m in each] + none)[:3] for each in memory]
+    fine = state.decode([data for data, _ in files], pointers, strides, STREAM)
+    return fine, [[m[:, :-5] for m in each] for each in memory]
 
 
-def test_images_go_where_they_are_to(library):
+def test_planes_go_where_they_are_to(library):
     codec = nvjpeg.NvJpeg()
     state = codec.new_state()
     assert codec.name == "the JPEG hardware"
-    for paths in (PICTURES[:3], PICTURES[3:6], PICTURES[:1]):  # the number of images may change
-        fine, images = decoded(state, [path.read_bytes() for path in paths])
+    for files in (JPEGS[:3], JPEGS[3:6], JPEGS[:1]):  # the number of images may change
+        fine, found = decoded(state, files)
         assert fine
-        for path, image in zip(paths, images, strict=True):
-            np.testing.assert_array_equal(image, np.asarray(Image.open(path)))
+        for (_, planes), ours in zip(files, found, strict=True):
+            for plane, our in zip(planes, ours, strict=True):
+                np.testing.assert_array_equal(our, plane)
     state.close()
     codec.close()
     assert not library.made
@@ -128,12 +166,11 @@ def test_images_go_where_they_are_to(library):
 
 def test_after_a_batch_that_fails_the_next_is_decoded(library):
     state = nvjpeg.NvJpeg().new_state()
-    whole = PICTURES[0].read_bytes()
-    broken = whole[:-2000]
-    assert not decoded(state, [whole, broken])[0]
-    fine, images = decoded(state, [whole, whole])
+    whole, planes = JPEGS[1]
+    assert not decoded(state, [(whole, planes), (whole[:-2000], planes)])[0]
+    fine, found = decoded(state, [JPEGS[1]] * 2)
     assert fine
-    np.testing.assert_array_equal(images[1], load_image(PICTURES[0]))
+    np.testing.assert_array_equal(found[1][2], planes[2])
 
 
 def test_it_is_asked_what_it_supports(library):
@@ -150,3 +187,65 @@ def test_other_hardware_has_another_decoder(library):
     library.working = []
     with pytest.raises(OSError, match="nvjpegCreateEx gives status 7"):
         nvjpeg.NvJpeg()
+
+
+def test_jpegs_of_all_kinds_become_their_pixels(gpu, library):
+    """As many as go together, one that is not supported among them; then one that is broken, with one that is not."""
+    decoder = GpuDecoder(gpu)
+    assert decoder.differences == dict.fromkeys(["grey", *SHIFTS], 0)
+    files = [(data, baseline_frame(data)) for data, _ in JPEGS]
+    assert [frame.sampling for _, frame in files] == ["grey", *SHIFTS, *SHIFTS, "grey"]
+    refused = files[2][0][:2] + b"\xff\xfe\0\4" + library.refused + files[2][0][2:]
+    files = [*(files * 9)[: MOST_TOGETHER - 1], (refused, files[2][1])]
+    *images, none = decoder.decode(files)
+    assert none is None
+    for (data, _), image in zip(files, images, strict=False):
+        np.testing.assert_array_equal(image.download(gpu), decode_image(data))
+    assert decoder.decode([files[0], (files[0][0][:-100], files[0][1])]) == [None, None]
+    (again,) = decoder.decode(files[:1])
+    np.testing.assert_array_equal(again.download(gpu), decode_image(files[0][0]))
+    decoder.close()
+    assert not library.made
+
+
+def detector(gpu):
+    return types.SimpleNamespace(gpu=gpu, runtime="TensorRT", metadata={"resizer": {"kind": "fixed_shape"}})
+
+
+def test_what_decodes_otherwise_is_not_used_unasked(gpu, library, capsys):
+    """By default the pictures' pixels are TensorFlow's; who asks for the GPU is told how far they are not."""
+    assert choose_decoder("auto", detector(gpu), PICTURES, 8).samplings == {"grey", *SHIFTS}
+    gpu.decoders.clear()
+    library.beside, library.working = 2, [2]
+    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert capsys.readouterr().err == ""
+    decoder = choose_decoder("gpu", detector(gpu), PICTURES, 8)
+    said = capsys.readouterr().err
+    assert "nvJPEG (the GPU and processors)" in said and "4:2:0" in said and "TensorFlow" in said
+    image = decoder.decode([(JPEGS[0][0], baseline_frame(JPEGS[0][0]))])[0].download(gpu)
+    np.testing.assert_array_equal(image, decode_image(JPEGS[0][0]) + np.uint8(2))
+
+
+def test_what_it_cannot_decode_is_left_to_processors(gpu, library):
+    colours = [data for data, planes in library.planes.items() if len(planes) == 3]
+    for data in colours:
+        del library.planes[data]
+    decoder = choose_decoder("gpu", detector(gpu), PICTURES, 8)
+    assert decoder.samplings == {"grey"}
+    (grey,) = decoder.decode([(JPEGS[0][0], baseline_frame(JPEGS[0][0]))])
+    assert grey.width == IMAGES[0].shape[1]
+    assert decoder.decode([(JPEGS[2][0], baseline_frame(JPEGS[2][0]))]) == [None]
+    gpu.decoders.clear()
+    library.planes.clear()
+    with pytest.raises(UserError, match="decodes nothing on this GPU"):
+        choose_decoder("gpu", detector(gpu), PICTURES, 8)
+
+
+@pytest.mark.parametrize(("cores", "size", "decodes"), [(16, 1, False), (16, 8, True), (4, 1, True)])
+def test_one_image_at_a_time_is_the_processors_where_there_are_many(gpu, cores, size, decodes, monkeypatch):
+    """The choice of "auto"; "gpu" has its way. The decoder stays, for the next files."""
+    monkeypatch.setattr(gpu_images.os, "cpu_count", lambda: cores)
+    opened = detector(gpu)
+    assert (choose_decoder("auto", opened, PICTURES, size) is not None) == decodes
+    decoder = choose_decoder("gpu", opened, PICTURES, size)
+    assert choose_decoder("gpu", opened, PICTURES, size) is decoder
