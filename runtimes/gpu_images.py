@@ -1,8 +1,8 @@
 """JPEG files decoded on the GPU and resized into an engine's input: nothing but their bytes crosses the bus.
 
-nvJPEG decodes planes, kernels make pixels of them and resize (runtimes.device_images). On a GPU with JPEG hardware all that is
-TensorFlow's to the last bit, which GpuDecoder makes sure of with a picture of each kind. Whatever else goes the CPU's way,
-image by image.
+nvJPEG decodes planes, kernels make pixels of them and resize (runtimes.device_images). JPEG hardware and these kernels give to
+the last bit what processors give (images.decoding, images.resizing); GpuDecoder makes sure of that with a picture of each
+kind. Whatever else goes the CPU's way, image by image.
 """
 
 import concurrent.futures
@@ -262,8 +262,8 @@ def _limited(choice, decoder):
         decoder.samplings = exact | others
         if others:
             warn(
-                f"--decoder gpu: nvJPEG ({decoder.name}) gives JPEGs of {', '.join(sorted(others))} colours that differ from"
-                f" TensorFlow's by up to {max(differences.values())} of 255; --decoder cpu gives TensorFlow's"
+                f"--decoder gpu: nvJPEG ({decoder.name}) decodes JPEGs of {', '.join(sorted(others))} up to"
+                f" {max(differences.values())} of 255 beside what processors give; --decoder cpu is exact"
             )
     return decoder if decoder.samplings else None
 

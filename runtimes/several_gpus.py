@@ -1,6 +1,6 @@
 """Several GPUs of one machine: a process for each, files dealt out to them, results in input order.
 
-Threads would share Python's lock, which the codec of runtimes.gpu_images takes and leaves for each image.
+Threads would share Python's lock.
 """
 
 import contextlib
