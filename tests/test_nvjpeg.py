@@ -221,7 +221,7 @@ def test_what_decodes_otherwise_is_not_used_unasked(gpu, library, capsys):
     assert capsys.readouterr().err == ""
     decoder = choose_decoder("gpu", detector(gpu), PICTURES, 8)
     said = capsys.readouterr().err
-    assert "nvJPEG (the GPU and processors)" in said and "4:2:0" in said and "up to 2 of 255" in said
+    assert "nvJPEG (the GPU and processors)" in said and "4:2:0" in said and "up to 6 of 255" in said
     image = decoder.decode([(JPEGS[0][0], baseline_frame(JPEGS[0][0]))])[0].download(gpu)
     np.testing.assert_array_equal(image, decode_image(JPEGS[0][0]) + np.uint8(2))
 
