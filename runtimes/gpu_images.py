@@ -309,13 +309,12 @@ class GpuBatcher:
                 begun = iter(lambda: next(read), None)
                 decoded = in_order(lambda chunk: decoders.submit(self._decode, chunk), begun, READY_AHEAD)
                 with contextlib.closing(decoded):
-                    for path, image in itertools.chain.from_iterable(decoded):
+                    for path, image, placement in itertools.chain.from_iterable(decoded):
                         number = next(numbers)
                         if isinstance(image, str):
                             self.skipped += 1
                             self._skip(number, path, image)
                             continue
-                        placement = placement_of(image.height, image.width, self._resizer)
                         kept = image if self._keep and image.height * image.stride <= KEPT_BYTES else None
                         batch.append((number, path, kept, placement, image))
                         if len(batch) == self.batch_size:
@@ -325,12 +324,14 @@ class GpuBatcher:
                 yield Batch(*map(list, zip(*batch, strict=True)))
 
     def _chunks(self, processors):
-        """Yields [(path, what read_jpeg gives)] of some files; of what the GPU cannot decode, `processors`' Future."""
+        """Yields [(path, (bytes, Frame), Placement)] of some files; of what the GPU cannot decode (path, None, `processors`'
+        Future of what _by_cpu gives)."""
         chunk, pixels = [], 0
         for path in self.paths:
-            jpeg = self._read(path)
-            chunk.append((path, jpeg or processors.submit(self._by_cpu, path)))
-            pixels += jpeg[1][0] * jpeg[1][1] if jpeg else 0
+            jpeg, placement = self._read(path)
+            if jpeg:
+                pixels += placement.height * placement.width
+            chunk.append((path, jpeg, placement or processors.submit(self._by_cpu, path)))
             if len(chunk) == self._together or pixels >= PIXELS_TOGETHER:
                 yield chunk
                 chunk, pixels = [], 0
@@ -338,30 +339,32 @@ class GpuBatcher:
             yield chunk
 
     def _read(self, path):
-        """As read_jpeg; None too where the network does not take the image's shape, or the file cannot be read."""
+        """(what read_jpeg gives, Placement); (None, None) too where the network does not take the image's shape, or the file
+        cannot be read."""
         try:
             jpeg = read_jpeg(path)
-            return jpeg and placement_of(*jpeg[1][:2], self._resizer) and jpeg
+            return (jpeg, placement_of(*jpeg[1][:2], self._resizer)) if jpeg else (None, None)
         except (OSError, ImageError):
-            return None
+            return None, None
 
     def _by_cpu(self, path):
-        """The image as the CPU decodes it, or why it cannot be read."""
+        """(image as the CPU decodes it, Placement), or (why it cannot be read, None)."""
         try:
             image = self._load(path)
-            placement_of(*image.shape[:2], self._resizer)
+            return image, placement_of(*image.shape[:2], self._resizer)
         except ImageError as error:
-            return str(error)
-        return image
+            return str(error), None
 
     def _decode(self, chunk):
-        """[(path, DeviceImage, or why it cannot be read)] of a chunk."""
-        found = iter(self._decoder.decode([jpeg for _, jpeg in chunk if isinstance(jpeg, tuple)]))
+        """[(path, DeviceImage, Placement)] of a chunk; (path, why it cannot be read, None)."""
+        found = iter(self._decoder.decode([jpeg for _, jpeg, _ in chunk if jpeg]))
         images = []
-        for path, other in chunk:
-            image = (next(found) or self._by_cpu(path)) if isinstance(other, tuple) else other.result()
+        for path, jpeg, placement in chunk:
+            image = next(found) if jpeg else None
+            if image is None:
+                image, placement = self._by_cpu(path) if jpeg else placement.result()
             if isinstance(image, np.ndarray):
                 self.by_cpu += 1
                 image = self._decoder.upload(image)
-            images.append((path, image))
+            images.append((path, image, placement))
         return images
