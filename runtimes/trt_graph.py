@@ -24,7 +24,7 @@ def prepare(model, most):
     for number, node in enumerate([node for node in graph.nodes if node.op == "EfficientNMS_TRT"]):
         ops, (_, count, classes) = OpBuilder(graph, f"suppression_{number}"), node.inputs[1].shape
         size = -(-classes // together)
-        if _images_of_classes(node) > together:
+        if images_of_classes(node) > together:
             _in_parts(ops, node, together)
         elif size < classes and not node.attrs["class_agnostic"]:
             results = _in_groups(ops, node, count, classes, size)
@@ -75,7 +75,7 @@ def _in_groups(ops, node, count, classes, size):
     return number, boxes, scores, labels
 
 
-def _images_of_classes(node):
+def images_of_classes(node):
     """How many images nms_of_each_class makes of each for the plugin `node`; 1 where it is not of that."""
     scores = node.inputs[1]
     before = scores.inputs[0].inputs[0].shape if scores.inputs and scores.inputs[0].op == "Reshape" else None

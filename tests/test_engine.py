@@ -441,17 +441,19 @@ def test_the_half_form_builds_strongly_typed(key, convert, exported):
 
 
 def test_suppression_by_rounds_finds_the_same_without_a_plugin(convert, coco_images, capsys):
-    """The experiment of benchmarks/bench_rounds.py, bit for bit on photos; in FP16 the whole builds."""
+    """The experiment of benchmarks/bench_rounds.py, bit for bit on photos; in FP16 the whole builds, suppression in FP32."""
     path, _ = convert("fpnlite", "--batch_size", "dynamic")
     args = ["check", "--onnx", str(path), "--input", str(coco_images[0].parent), "--images", "3"]
-    assert bench_rounds.main([*args, "--forms", "rounds", "plugin:pairs=2048"]) == 0
-    rounds, plugin = capsys.readouterr().out.splitlines()
-    assert rounds.startswith("rounds: other detections than the plugin's in 0 of 3 images")
-    assert rounds.endswith("not exact in 0, in 1 of the suppressions")
-    assert plugin.startswith("plugin:pairs=2048: other detections than the plugin's in 0 of 3 images")
-    form = bench_rounds.Form("rounds")
-    model, _ = form.finish(precision.to_half(form.prepare(onnx_utils.load(path), BATCH)), None, True)
-    assert build_with_rtx(model) > 0
+    assert bench_rounds.main([*args, "--forms", "rounds"]) == 0
+    assert capsys.readouterr().out.startswith("rounds, 1 suppressions by rounds, against the plugin: 3 bit for bit")
+    assert bench_rounds.main([*args, "--forms", "rounds:pairs=512"]) == 1
+    assert "3 not the same of 3 images" in capsys.readouterr().out
+    plain = trt_graph.prepare(onnx_utils.load(path), BATCH)
+    model = bench_rounds.Form("rounds").prepare(onnx_utils.load(path), BATCH)
+    rounds = {node.name for node in model.graph.node if node.name.startswith("rounds_")}
+    before = {name for name in precision.float32_names(plain) if not name.startswith("suppression_")}
+    assert precision.float32_names(model) == before | rounds
+    assert build_with_rtx(precision.to_half(model)) > 0
 
 
 def test_the_quantized_form_builds_strongly_typed(int8_demo):
