@@ -247,12 +247,16 @@ def part_of(model, number, feeds):
     for tensor in edge:
         tensor.inputs.clear()
         tensor.shape, tensor.dtype = ["B", *values[tensor.name].shape[1:]], values[tensor.name].dtype
-    for tensor, kind in zip(plugin.outputs, (np.int32, np.float32, np.float32, np.int32), strict=True):
-        tensor.shape, tensor.dtype = ["B", *tensor.shape[1:]], kind
-    graph.inputs, graph.outputs = list(edge), list(plugin.outputs)
+    graph.inputs, graph.outputs = list(edge), results_of(plugin)
     part = gs.export_onnx(graph.cleanup().toposort())
     onnx.checker.check_model(part)
     return part, values
+
+
+def results_of(plugin):
+    """What is read of a plugin's outputs; where each class is an image of its own to it, of all classes together."""
+    read = [tensor for tensor in plugin.outputs if tensor.outputs]
+    return [tensor.outputs[0].outputs[0] if tensor.outputs[0].op == "Reshape" else tensor for tensor in read]
 
 
 def part(args, files):

@@ -14,7 +14,7 @@ import onnx_utils
 from benchmarks import bench_rounds, nms_by_rounds
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import precision
+from runtimes import precision, trt_graph
 from runtimes.detector import input_spec, network_inputs
 
 SIZES = nms_by_rounds.Sizes()
@@ -162,11 +162,13 @@ def test_a_part_of_a_two_stage_model_is_that_of_the_whole(number, exported):
     assert [node.op_type for node in part.graph.node].count("EfficientNMS_TRT") == 1
     found = bench_rounds.open_session(part).run(None, values)
     graph = precision.typed_graph(model)
-    graph.outputs = list([node for node in graph.nodes if node.op == "EfficientNMS_TRT"][number].outputs)
+    graph.outputs = bench_rounds.results_of([node for node in graph.nodes if node.op == "EfficientNMS_TRT"][number])
     whole = bench_rounds.open_session(gs.export_onnx(graph.cleanup().toposort()))
     wanted = whole.run(None, {tensor.name: feeds[tensor.name] for tensor in whole.get_inputs()})
     assert bench_rounds.how_alike(wanted, found) == ["bit for bit"] * 2
-    assert wanted[0].min() > 0
+    assert min(map(len, wanted)) == 2
+    assert max(x.max() for x in wanted) > 0
+    trt_graph.prepare(part, 500)  # of very many images the classes go to several plugins
 
 
 def test_how_alike_results_are():
