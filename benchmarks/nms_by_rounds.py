@@ -8,7 +8,7 @@ So it goes in two steps (Sizes). A few rounds among the first pairs of box and c
 sure. The others, few, are put together; among them it takes as many rounds as chains are long.
 
 Shapes: B images, N boxes, C classes, K pairs of box and class, P and Q of them in a matrix, M boxes kept. Boxes are [ymin, xmin,
-ymax, xmax]; a pool [B, K, 6] holds pairs: box, score, class. All is float32, so that precision.py finds it as it finds the
+ymax, xmax]; a pool [B, K, 7] holds pairs: box, score, class, rank. All is float32, so that precision.py finds it as it finds the
 plugin.
 """
 

@@ -74,12 +74,26 @@ def test_a_box_suppresses_other_classes_where_it_should():
         assert labels[i, : number[i, 0]].tolist() == scores[i, rows].argmax(axis=1).tolist()
 
 
-def test_fewer_than_wanted_are_kept():
+def test_fewer_than_wanted_are_kept_where_few_reach_the_threshold():
     boxes, scores = random_case(np.random.default_rng(1), 1, 160, 1, False)
     boxes[..., 2:] = boxes[..., :2] + 0.9  # almost all overlap
-    scores[:, 100:] = 0.049  # below the threshold
+    boxes[:, 99:] += 10 * np.arange(1, 62, dtype=np.float32)[:, None]  # but for these
+    scores[:, 99] = 0.05  # reaches it
+    scores[:, 100:] = np.nextafter(np.float32(0.05), np.float32(0))
     found = run(boxes, scores, SMALL)
     assert 0 < found[0][0, 0] < 40
+    assert found[2].min(where=found[2] > 0, initial=1) == np.float32(0.05)
+    same_as_plugin(found, boxes, scores)
+
+
+def test_a_box_that_overlaps_just_so_much_is_suppressed():
+    place = 2 * np.arange(160, dtype=np.float32)[:, None]
+    boxes = np.hstack([place, place, place + 1, place + 1])[None]
+    boxes[0, 1] = [0, 0, 1, 0.5]  # half of the first
+    boxes[0, 3] = [4, 4, 5, np.nextafter(np.float32(4.5), np.float32(0))]  # less than half of the third
+    scores = np.linspace(0.9, 0.1, 160, dtype=np.float32)[None, :, None]
+    found = run(boxes, scores, SMALL)
+    np.testing.assert_array_equal(found[1][0], boxes[0, [0, *range(2, 41)]])
     same_as_plugin(found, boxes, scores)
 
 
