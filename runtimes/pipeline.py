@@ -10,8 +10,6 @@ import dataclasses
 
 from commandline import UserError
 
-import numpy as np
-
 import onnx_utils
 from image_batcher import ImageBatcher
 from images.decoding import load_image
@@ -45,7 +43,7 @@ class Detected:
 
     number: int  # of the file, from 0
     path: object  # str or Path, as it was given
-    image: np.ndarray | None  # as decoded; None where it is not kept: see ImageBatcher
+    image: object  # as decoded, an array or shared_memory.Picture; None where it is not kept: see ImageBatcher
     placement: object  # images.resizing.Placement
     found: Detections
 

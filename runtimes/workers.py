@@ -11,11 +11,14 @@ import functools
 import itertools
 import multiprocessing
 import os
+import shutil
 import time
+from multiprocessing.heap import Arena
 
 from commandline import UserError
 
 import image_batcher
+from images import shared_memory
 from runtimes.processes import pack, process_pool, unpack
 
 # From this many cores on, and for this many images, it pays to start processes: each takes a second.
@@ -25,6 +28,9 @@ MAX_THREADS = 8
 # Images that a process is given at a time, to decode and to draw on: handing them over one by one takes this process's
 # time. And bytes of network input at a time, at most.
 TOGETHER, DRAWN_TOGETHER, TOGETHER_BYTES = 8, 4, 10e6
+# Bytes for decoded images that are kept to be drawn on, at most, and this part of what is free of /dev/shm: Docker gives 64 MB.
+# Pages come as they are written to, and a process ends where there are no more. Images without a place are decoded again.
+PICTURE_BYTES, PICTURE_PART = 2_000_000_000, 0.25
 
 
 class Workers:
@@ -41,8 +47,17 @@ class Workers:
         slots = 2 * self.count + -(-batch_size // self.together) + 2 if self.processes and image_bytes else 0
         context = multiprocessing.get_context("spawn")  # forked ones would share the GPU's state
         self.memory = [context.RawArray(ctypes.c_uint8, self.together * image_bytes) for _ in range(slots)]
+        # Of shared_memory.Room, for the tasks ahead, for those that are drawn on, and for the batches between: bytes of each,
+        # and where those that are free begin.
+        count = slots and slots + -(-2 * self.count * DRAWN_TOGETHER // self.together) + -(
+            -3 * batch_size // self.together
+        )
+        self.room_bytes = min(self.together * image_batcher.MAX_KEPT_BYTES, _picture_bytes() // max(count, 1))
+        self.rooms = [number * self.room_bytes for number in range(count)]
         if self.processes:
-            self._pool = process_pool(self.count, image_batcher.attach, (self.memory,))
+            # An Arena is what RawArrays lie in; they would write zeros to all of it.
+            pictures = Arena(max(1, len(self.rooms) * self.room_bytes))
+            self._pool = process_pool(self.count, shared_memory.attach, (self.memory, pictures))
         else:
             self._pool = concurrent.futures.ThreadPoolExecutor(self.count)
         self.submit = self._pool.submit
@@ -98,12 +113,22 @@ class Workers:
         self.close()
 
 
+def _picture_bytes():
+    try:
+        return int(min(PICTURE_BYTES, PICTURE_PART * shutil.disk_usage("/dev/shm").free))
+    except OSError:  # not Linux
+        return 0
+
+
 def in_order(submit, items, ahead):
-    """Yields the results of submit(item), futures, in order; `ahead` more are begun before each is asked for."""
+    """Yields the results of submit(item), futures, in order; `ahead` more are begun before each is asked for.
+
+    An item is held until its result is there: it may be what keeps memory that the task reads from being another's.
+    """
     begun = collections.deque()
     try:
         for item in items:
-            begun.append(submit(item))
+            begun.append((submit(item), item))
             if len(begun) > ahead:
                 yield _first(begun)
         while begun:
@@ -113,12 +138,12 @@ def in_order(submit, items, ahead):
             "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
         ) from error
     finally:  # What runs may read memory that goes. None is cancelled: should the pool's processes end meanwhile, it trips.
-        concurrent.futures.wait(begun)
+        concurrent.futures.wait([future for future, _ in begun])
 
 
 def _first(begun):
     """The result of the first future, which stays where it is should Ctrl-C end the wait for it."""
-    result = begun[0].result()
+    result = begun[0][0].result()
     begun.popleft()
     return result
 
@@ -127,5 +152,5 @@ def _call_each(function, items, slot):
     """A worker's task: (results, seconds). slot: the number of the shared memory that `pack` put `items` into, or None."""
     begun = time.perf_counter()
     if slot is not None:
-        items = unpack(items, image_batcher.SHARED[slot])
+        items = unpack(items, shared_memory.SHARED[slot])
     return [function(*item) for item in items], time.perf_counter() - begun

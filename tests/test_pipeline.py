@@ -1,5 +1,6 @@
 """The pipeline of infer.py and eval_coco.py: order, errors that name the file, Ctrl-C, memory that stays flat."""
 
+import concurrent.futures
 import functools
 import itertools
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 from commandline import UserError
 
@@ -20,14 +22,14 @@ from conftest import DEMO, ROOT
 import image_batcher
 import infer
 from checks import parity
-from images import decoding
+from images import decoding, shared_memory
 from images.decoding import load_image
 from images.resizing import preprocess
 from runtimes import open_detector
 from runtimes.detector import detect_image
 from runtimes.onnx_detector import MOST_SIDE_BY_SIDE
 from runtimes.pipeline import Times, choose_batch_size, detect_files, naming_results_of
-from runtimes.workers import Workers
+from runtimes.workers import Workers, in_order
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 
@@ -67,9 +69,60 @@ def is_its_own(detected, seconds):
     return image is None or np.array_equal(image, load_image(detected.path))
 
 
+def lies_in_memory(detected, seconds):
+    """A task: whether, after so many seconds, the image is still that of the path, in the memory for pictures; None: not kept."""
+    time.sleep(seconds)
+    if detected.image is None:
+        return None
+    shared = np.shares_memory(detected.image, np.frombuffer(shared_memory.PICTURES[0].buffer, np.uint8))
+    return shared and np.array_equal(detected.image, load_image(detected.path))
+
+
+def test_pictures_that_processes_decoded_reach_those_who_draw(demo_detector, processes):
+    """None is decoded twice and none is overwritten while somebody holds it; where no room is left, images are not kept."""
+    rooms = sorted(processes.rooms)
+
+    def detected(count, keep=True):
+        files = list(itertools.islice(itertools.cycle(PICTURES[:5]), count))  # eight to a task: others each time
+        return detect_files(demo_detector, files, 3, processes, keep_images=keep)
+
+    def seen(items):
+        slow = itertools.cycle([0.02] + [0] * 9)
+        return list(processes.map(lies_in_memory, ((item, next(slow)) for item in items)))
+
+    assert seen(detected(96)) == [True] * 96
+    assert sorted(processes.rooms) == rooms
+    held = list(detected(8 * len(rooms) + 16))  # eight to a room
+    assert processes.rooms == []
+    assert seen(held) == [True] * 8 * len(rooms) + [None] * 16
+    del held
+    assert sorted(processes.rooms) == rooms
+    assert all(item.image is None for item in detected(9, keep=False))
+    processes.room_bytes = 2 * load_image(PICTURES[0]).nbytes
+    kept = seen(detected(24))
+    assert set(kept) == {True, None}
+    assert 3 <= kept.count(True) < 12
+
+
+def test_an_item_is_held_until_its_result_is_there():
+    """What it holds, memory say, is not another's before."""
+    futures, items = [concurrent.futures.Future() for _ in range(3)], []
+
+    def submit(item):
+        items.append(weakref.ref(item))
+        return futures[item[0]]
+
+    results = in_order(submit, (np.full(1, n) for n in range(3)), 2)
+    for number, future in enumerate(futures):
+        future.set_result(number)
+    assert next(results) == 0
+    assert [item() is None for item in items] == [True, False, False]
+    assert list(results) == [1, 2]
+
+
 @pytest.mark.parametrize("limit", [1000, 36_000_000])
 def test_large_images_are_not_kept(demo_detector, threads, limit, monkeypatch):
-    """Who draws on them reads them again; processes read all again."""
+    """Who draws on them reads them again."""
     monkeypatch.setattr(image_batcher, "MAX_KEPT_BYTES", limit)
     found = list(detect_files(demo_detector, PICTURES, 3, threads, keep_images=True))
     assert [item.image is None for item in found] == [limit == 1000] * len(PICTURES)
@@ -153,7 +206,7 @@ def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
 
 def where(number, array, shape):
     """A task: the number, the sum of an array, whether it lies in shared memory, its shape as given."""
-    shared = any(np.shares_memory(array, np.frombuffer(memory, np.uint8)) for memory in image_batcher.SHARED)
+    shared = any(np.shares_memory(array, np.frombuffer(memory, np.uint8)) for memory in shared_memory.SHARED)
     return number, int(array.sum()), shared, shape
 
 
