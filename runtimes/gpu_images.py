@@ -30,7 +30,7 @@ from runtimes.workers import MAX_THREADS, in_order
 # Batches decoded at a time, and images, at least and at most: far fewer a second one by one (BENCHMARKS.md).
 BATCHES_TOGETHER, FEWEST_TOGETHER, MOST_TOGETHER = 4, 8, 32
 DECODERS = 2  # threads that decode
-READY_AHEAD = 3  # such chunks of files, being decoded or waiting for the network
+READY_AHEAD = 4  # such chunks of files, being decoded or waiting for the network
 READ_AHEAD = 1  # being read
 PIXELS_TOGETHER = 100_000_000  # from so many on no more are decoded at a time
 EXIF_WITHIN = 70_000  # bytes of a JPEG's beginning
@@ -150,17 +150,19 @@ class GpuDecoder:
         data, frames = zip(*(files[i] for i in able), strict=True)
         planes, pixels = (self._pool.allocate(sum(map(size, frames))) for size in (_planes_size, _pixels_size))
         rows = _rows(frames, int(planes), int(pixels))
-        if state.decode(data, [row[:3] for row in rows], [(row[4], row[5], row[5]) for row in rows], stream.handle):
-            device_table = self._pool.allocate(len(rows) * PLANES.itemsize)
-            join_planes(np.array(rows, PLANES), int(device_table), stream)
-            for i, frame, row in zip(able, frames, rows, strict=True):
-                images[i] = DeviceImage(row[3], 3 * frame.width, frame.height, frame.width, pixels)
-        stream.synchronize()  # then the planes may go
+        try:
+            if state.decode(data, [row[:3] for row in rows], [(row[4], row[5], row[5]) for row in rows], stream.handle):
+                device_table = self._pool.allocate(len(rows) * PLANES.itemsize)
+                join_planes(np.array(rows, PLANES), int(device_table), stream)
+                for i, frame, row in zip(able, frames, rows, strict=True):
+                    images[i] = DeviceImage(row[3], 3 * frame.width, frame.height, frame.width, pixels)
+        finally:
+            stream.synchronize()  # then the planes may go
         return images
 
     def _can_decode(self, state, data, frame):
-        kind = frame.sampling in self.samplings
-        return kind and state.supports(data) and not (self._exif_rotate and is_turned(data))
+        known = frame.sampling in self.samplings
+        return known and state.supports(data) and not (self._exif_rotate and is_turned(data))
 
     def upload(self, image):
         """A DeviceImage of an RGB array [height, width, 3] uint8."""
@@ -239,20 +241,27 @@ def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
     if reason:
         raise UserError(f"--decoder gpu: {reason}; use --decoder cpu")
     try:
-        decoder = detector.gpu.decoders.get(exif_rotate) or GpuDecoder(detector.gpu, exif_rotate)
+        known = detector.gpu.decoders.get(exif_rotate)
+        decoder = known or GpuDecoder(detector.gpu, exif_rotate)
     except ImportError as error:
         missing = f"nvJPEG cannot be loaded ({error}): pip install -r requirements-gpu.txt"
         if choice == "gpu":
             raise UserError(f"--decoder gpu: {missing}") from error
         warn(f"processors decode the images: {missing}")
         return None
-    detector.gpu.decoders[exif_rotate] = decoder
-    return _limited(choice, decoder)
+    _limit(choice, decoder)
+    if decoder.samplings:
+        detector.gpu.decoders[exif_rotate] = decoder
+        return decoder
+    if not known:
+        with detector.gpu:
+            decoder.close()
+    return None
 
 
-def _limited(choice, decoder):
-    """The GpuDecoder, to decode only what it decodes as processors do; None where that is nothing. With "gpu" it decodes the
-    rest too, and that is said; raises UserError where it decodes nothing at all."""
+def _limit(choice, decoder):
+    """Has a GpuDecoder decode only what it decodes as processors do. With "gpu" it decodes the rest too, and that is said;
+    raises UserError where it decodes nothing at all."""
     differences = {sampling: by for sampling, by in decoder.differences.items() if by < 255}
     exact, others = ({sampling for sampling, by in differences.items() if (by > 0) == more} for more in (False, True))
     decoder.samplings = exact
@@ -265,7 +274,6 @@ def _limited(choice, decoder):
                 f"--decoder gpu: nvJPEG ({decoder.name}) decodes JPEGs of {', '.join(sorted(others))} up to"
                 f" {max(differences.values())} of 255 beside what processors give; --decoder cpu is exact"
             )
-    return decoder if decoder.samplings else None
 
 
 def _why_not(detector, files):
@@ -329,7 +337,7 @@ class GpuBatcher:
         chunk, pixels = [], 0
         for path in self.paths:
             jpeg, placement = self._read(path)
-            if jpeg:
+            if jpeg and jpeg[1].sampling in self._decoder.samplings:
                 pixels += placement.height * placement.width
             chunk.append((path, jpeg, placement or processors.submit(self._by_cpu, path)))
             if len(chunk) == self._together or pixels >= PIXELS_TOGETHER:
@@ -339,13 +347,15 @@ class GpuBatcher:
             yield chunk
 
     def _read(self, path):
-        """(what read_jpeg gives, Placement); (None, None) too where the network does not take the image's shape, or the file
-        cannot be read."""
+        """(what read_jpeg gives, Placement); (None, None) too where the network does not take the image's shape, the GPU its
+        kind, or the file cannot be read."""
         try:
             jpeg = read_jpeg(path)
-            return (jpeg, placement_of(*jpeg[1][:2], self._resizer)) if jpeg else (None, None)
+            if jpeg and jpeg[1].sampling in self._decoder.samplings:
+                return jpeg, placement_of(*jpeg[1][:2], self._resizer)
         except (OSError, ImageError):
-            return None, None
+            pass
+        return None, None
 
     def _by_cpu(self, path):
         """(image as the CPU decodes it, Placement), or (why it cannot be read, None)."""

@@ -104,10 +104,10 @@ def test_sizes_are_those_of_the_photos():
 
 
 class StandIn:
-    """In the place of GpuDecoder: pixels stay in the processor's memory. Every third file it does not decode."""
+    """In the place of GpuDecoder: pixels stay in the processor's memory. Every third file it does not decode, and no grey one."""
 
     def __init__(self):
-        self.files, self.chunks = 0, []
+        self.files, self.chunks, self.samplings = 0, [], {"4:2:0"}
 
     def decode(self, files):
         self.chunks.append(len(files))
@@ -115,7 +115,7 @@ class StandIn:
         for data, frame in files:
             self.files += 1
             image = Image.open(io.BytesIO(data)).convert("RGB")
-            assert image.size == (frame.width, frame.height)
+            assert (*image.size, frame.sampling) == (frame.width, frame.height, "4:2:0")
             images.append(None if self.files % 3 == 0 else self.upload(np.asarray(image)))
         return images
 
@@ -133,6 +133,8 @@ def test_images_come_in_order_whoever_decodes_them(size, resizer, tmp_path, caps
             target.write_bytes(source.read_bytes()[: 500 * i])  # empty, or cut off
         elif i % 10 == 7:
             Image.open(source).save(target, "PNG")
+        elif i % 10 == 8:
+            Image.open(source).convert("L").save(target)
         else:
             shutil.copy(source, target)
     files, decoder = sorted(tmp_path.iterdir()), StandIn()

@@ -217,8 +217,10 @@ def test_what_decodes_otherwise_is_not_used_unasked(gpu, library, capsys):
     assert choose_decoder("auto", detector(gpu), PICTURES, 8).samplings == {"grey", *SHIFTS}
     gpu.decoders.clear()
     library.beside, library.working = 2, [2]
+    library.made.clear()
     assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
     assert capsys.readouterr().err == ""
+    assert not library.made  # it takes no memory
     decoder = choose_decoder("gpu", detector(gpu), PICTURES, 8)
     said = capsys.readouterr().err
     assert "nvJPEG (the GPU and processors)" in said and "4:2:0" in said and "up to 6 of 255" in said
