@@ -313,7 +313,8 @@ def open_source(detector, gpus, files, size, options, args):
     several = None
     with contextlib.ExitStack() as stack:
         if len(gpus) > 1:
-            job = job_for(args.engine, detector, files, gpus, size, options.load, decoder, args.exif_rotate)
+            choice = args.decoder if decoder else "cpu"
+            job = job_for(args.engine, detector, files, gpus, size, options.load, choice, args.exif_rotate)
             several = stack.enter_context(SeveralGpus(job, gpus))
         yield Source(detector, size, options.load, decoder, several)
 

@@ -284,7 +284,8 @@ def part(args, files):
     on_cpu = _in_order(open_session(trt_graph.prepare(cut, args.batch[2])).run(None, values))
     for form, found in results.items():
         print(f"{form.text} against ONNX Runtime: {show_alike(how_alike(on_cpu, found))}")
-        print(f"{form.text} against {args.forms[0].text}: {show_alike(how_alike(next(iter(results.values())), found))}")
+        first = next(iter(results))
+        print(f"{form.text} against {first.text}: {show_alike(how_alike(results[first], found))}")
     return 0 if results else 1
 
 

@@ -99,7 +99,7 @@ def _decode(file, size, exif_rotate, max_pixels):
         if (pixels := _decode_jpeg(data, max_pixels)) is not None:
             if exif_rotate:
                 with Image.open(file, formats=FORMATS) as image:
-                    pixels = _turn(pixels, _orientation(image))
+                    pixels = _turn(pixels, orientation_of(image))
             return pixels
     elif start == PNG_SIGNATURE:
         png = _read_png(file, size)
@@ -107,13 +107,13 @@ def _decode(file, size, exif_rotate, max_pixels):
     with Image.open(file, formats=FORMATS) as image:
         _check_size(*image.size, size, max_pixels)
         if start.startswith(JPEG_SIGNATURE):
-            _check_jpeg(*image.size, data)
+            check_jpeg(*image.size, data)
         if image.format == "BMP" and image.info.get("compression") and image.width * image.height > MAX_RLE_PIXELS:
             raise ImageError(
                 f"run-length coded BMPs are read up to {MAX_RLE_PIXELS // 10**6} megapixels; save it as PNG"
             )
         turned = image.format == "TIFF"  # by Pillow, as it loads it
-        orientation = _orientation(image) if exif_rotate or turned else 1
+        orientation = orientation_of(image) if exif_rotate or turned else 1
         frame = image.tile[0][1] if image.format == "GIF" and image.tile else None
         image.load()
         pixels = _to_rgb(image)
@@ -140,7 +140,7 @@ def _check_size(width, height, size, max_pixels):
         raise ImageError(f"{what} in {size} bytes, which may be a trap; give --max_pixels {pixels} to read it")
 
 
-def _check_jpeg(width, height, data):
+def check_jpeg(width, height, data):
     """Raises ImageError for a JPEG that promises more than its data can hold, or paints itself over hundreds of times, which
     costs as long each time, and hardly a byte."""
     if width * height > JPEG_PIXELS_PER_BYTE * len(data) and not any(frame in data for frame in JPEG_ARITHMETIC):
@@ -160,7 +160,7 @@ def _decode_jpeg(data, max_pixels):
         if colours not in ("YCbCr", "Gray"):
             return None
         _check_size(width, height, len(data), max_pixels)
-        _check_jpeg(width, height, data)
+        check_jpeg(width, height, data)
         return simplejpeg.decode_jpeg(data, "RGB")
     except (ValueError, KeyError):  # broken, or subsampled in a way it has no name for: Pillow says which
         return None
@@ -278,8 +278,8 @@ def _from_inks(negative, strip):
     return (product + 1 + (product >> 8)) >> 8  # product // 255, which takes five times as long
 
 
-def _orientation(image):
-    """How the Pillow image lies by its EXIF data, 1 to 8."""
+def orientation_of(image):
+    """How a Pillow image lies by its EXIF or XMP data, 1 to 8."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # as of broken files; they are shown as they lie everywhere
@@ -288,7 +288,7 @@ def _orientation(image):
 
 def is_on_its_side(image):
     """Whether the rows of a Pillow image are columns of what it shows, by its EXIF data."""
-    return _orientation(image) in (5, 6, 7, 8)
+    return orientation_of(image) in (5, 6, 7, 8)
 
 
 def _turn(pixels, orientation):

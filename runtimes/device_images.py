@@ -5,6 +5,7 @@ for processors and compares.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 
@@ -147,9 +148,10 @@ class MemoryPool:
 
     def close(self):
         """Frees what lies aside. Its context is current."""
-        for blocks in self._aside.values():
-            while blocks:
-                blocks.pop().free()
+        for blocks in list(self._aside.values()):
+            with contextlib.suppress(IndexError):  # other threads take some too
+                while True:
+                    blocks.pop().free()
 
 
 class Block:
@@ -170,7 +172,7 @@ def resize_images(images, true_shapes, resizer, spec, table, device_table, point
 
     true_shapes [n, 2]: the (height, width) that each is resized to; resizer: of the model's metadata; spec: its InputSpec.
     table, device_table: IMAGE [n], page-locked, and the memory on the GPU that it goes to; theirs until the stream has got
-    there. A CUDA context is current. Raises UserError without nvcc.
+    there. A CUDA context is current. Raises what pycuda raises, without nvcc at the first call.
     """
     import pycuda.driver as cuda
 

@@ -7,6 +7,7 @@ kind. Whatever else goes the CPU's way, image by image.
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -18,10 +19,10 @@ import typing
 from commandline import UserError, warn
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from image_batcher import Batch, warn_of_skipped
-from images.decoding import ImageError, decode_image, load_image
+from images.decoding import ImageError, check_jpeg, decode_image, load_image, orientation_of
 from images.resizing import placement_of
 from runtimes import nvjpeg
 from runtimes.device_images import ALIGNMENT, PLANES, DeviceImage, MemoryPool, join_planes
@@ -33,7 +34,6 @@ DECODERS = 2  # threads that decode
 READY_AHEAD = 4  # such chunks of files, being decoded or waiting for the network
 READ_AHEAD = 1  # being read
 PIXELS_TOGETHER = 100_000_000  # from so many on no more are decoded at a time
-EXIF_WITHIN = 70_000  # bytes of a JPEG's beginning
 # So many processors keep up with the fastest engine on one image at a time about as well (BENCHMARKS.md).
 CORES_FOR_ONE_BY_ONE = 8
 # By how many bits the colours' planes are narrower and lower; a grey image has none. Of any other kind few JPEGs are.
@@ -58,19 +58,22 @@ def baseline_frame(data):
     """
     if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
         return None
-    at, last = 2, len(data) - 9
+    at, last, frame = 2, len(data) - 9, None
     while at < last and data[at] == 0xFF:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        rgb = marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15 : at + 16] == b"\0"
+        if rgb or (0xC0 < marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC)):  # another coding; these are no frames
+            return None
+        if marker == 0xDA:  # the pixels begin
+            return frame
         if marker == 0xC0:
             bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
             # Of each component: its number, how many samples of it stand for the most of all, across and down, its table.
             sampling = "grey" if components == 1 else NAMES.get(data[at + 11 : at + 10 + 3 * components : 3])
             plain = bits == 8 and sampling and 0 < height * width <= LARGEST
-            return Frame(height, width, sampling) if plain else None
-        if 0xC0 < marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):  # another coding; C4, C8 and CC are no frames
-            return None
-        if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15 : at + 16] == b"\0":
-            return None
+            if frame or not plain or data[at + 10 : at + 19 : 3] == b"RGB":  # libjpeg takes these numbers for RGB
+                return None
+            frame = Frame(height, width, sampling)
         at += 2 + length
     return None
 
@@ -91,30 +94,28 @@ def read_jpeg(path):
 
 
 def is_turned(data):
-    """Whether a JPEG's EXIF data ask for it to be shown other than it is stored."""
-    if b"Exif" not in data[:EXIF_WITHIN]:
+    """Whether a JPEG's EXIF or XMP data ask for it to be shown other than it is stored."""
+    if b"Exif" not in data and b"Orientation" not in data:  # XMP has it by name
         return False
-    with Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return orientation_of(image) != 1
+    except Exception:  # whatever Pillow raises: the CPU's way says why
+        return True
 
 
 class GpuDecoder:
     """JPEGs from memory to DeviceImages, by nvJPEG. `name` says by what of it."""
 
     def __init__(self, gpu, exif_rotate=False):
-        """gpu: a trt_detector.GpuContext. Raises ImportError without nvJPEG, UserError where it does not run."""
+        """gpu: a trt_detector.GpuContext. Raises ImportError without nvJPEG, and what ctypes, CUDA and nvcc raise."""
         import pycuda.driver as cuda
 
         self._gpu, self._cuda, self._exif_rotate = gpu, cuda, exif_rotate
         self._pool = MemoryPool(cuda)
         with gpu:
-            try:
-                self._codec = nvjpeg.NvJpeg()
-                self._states = [self._codec.new_state() for _ in range(DECODERS)]
-            except OSError as error:
-                raise UserError(
-                    f"--decoder gpu: nvJPEG does not run on this GPU ({error}); use --decoder cpu"
-                ) from error
+            self._codec = nvjpeg.NvJpeg()
+            self._states = [self._codec.new_state() for _ in range(DECODERS)]
             self._streams = {state: cuda.Stream() for state in self._states}
         self.name = self._codec.name
         self.samplings = set(SAMPLINGS)  # that are decoded here
@@ -135,12 +136,17 @@ class GpuDecoder:
         """
         state = self._states.pop()
         try:
-            with self._gpu:
+            with self._gpu, self._naming_want_of_memory():
                 return self._decode(files, state, self._streams[state])
-        except self._cuda.MemoryError as error:
-            raise UserError("--decoder gpu: too little GPU memory; --decoder cpu takes less") from error
         finally:
             self._states.append(state)
+
+    @contextlib.contextmanager
+    def _naming_want_of_memory(self):
+        try:
+            yield
+        except self._cuda.MemoryError as error:
+            raise UserError("--decoder gpu: too little GPU memory; --decoder cpu takes less") from error
 
     def _decode(self, files, state, stream):
         able = [i for i, file in enumerate(files) if self._can_decode(state, *file)]
@@ -165,8 +171,8 @@ class GpuDecoder:
         return known and state.supports(data) and not (self._exif_rotate and is_turned(data))
 
     def upload(self, image):
-        """A DeviceImage of an RGB array [height, width, 3] uint8."""
-        with self._gpu:
+        """A DeviceImage of an RGB array [height, width, 3] uint8. Raises UserError as `decode`."""
+        with self._gpu, self._naming_want_of_memory():
             memory = self._pool.allocate(image.nbytes)
             self._cuda.memcpy_htod(int(memory), np.ascontiguousarray(image))
         return DeviceImage(int(memory), 3 * image.shape[1], *image.shape[:2], memory)
@@ -240,23 +246,26 @@ def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
         return None
     if reason:
         raise UserError(f"--decoder gpu: {reason}; use --decoder cpu")
+    decoders = detector.gpu.decoders
+    if choice == "auto" and exif_rotate in decoders and not decoders[exif_rotate]:
+        return None  # as it was before
     try:
-        known = detector.gpu.decoders.get(exif_rotate)
-        decoder = known or GpuDecoder(detector.gpu, exif_rotate)
-    except ImportError as error:
-        missing = f"nvJPEG cannot be loaded ({error}): pip install -r requirements-gpu.txt"
+        decoder = decoders.get(exif_rotate) or GpuDecoder(detector.gpu, exif_rotate)
+    except Exception as error:  # of ctypes, CUDA, nvcc: whatever it is, processors can do it
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, ImportError):
+            why = f"nvJPEG cannot be loaded ({why}): pip install -r requirements-gpu.txt"
         if choice == "gpu":
-            raise UserError(f"--decoder gpu: {missing}") from error
-        warn(f"processors decode the images: {missing}")
+            raise UserError(f"--decoder gpu: {why}; or use --decoder cpu") from error
+        warn(f"processors decode the images: {why}")
+        decoders[exif_rotate] = None
         return None
     _limit(choice, decoder)
-    if decoder.samplings:
-        detector.gpu.decoders[exif_rotate] = decoder
-        return decoder
-    if not known:
+    if not decoder.samplings and not decoders.get(exif_rotate):
         with detector.gpu:
             decoder.close()
-    return None
+    decoders[exif_rotate] = decoder if decoder.samplings else None
+    return decoders[exif_rotate]
 
 
 def _limit(choice, decoder):
@@ -300,6 +309,9 @@ class GpuBatcher:
         self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
         self.by_cpu = 0  # images that were decoded by the CPU
         self._resizer, self._decoder, self._load = resizer, decoder, load
+        self._max_pixels = (
+            getattr(load, "keywords", {}).get("max_pixels") or LARGEST
+        )  # of load_image, if it has options
         self._together = min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
         self._skip, self._keep = skip or warn_of_skipped, keep_images
 
@@ -315,7 +327,8 @@ class GpuBatcher:
             read = in_order(lambda _: reader.submit(next, chunks, None), itertools.count(), READ_AHEAD)
             with contextlib.closing(read):
                 begun = iter(lambda: next(read), None)
-                decoded = in_order(lambda chunk: decoders.submit(self._decode, chunk), begun, READY_AHEAD)
+                decode = functools.partial(decoders.submit, self._decode, processors)
+                decoded = in_order(decode, begun, READY_AHEAD)
                 with contextlib.closing(decoded):
                     for path, image, placement in itertools.chain.from_iterable(decoded):
                         number = next(numbers)
@@ -337,8 +350,8 @@ class GpuBatcher:
         chunk, pixels = [], 0
         for path in self.paths:
             jpeg, placement = self._read(path)
-            if jpeg and jpeg[1].sampling in self._decoder.samplings:
-                pixels += placement.height * placement.width
+            # Few of those of which the size is not known, as large as they may be.
+            pixels += placement.height * placement.width if jpeg else PIXELS_TOGETHER // FEWEST_TOGETHER
             chunk.append((path, jpeg, placement or processors.submit(self._by_cpu, path)))
             if len(chunk) == self._together or pixels >= PIXELS_TOGETHER:
                 yield chunk
@@ -348,11 +361,14 @@ class GpuBatcher:
 
     def _read(self, path):
         """(what read_jpeg gives, Placement); (None, None) too where the network does not take the image's shape, the GPU its
-        kind, or the file cannot be read."""
+        kind, or the file cannot be read or is not to be."""
         try:
             jpeg = read_jpeg(path)
             if jpeg and jpeg[1].sampling in self._decoder.samplings:
-                return jpeg, placement_of(*jpeg[1][:2], self._resizer)
+                data, (height, width, _) = jpeg
+                check_jpeg(width, height, data)
+                if height * width <= self._max_pixels:
+                    return jpeg, placement_of(height, width, self._resizer)
         except (OSError, ImageError):
             pass
         return None, None
@@ -365,16 +381,20 @@ class GpuBatcher:
         except ImageError as error:
             return str(error), None
 
-    def _decode(self, chunk):
-        """[(path, DeviceImage, Placement)] of a chunk; (path, why it cannot be read, None)."""
-        found = iter(self._decoder.decode([jpeg for _, jpeg, _ in chunk if jpeg]))
-        images = []
+    def _decode(self, processors, chunk):
+        """[(path, DeviceImage, Placement)] of a chunk, which it empties; (path, why it cannot be read, None)."""
+        found, images = iter(self._decoder.decode([jpeg for _, jpeg, _ in chunk if jpeg])), []
         for path, jpeg, placement in chunk:
             image = next(found) if jpeg else None
+            if jpeg and image is None:
+                placement = processors.submit(self._by_cpu, path)
+            images.append((path, image, placement))
+        chunk.clear()  # whoever holds it needs no bytes, and no Futures with images
+        for i, (path, image, placement) in enumerate(images):
             if image is None:
-                image, placement = self._by_cpu(path) if jpeg else placement.result()
+                image, placement = placement.result()
             if isinstance(image, np.ndarray):
                 self.by_cpu += 1
                 image = self._decoder.upload(image)
-            images.append((path, image, placement))
+            images[i] = path, image, placement
         return images

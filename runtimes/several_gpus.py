@@ -38,7 +38,7 @@ class Job:
     images: int  # of each, about
     cores: int  # for each
     load: functools.partial  # of load_image
-    decoder: str  # of choose_decoder: "cpu" or "gpu"
+    decoder: str  # of choose_decoder
     exif_rotate: bool
 
 
@@ -193,7 +193,10 @@ def _detect(connection, job, detector):
 
 
 def job_for(model, detector, files, gpus, batch_size, load, decoder, exif_rotate=False):
-    """The Job that shares `files` out to GPUs as an open detector of one of them would do it all. decoder: its, or None."""
+    """The Job that shares `files` out to GPUs as an open detector of one of them would do it all.
+
+    decoder: what choose_decoder was asked for, or "cpu" where it gave None.
+    """
     return Job(
         os.path.abspath(model),
         detector.metadata["resizer"],
@@ -201,6 +204,6 @@ def job_for(model, detector, files, gpus, batch_size, load, decoder, exif_rotate
         len(files) // len(gpus),
         max(1, (os.cpu_count() or 1) // len(gpus)),
         load,
-        "gpu" if decoder else "cpu",
+        decoder,
         exif_rotate,
     )

@@ -77,7 +77,7 @@ class GpuContext:
         if gpu >= cuda.Device.count():
             raise UserError(f"--gpus {gpu}: there are {cuda.Device.count()} GPUs here, numbered from 0")
         self.number, self.count, self.closed = gpu, cuda.Device.count(), False
-        self.decoders = {}  # gpu_images.GpuDecoders in it
+        self.decoders = {}  # gpu_images.GpuDecoders in it, by exif_rotate; None: it has none that is exact
         self._primary = cuda.Device(gpu).retain_primary_context()
 
     def __enter__(self):
@@ -90,7 +90,7 @@ class GpuContext:
     def close(self):
         """Closes the decoders and lets the context go; what else lies in it must have been freed, or is freed by it."""
         with self:
-            for decoder in self.decoders.values():
+            for decoder in filter(None, self.decoders.values()):
                 decoder.close()
         self._primary.detach()
         self.closed = True

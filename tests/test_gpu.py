@@ -406,6 +406,10 @@ def test_jpegs_have_the_pixels_of_libjpeg_turbo(sampling):
         difference = np.abs(image.download(gpu) - decode_image(data).astype(int)).max()
         assert difference <= (0 if exact else 6), f"{image.height} x {image.width}"
     assert max(decoder.differences.values()) <= (0 if exact else 6)
+    mixed = [sample_picture(kind) for kind in SAMPLINGS] * 5  # as they come
+    for data, image in zip(mixed, decoder.decode([(data, baseline_frame(data)) for data in mixed]), strict=True):
+        difference = np.abs(image.download(gpu) - decode_image(data).astype(int)).max()
+        assert difference <= (0 if exact else 6)
     del image
     with gpu:
         decoder.close()
@@ -445,7 +449,7 @@ def test_decoding_on_the_gpu_gives_the_same(engine, size, tmp_path):
         assert max(report.box_difference, report.score_difference) < 1e-3
 
 
-@pytest.mark.parametrize("decoder", [None, "gpu"])
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
 def test_processes_share_the_files(engine, decoder):
     """As on several GPUs, here two processes on one."""
     path, files = engine("fp32")[0], PICTURES * 40

@@ -1,5 +1,6 @@
 """What surrounds decoding on a GPU, without one: which files go there, order, what is left to processors."""
 
+import functools
 import io
 import os
 import shutil
@@ -42,6 +43,22 @@ def saved(mode="RGB", **options):
     return buffer.getvalue()
 
 
+def numbered(numbers):
+    """A JPEG of 4:4:4 with these numbers of components, and without the JFIF marker, which says YCbCr."""
+    data = saved(subsampling=0)
+    data = bytearray(data[:2] + data[4 + int.from_bytes(data[4:6], "big") :])
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    data[frame + 10 : frame + 19 : 3] = data[scan + 5 : scan + 11 : 2] = numbers
+    return bytes(data)
+
+
+def before_pixels(segment):
+    """A JPEG with a segment more before its pixels."""
+    data = saved()
+    scan = data.index(b"\xff\xda")
+    return data[:scan] + segment + data[scan:]
+
+
 @pytest.mark.parametrize(
     ("data", "sampling"),
     [
@@ -54,6 +71,9 @@ def saved(mode="RGB", **options):
         (saved(progressive=True), None),
         (saved("CMYK"), None),
         (saved(keep_rgb=True), None),  # RGB, not YCbCr, as Adobe's marker says
+        (numbered(b"RGB"), None),  # RGB too, as the components' numbers say
+        (before_pixels(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"), None),  # and Adobe's marker behind the frame header
+        (before_pixels(saved()[saved().index(b"\xff\xc0") :][:19]), None),  # two frame headers
         (saved()[:-2], None),  # cut off
         (saved()[:-1000], None),
         (saved() + b"more", None),
@@ -94,6 +114,33 @@ def test_turned_images_are_known(orientation):
     if orientation:
         exif[0x0112] = orientation
     assert is_turned(saved(exif=exif)) == (orientation in (3, 6, 8))
+
+
+XMP = (
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-\
+syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "segments"),
+    [
+        ("xmp", [XMP]),
+        ("far", [bytes(60_000)] * 2 + ["exif"]),
+        ("broken", [b"Exif\0\0XXXXXXXX"]),
+        ("none", [b"Exif\0\0II*\0"]),
+    ],
+)
+def test_turned_images_are_known_wherever_it_is_said(name, segments, tmp_path):
+    """As processors see it, who take what is broken for nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(dpi=(72, 72))
+    for segment in reversed([exif.tobytes() if x == "exif" else x for x in segments]):
+        data = data[:20] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[20:]
+    (tmp_path / "a.jpg").write_bytes(data)
+    turned = load_image(tmp_path / "a.jpg", exif_rotate=True).shape != load_image(tmp_path / "a.jpg").shape
+    assert is_turned(data) == turned == (name in ("xmp", "far"))
 
 
 def test_sizes_are_those_of_the_photos():
@@ -154,6 +201,20 @@ def test_images_come_in_order_whoever_decodes_them(size, resizer, tmp_path, caps
             np.testing.assert_array_equal(image.owner, load_image(path))
     assert max(decoder.chunks) <= MOST_TOGETHER
     assert batcher.by_cpu > 7
+
+
+def test_what_is_not_to_be_read_is_the_processors(tmp_path, capsys):
+    """By --max_pixels; and a file that cannot hold what it promises. They say why."""
+    promising = bytearray(saved(quality=5))
+    frame = promising.index(b"\xff\xc0")
+    promising[frame + 5 : frame + 9] = (3900).to_bytes(2, "big") * 2
+    (tmp_path / "a.jpg").write_bytes(promising)
+    pixels = np.prod(load_image(PICTURES[0]).shape[:2])
+    files = [PICTURES[0], tmp_path / "a.jpg"]
+    for most, skipped in ((pixels, 1), (pixels - 1, 2), (None, 1)):
+        batcher = GpuBatcher(files, FIXED, 1, StandIn(), functools.partial(load_image, max_pixels=most))
+        assert len(list(batcher)) == 2 - skipped == 2 - batcher.skipped
+        assert "a.jpg: skipped" in capsys.readouterr().err
 
 
 def test_it_reads_only_some_way_ahead():

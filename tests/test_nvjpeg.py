@@ -243,6 +243,30 @@ def test_what_it_cannot_decode_is_left_to_processors(gpu, library):
         choose_decoder("gpu", detector(gpu), PICTURES, 8)
 
 
+def test_that_nothing_is_exact_is_not_asked_again(gpu, library, monkeypatch):
+    """As for each table of Ray's."""
+    library.beside = 1
+    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    monkeypatch.setattr(gpu_images, "GpuDecoder", None)
+    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("nvcc: no such GPU\nand more"), OSError("nvjpegCreateEx gives status 7")]
+)
+def test_what_fails_is_one_line_and_left_to_processors(gpu, error, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(gpu_images, "join_planes", fail)
+    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert capsys.readouterr().err == f"warning: processors decode the images: {str(error).splitlines()[0]}\n"
+    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert capsys.readouterr().err == ""  # once is enough
+    with pytest.raises(UserError, match=r"--decoder gpu: nv.*; or use --decoder cpu"):
+        choose_decoder("gpu", detector(gpu), PICTURES, 8)
+
+
 @pytest.mark.parametrize(("cores", "size", "decodes"), [(16, 1, False), (16, 8, True), (4, 1, True)])
 def test_one_image_at_a_time_is_the_processors_where_there_are_many(gpu, cores, size, decodes, monkeypatch):
     """The choice of "auto"; "gpu" has its way. The decoder stays, for the next files."""

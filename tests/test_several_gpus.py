@@ -36,7 +36,7 @@ def started():
 def several(detector, convert, files, count, size):
     """The demo's model in `count` processes."""
     model, gpus = convert("demo", "--batch_size", "dynamic")[0], list(range(count))
-    return SeveralGpus(job_for(model, detector, files, gpus, size, functools.partial(load_image), None), gpus)
+    return SeveralGpus(job_for(model, detector, files, gpus, size, functools.partial(load_image), "cpu"), gpus)
 
 
 @pytest.mark.parametrize(("count", "size", "dealt"), [(2, 4, 8), (3, 1, 5), (2, 3, 64)])
@@ -71,7 +71,7 @@ def test_one_that_is_killed_ends_all(detector, convert, started):
 
 
 def test_one_that_cannot_open_the_engine_says_so(detector, started, tmp_path):
-    job = job_for(tmp_path / "no.onnx", detector, PICTURES, [0, 1], 2, functools.partial(load_image), None)
+    job = job_for(tmp_path / "no.onnx", detector, PICTURES, [0, 1], 2, functools.partial(load_image), "cpu")
     with pytest.raises(UserError, match=r"no\.onnx: no such file"), SeveralGpus(job, [0, 1]):
         pass
     assert not started()
