@@ -154,8 +154,10 @@ class GpuDecoder:
         if not able:
             return images
         data, frames = zip(*(files[i] for i in able), strict=True)
-        planes, pixels = (self._pool.allocate(sum(map(size, frames))) for size in (_planes_size, _pixels_size))
-        rows = _rows(frames, int(planes), int(pixels))
+        kinds = [_planes(frame) for frame in frames]
+        planes = self._pool.allocate(sum(size for kind in kinds for _, size in kind))
+        pixels = self._pool.allocate(sum(map(_pixels_size, frames)))
+        rows = _rows(frames, kinds, int(planes), int(pixels))
         try:
             if state.decode(data, [row[:3] for row in rows], [(row[4], row[5], row[5]) for row in rows], stream.handle):
                 device_table = self._pool.allocate(len(rows) * PLANES.itemsize)
@@ -198,20 +200,17 @@ def _aligned(size):
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _planes_size(frame):
-    return sum(size for _, size in _planes(frame))
-
-
 def _pixels_size(frame):
     return _aligned(3 * frame.height * frame.width)
 
 
-def _rows(frames, planes, pixels):
-    """[values of a PLANES] for JPEGs whose planes, and whose pixels, lie one behind the other from those places on."""
+def _rows(frames, kinds, planes, pixels):
+    """[values of a PLANES] for JPEGs whose planes (kinds: what _planes gives of each), and whose pixels, lie one behind the
+    other from those places on."""
     rows = []
-    for frame in frames:
+    for frame, kind in zip(frames, kinds, strict=True):
         pointers, strides = [0, 0, 0], [0, 0, 0]
-        for i, (stride, size) in enumerate(_planes(frame)):
+        for i, (stride, size) in enumerate(kind):
             pointers[i], strides[i] = planes, stride
             planes += size
         rows.append((*pointers, pixels, *strides[:2], *frame[:2], *(SAMPLINGS[frame.sampling] or (0, 0))))
@@ -237,8 +236,8 @@ def sample_picture(sampling):
 def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
     """The GpuDecoder for an open detector and image files, or None where processors are to decode. It closes with the detector.
 
-    choice: "auto", "cpu" or "gpu", of --decoder. Warns where only a package is missing; raises UserError where "gpu" cannot
-    be.
+    choice: "auto", "cpu" or "gpu", of --decoder. Where "gpu" cannot be, raises UserError. With "auto" warns where nvJPEG, CUDA
+    or nvcc fail.
     """
     reason = _why_not(detector, files)
     processors_suffice = batch_size == 1 and (os.cpu_count() or 1) >= CORES_FOR_ONE_BY_ONE

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-PACKAGE = "nvidia-nvjpeg-cu12"
 # nvjpegBackend_t: the JPEG hardware of the GPU; Huffman codes by the GPU or by processors, the rest by the GPU.
 BACKENDS = {"the JPEG hardware": 3, "the GPU and processors": 2}
 YUV = 1  # nvjpegOutputFormat_t: planes as they are in the file
@@ -56,10 +55,10 @@ def without_releasing(library):
 class NvJpeg:
     """nvJPEG on the GPU whose context is current. `name` says what decodes."""
 
-    def __init__(self, backends=BACKENDS):
+    def __init__(self):
         """Raises ImportError without the library, OSError where no backend runs on this GPU."""
         self._library, self._handle = load_library(), ctypes.c_void_p()
-        for self.name, backend in backends.items():
+        for self.name, backend in BACKENDS.items():
             status = self._library.nvjpegCreateEx(backend, None, None, 0, ctypes.byref(self._handle))
             if not status:
                 break

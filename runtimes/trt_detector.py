@@ -77,7 +77,7 @@ class GpuContext:
         if gpu >= cuda.Device.count():
             raise UserError(f"--gpus {gpu}: there are {cuda.Device.count()} GPUs here, numbered from 0")
         self.number, self.count, self.closed = gpu, cuda.Device.count(), False
-        self.decoders = {}  # gpu_images.GpuDecoders in it, by exif_rotate; None: it has none that is exact
+        self.decoders = {}  # gpu_images.GpuDecoders in it, by exif_rotate; None: there is none to be had
         self._primary = cuda.Device(gpu).retain_primary_context()
 
     def __enter__(self):

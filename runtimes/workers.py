@@ -49,9 +49,8 @@ class Workers:
         self.memory = [context.RawArray(ctypes.c_uint8, self.together * image_bytes) for _ in range(slots)]
         # Of shared_memory.Room, for the tasks ahead, for those that are drawn on, and for the batches between: bytes of each,
         # and where those that are free begin.
-        count = slots and slots + -(-2 * self.count * DRAWN_TOGETHER // self.together) + -(
-            -3 * batch_size // self.together
-        )
+        drawn, between = 2 * self.count * DRAWN_TOGETHER, 3 * batch_size
+        count = slots and slots + -(-drawn // self.together) + -(-between // self.together)
         self.room_bytes = min(self.together * image_batcher.MAX_KEPT_BYTES, _picture_bytes() // max(count, 1))
         self.rooms = [number * self.room_bytes for number in range(count)]
         if self.processes:

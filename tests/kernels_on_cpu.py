@@ -16,6 +16,7 @@ from PIL import Image
 
 from images.decoding import decode_image
 from runtimes import device_images
+from runtimes.gpu_images import SAMPLINGS
 
 # What CUDA's C++ has and C++ has not; a grid's threads run one after the other.
 BEFORE = """
@@ -50,7 +51,7 @@ extern "C" void launch_resize(const int *grid, const int *block, const Image *im
 }
 """
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-SHIFTS = {"4:4:4": (0, 0), "4:2:2": (1, 0), "4:2:0": (1, 1)}  # as gpu_images.SAMPLINGS
+SHIFTS = {sampling: shifts for sampling, shifts in SAMPLINGS.items() if shifts}  # of colours
 ARGUMENTS = {"join": [POINTER], "resize": [POINTER, POINTER, INT, INT, FLOAT, FLOAT, FLOAT]}
 
 

@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 from conftest import DEMO, need_shared
 from kernels_on_cpu import SHIFTS, jpeg_of_planes
+from resize_cases import assert_same, empty_input, make_case, resize_cases
 
-from images.decoding import ImageError, decode_image, load_image
-from images.resizing import preprocess
-from runtimes.detector import InputSpec
+from images.decoding import decode_image, load_image
 from runtimes.device_images import IMAGE, PLANES, DeviceImage, MemoryPool, join_planes, resize_images
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
-SIZES = [(480, 640), (375, 500), (500, 333), (37, 1), (1, 91), (1080, 1920), (160, 160), (7, 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,36 +57,14 @@ def test_photos_have_their_pixels():
             np.testing.assert_array_equal(found, wanted, err_msg=path.name)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
-@pytest.mark.parametrize("keep", [False, True])
+@resize_cases
 def test_images_are_resized_to_the_last_bit(layout, dtype, keep):
-    """The kernel against images.resizing on images of many sizes, padding included."""
-    resizer = {"kind": "fixed_shape", "height": 160, "width": 200}
-    if keep:
-        resizer = {"kind": "keep_aspect_ratio", "height": 200, "width": 200, "min_dimension": 120, "max_dimension": 200}
-        resizer["pad_value"] = [123.7, 116.3, 103.5]
-    spec = InputSpec("images", None, resizer["height"], resizer["width"], layout, np.dtype(dtype), None)
-    rng = np.random.default_rng(0)
-    images, wanted, shapes = [], [], []
-    for size in SIZES:
-        image = rng.integers(0, 256, (*size, 3), np.uint8)
-        try:
-            tensor, placement = preprocess(image, resizer, np.empty((160 if not keep else 200, 200, 3), dtype))
-        except ImageError:
-            assert keep
-            continue
-        images.append(DeviceImage(image.ctypes.data, 3 * size[1], *size, image))
-        wanted.append(tensor)
-        shapes.append(placement.true_shape)
-    assert len(images) > 4
-    shape = wanted[0].shape if layout == "NHWC" else wanted[0].shape[::-1][:1] + wanted[0].shape[:2]
-    found, table = np.empty((len(images), *shape), dtype), np.zeros(len(images), IMAGE)
+    resizer, spec, images, shapes, wanted = make_case(layout, dtype, keep)
+    found, table = empty_input(spec, len(images)), np.zeros(len(images), IMAGE)
+    there = [DeviceImage(x.ctypes.data, 3 * x.shape[1], *x.shape[:2], x) for x in images]
     device_table = np.empty(table.nbytes, np.uint8)
-    resize_images(images, shapes, resizer, spec, table, device_table.ctypes.data, found.ctypes.data, None)
-    found = found if layout == "NHWC" else found.transpose(0, 2, 3, 1)
-    for image, tensor, result in zip(images, wanted, found, strict=True):
-        np.testing.assert_array_equal(result, tensor, err_msg=f"{image.height} x {image.width}")
+    resize_images(there, shapes, resizer, spec, table, device_table.ctypes.data, found.ctypes.data, None)
+    assert_same(found, spec, wanted, images)
 
 
 def test_memory_is_kept_for_the_next(on_cpu):

@@ -15,15 +15,16 @@ import onnxruntime
 import pytest
 from conftest import DEMO, DEMO_MODEL
 from PIL import Image
+from resize_cases import SIZES, assert_same, empty_input, make_case, resize_cases
 
 import build_engine
 import infer
 import onnx_utils
 from checks import parity
-from images.decoding import ImageError, decode_image, load_image
+from images.decoding import decode_image, load_image
 from images.resizing import preprocess
 from runtimes import open_detector, quantization, standard_graph, trt_graph
-from runtimes.detector import InputSpec, detect_image
+from runtimes.detector import detect_image
 from runtimes.device_images import IMAGE, DeviceImage, resize_images
 from runtimes.gpu_images import SAMPLINGS, GpuDecoder, baseline_frame, choose_decoder, sample_picture
 from runtimes.pipeline import Times, batcher_for, detect_files, open_workers
@@ -336,53 +337,24 @@ def test_files_that_are_no_engines_of_ours(engine, folder, tmp_path):
         open_detector(tmp_path / "foreign.trt")
 
 
-SIZES = [(480, 640), (375, 500), (500, 333), (37, 1), (1, 91), (1080, 1920), (160, 160), (7, 5)]
-
-
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
-@pytest.mark.parametrize("keep", [False, True])
+@resize_cases
 def test_images_are_resized_to_the_last_bit(layout, dtype, keep):
-    """The kernel against images.resizing on images of many sizes, padding included."""
     import pycuda.driver as cuda
 
-    resizer = {"kind": "fixed_shape", "height": 160, "width": 200}
-    if keep:
-        resizer = {"kind": "keep_aspect_ratio", "height": 200, "width": 200, "min_dimension": 120, "max_dimension": 200}
-        resizer["pad_value"] = [123.7, 116.3, 103.5]
-    spec = InputSpec("images", None, resizer["height"], resizer["width"], layout, np.dtype(dtype), None)
+    resizer, spec, images, shapes, wanted = make_case(layout, dtype, keep)
     cuda.init()
-    rng = np.random.default_rng(0)
-    images, wanted, shapes = [], [], []
     with GpuContext(cuda):
-        for size in SIZES:
-            image = rng.integers(0, 256, (*size, 3), np.uint8)
-            try:
-                tensor, placement = preprocess(image, resizer, np.empty((*spec_shape(spec), 3), dtype))
-            except ImageError:
-                assert keep
-                continue
-            pixels = cuda.to_device(image)
-            images.append(DeviceImage(int(pixels), 3 * size[1], *size, pixels))
-            wanted.append(tensor)
-            shapes.append(placement.true_shape)
-        assert len(images) > 4
-        found = np.empty((len(images), *spec_shape(spec, layout)), dtype)
+        pixels = [cuda.to_device(image) for image in images]
+        there = [DeviceImage(int(p), 3 * x.shape[1], *x.shape[:2], p) for p, x in zip(pixels, images, strict=True)]
+        found = empty_input(spec, len(images))
         table = cuda.pagelocked_empty(len(images) * IMAGE.itemsize, np.uint8).view(IMAGE)
         memory, device_table, stream = cuda.mem_alloc(found.nbytes), cuda.mem_alloc(table.nbytes), cuda.Stream()
-        resize_images(images, shapes, resizer, spec, table, device_table, memory, stream)
+        resize_images(there, shapes, resizer, spec, table, device_table, memory, stream)
         stream.synchronize()
         cuda.memcpy_dtoh(found, memory)
-        found = found if layout == "NHWC" else found.transpose(0, 2, 3, 1)
-        for image, tensor, result in zip(images, wanted, found, strict=True):
-            np.testing.assert_array_equal(result, tensor, err_msg=f"{image.height} x {image.width}")
+        assert_same(found, spec, wanted, images)
         memory.free()
         device_table.free()
-
-
-def spec_shape(spec, layout=None):
-    shape = spec.height, spec.width
-    return shape if layout is None else (*shape, 3) if layout == "NHWC" else (3, *shape)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
