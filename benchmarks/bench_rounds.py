@@ -146,7 +146,9 @@ def batch_of_images(args, files, metadata):
 
 def build(args, model, metadata, told, engine):
     options = ["--onnx", args.onnx, "--engine", str(engine), "--precision", args.precision]
-    options = build_engine.parse_args([*options, "--timing_cache", f"{engine}.cache"])
+    # One for all forms: the layers that they share get the same tactics, and are timed once.
+    cache = Path(args.output) / f"{Path(args.onnx).stem}.{args.precision}.cache"
+    options = build_engine.parse_args([*options, "--timing_cache", str(cache)])
     trt, _ = import_tensorrt("bench_rounds.py")
     metadata = {**metadata, "precision": args.precision}
     return build_engine.build(trt, options, model, metadata, tuple(args.batch), told)
