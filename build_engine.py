@@ -255,26 +255,12 @@ def calibrate(args, model, metadata):
     return ranges, left
 
 
-def check_plugin(version, model, path):
-    """Raises UserError where this TensorRT's EfficientNMS_TRT does not know class_agnostic, which came with 8.6: it would
-    leave it out and say nothing."""
-    asked = any(
-        attribute.name == "class_agnostic" and attribute.i
-        for node in model.graph.node
-        if node.op_type == "EfficientNMS_TRT"
-        for attribute in node.attribute
-    )
-    if asked and tuple(map(int, version.split(".")[:2])) < (8, 6):
-        raise UserError(f"{path}: class-agnostic NMS needs TensorRT 8.6 or later; this is {version}")
-
-
 def build(trt, args, model, metadata, batch, told=None, configure=None):
     """Builds the engine; returns its bytes. Raises UserError with TensorRT's own reason where it cannot.
 
     told: LayerTypes, for TensorRT 8.6. configure: called with (builder, config, network) before building, for what a
     measurement varies.
     """
-    check_plugin(trt.__version__, model, args.onnx)
     logger = make_logger(trt, args.verbose)
     trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)

@@ -107,6 +107,13 @@ def read_metadata(model, path):
                 found = None
             metadata = check_metadata(found, path)
             check_inputs(metadata, {tensor.name: _type_and_shape(tensor) for tensor in model.graph.input}, path)
+            if any(
+                switch.name == "class_agnostic" and switch.i for node in model.graph.node for switch in node.attribute
+            ):
+                # TensorRT 8.6's plugin does nothing of it
+                raise UserError(
+                    f"{path}: an older create_onnx.py made its class-agnostic NMS; convert the SavedModel again"
+                )
             return metadata
     raise UserError(
         f"{path} was not made by this tool's create_onnx.py (no metadata in it); convert the SavedModel with it"
@@ -263,11 +270,10 @@ def _show_input(found):
     return "not there" if found is None else f"{found[0]} {[size or 'batch' for size in found[1]]}".replace("'", "")
 
 
-def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes, class_agnostic=False):
+def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_output_boxes):
     """Adds an EfficientNMS_TRT node (version 1) on boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C], all float32.
 
-    class_agnostic: a box suppresses those of other classes too. Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores
-    [B, M], classes [B, M] i32).
+    Returns (num_detections [B, 1] i32, boxes [B, M, 4], scores [B, M], classes [B, M] i32).
     """
     return ops.add(
         "EfficientNMS_TRT",
@@ -284,7 +290,6 @@ def efficient_nms(ops, boxes, scores, *, score_threshold, iou_threshold, max_out
         background_class=-1,
         score_activation=0,
         box_coding=0,
-        class_agnostic=int(class_agnostic),
     )
 
 

@@ -73,7 +73,7 @@ def suits(node, sizes):
 def _suppress(ops, node, sizes):
     """What EfficientNMS_TRT gives: number [B, 1] int32, boxes [B, M, 4], scores [B, M], classes [B, M] int32."""
     attrs, most = node.attrs, node.attrs["max_output_boxes"]
-    one_class = attrs["class_agnostic"] or node.inputs[1].shape[2] == 1
+    one_class = node.inputs[1].shape[2] == 1
 
     def suppressing(these, others):
         return _suppressing(ops, these, others, attrs["iou_threshold"], one_class)

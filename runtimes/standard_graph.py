@@ -125,13 +125,6 @@ def _standard_nms(ops, node, pairs):
     """EfficientNMS_TRT in standard ops: for any batch, boxes shared by the classes or one per class."""
     boxes, scores = node.inputs  # [B, N, 4] or [B, N, C, 4]; [B, N, C]
     kept, threshold = int(node.attrs["max_output_boxes"]), np.float32(node.attrs["score_threshold"])
-    only = None  # the class of each box, where it can have no other
-    if node.attrs["class_agnostic"]:
-        only = ops.add("ArgMax", scores, dtype=np.int64, axis=2, keepdims=1)  # [B, N, 1]
-        scores = ops.add("ReduceMax", scores, axes=[2], keepdims=1)
-        if len(boxes.shape) == 4:
-            boxes = ops.add("GatherND", boxes, only, batch_dims=2)
-            boxes.shape = [None, None, 4]
     scores = ops.add("Transpose", scores, perm=[0, 2, 1])  # [B, C, N]
     shape = ops.add("Shape", scores, dtype=np.int64)
     flat = ops.reshape(scores, [0, -1])
@@ -173,8 +166,6 @@ def _standard_nms(ops, node, pairs):
         chosen = ops.add("GatherND", node.inputs[0], pair, batch_dims=1)
     else:
         chosen = ops.gather_rows(boxes, rows)
-    if only is not None:
-        classes = ops.add("Squeeze", ops.gather_rows(only, rows), np.int64([2]))
     chosen = ops.add("Where", ops.add("Unsqueeze", valid, np.int64([2])), chosen, np.float32(0), dtype=np.float32)
     number = ops.add("ReduceSum", ops.cast(valid, np.int32), np.int64([1]), keepdims=1)
     scores = ops.add("Where", valid, best, np.float32(0), dtype=np.float32)

@@ -26,7 +26,7 @@ def prepare(model, most):
         size = -(-classes // together)
         if images_of_classes(node) > together:
             _in_parts(ops, node, together)
-        elif size < classes and not node.attrs["class_agnostic"]:
+        elif size < classes:
             results = _in_groups(ops, node, count, classes, size)
             for old, new in zip(list(node.outputs), results, strict=True):
                 new.shape = old.shape

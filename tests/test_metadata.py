@@ -48,6 +48,17 @@ def opened(model, text, path):
         return error
 
 
+def test_class_agnostic_nms_as_it_once_was_is_refused(model, metadata, tmp_path):
+    """TensorRT 8.6's plugin has that switch, and suppresses class by class all the same."""
+    old = copy.deepcopy(model)
+    (plugin,) = [node for node in old.graph.node if node.op_type == "EfficientNMS_TRT"]
+    plugin.attribute.append(onnx.helper.make_attribute("class_agnostic", 1))
+    error = opened(old, json.dumps(metadata), tmp_path / "old.onnx")
+    assert "convert the SavedModel again" in str(error)
+    plugin.attribute[-1].i = 0
+    assert len(opened(old, json.dumps(metadata), tmp_path / "none.onnx").scores) > 0
+
+
 def damaged(rng, metadata):
     """The metadata with one or two odd values, without a part of them, or with one more."""
     content = copy.deepcopy(metadata)

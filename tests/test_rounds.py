@@ -64,16 +64,6 @@ def test_same_as_the_plugin(sizes, batch, count, classes, per_class):
     same_as_plugin(run(boxes, scores, sizes), boxes, scores)
 
 
-def test_a_box_suppresses_other_classes_where_it_should():
-    boxes, scores = random_case(np.random.default_rng(0), 2, 200, 7, False)
-    scores *= scores.argmax(axis=2)[..., None] == np.arange(7)  # as nms does it: each box has one class
-    (number, chosen, values, labels) = run(boxes, scores, SMALL, class_agnostic=True)
-    same_as_plugin((number, chosen, values, labels * 0), boxes, scores.max(axis=2, keepdims=True))
-    for i in range(2):
-        rows = [np.flatnonzero((boxes[i] == box).all(axis=1))[0] for box in chosen[i, : number[i, 0]]]
-        assert labels[i, : number[i, 0]].tolist() == scores[i, rows].argmax(axis=1).tolist()
-
-
 def test_fewer_than_wanted_are_kept_where_few_reach_the_threshold():
     boxes, scores = random_case(np.random.default_rng(1), 1, 160, 1, False)
     boxes[..., 2:] = boxes[..., :2] + 0.9  # almost all overlap

@@ -97,8 +97,9 @@ def add_nms(ops, boxes, scores, settings, window=None, mostly_zero=False):
 
     mostly_zero: whether most scores are 0. Returns an NmsResult; see finish_nms.
     """
+    labels = None
     if settings.class_agnostic:
-        scores, mostly_zero = _best_class_alone(ops, scores), True
+        boxes, scores, labels = _best_class_alone(ops, boxes, scores)
     # TensorFlow keeps what scores more than the threshold, the plugin what scores as much: a score of 0 is none.
     threshold = max(settings.score_threshold, float(np.finfo(np.float32).tiny))
     # Below DENSE_BELOW the plugin sorts all scores, also those under the threshold. A power of two changes no digit of them.
@@ -110,27 +111,43 @@ def add_nms(ops, boxes, scores, settings, window=None, mostly_zero=False):
     if settings.limits_classes:
         boxes, scores, classes = _suppress_by_class(ops, boxes, scores, settings, threshold)
     else:
-        _, boxes, scores, classes = onnx_utils.efficient_nms(
-            ops,
-            boxes,
-            scores,
-            score_threshold=threshold,
-            iou_threshold=settings.iou_threshold,
-            max_output_boxes=settings.slots,
-            class_agnostic=settings.class_agnostic,
-        )
+        limits = {"score_threshold": threshold, "iou_threshold": settings.iou_threshold}
+        given = boxes, scores
+        _, boxes, scores, classes = onnx_utils.efficient_nms(ops, *given, max_output_boxes=settings.slots, **limits)
+        if labels is not None:
+            classes = _labels_of(ops, *given, labels, boxes, scores)
     if factor > 1:
         scores = ops.add("Mul", scores, np.float32(1 / factor))
     return finish_nms(ops, boxes, scores, classes, settings, window)
 
 
-def _best_class_alone(ops, scores):
-    """scores [B, K, C] with 0 for all classes of a box but the best (post_processing.class_agnostic_non_max_suppression)."""
-    best = ops.add("ArgMax", scores, dtype=np.int64, axis=2, keepdims=1)
-    numbers = np.arange(scores.shape[2], dtype=np.int64)[None, None]
-    alone = ops.add("Where", ops.add("Equal", best, numbers, dtype=bool), scores, np.float32(0), dtype=np.float32)
-    alone.shape = scores.shape
-    return alone
+def _best_class_alone(ops, boxes, scores):
+    """What class-agnostic suppression sees (post_processing.class_agnostic_non_max_suppression): each box [B, K, 4] with the
+    score [B, K, 1] and the class [B, K] int32 of its best class.
+
+    To suppression all are of one class: the plugin of TensorRT 8.6 takes `class_agnostic`, and does nothing of it.
+    """
+    count = scores.shape[1]
+    labels = ops.add("ArgMax", scores, dtype=np.int64, axis=2, keepdims=1)
+    if len(boxes.shape) == 4:
+        boxes = ops.add("GatherND", boxes, labels, batch_dims=2)
+        boxes.shape = [None, count, 4]
+    scores = ops.add("ReduceMax", scores, axes=[2], keepdims=1)
+    scores.shape = [None, count, 1]
+    return boxes, scores, ops.cast(ops.reshape(labels, [0, count]), np.int32)
+
+
+def _labels_of(ops, boxes, scores, labels, kept_boxes, kept_scores):
+    """The labels [B, M] int32 of boxes that suppression kept, [B, M, 4] with scores [B, M], of those it was given: boxes
+    [B, K, 4], scores [B, K, 1], labels [B, K]. The plugin does not say which it kept: the first that is the same.
+    """
+    kept = ops.add("Concat", kept_boxes, ops.add("Unsqueeze", kept_scores, np.int64([2])), axis=2)  # [B, M, 5]
+    given = ops.add("Transpose", ops.add("Concat", boxes, scores, axis=2), perm=[0, 2, 1])  # [B, 5, K]
+    apart = np.float32(0)
+    for i in range(5):
+        difference = ops.add("Sub", ops.slice(kept, 2, i, i + 1), ops.slice(given, 1, i, i + 1))  # [B, M, K]
+        apart = ops.add("Add", ops.add("Abs", difference), apart)
+    return ops.gather_rows(labels, ops.add("ArgMin", apart, dtype=np.int64, axis=2, keepdims=0))
 
 
 def _suppress_by_class(ops, boxes, scores, settings, threshold):
