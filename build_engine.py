@@ -25,7 +25,7 @@ import numpy as np
 import onnx_utils
 from image_batcher import ImageBatcher
 from images.decoding import load_image
-from runtimes import precision, quantization, trt_graph
+from runtimes import nms_by_rounds, precision, quantization, trt_graph
 from runtimes.detector import input_spec, network_inputs
 from runtimes.ort_detector import OrtDetector
 from runtimes.trained_ranges import read_trained_ranges
@@ -69,6 +69,14 @@ def parse_args(argv=None):
         metavar="FILE",
         help="write the graph in that precision, which infer.py runs on ONNX Runtime; without --engine it needs no TensorRT",
     )
+    add(
+        "--suppression",
+        choices=["auto", "plugin", "rounds"],
+        default="auto",
+        help="NMS by TensorRT's plugin, or in standard ops where they can take its place: the same detections. Default: auto,"
+        f" in standard ops where the batch's OPT is at most {nms_by_rounds.FEW_IMAGES}, which is faster; for --typed_onnx"
+        " alone the plugin",
+    )
     add("--no_benchmark", action="store_true", help="do not measure the engine's latency after building it")
     add_gpus(parser)
     return parser.parse_args(argv)
@@ -86,7 +94,7 @@ def main(argv=None):
     trt, cuda = find_tensorrt(args)
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
-    prepared = trt_graph.prepare(model, batch[-1])
+    prepared = trt_graph.prepare(suppressed(args.suppression, model, batch[1] if trt else None), batch[-1])
     metadata = {**metadata, "precision": args.precision}
     told = layer_types(args.precision, prepared, calibration) if trt and not is_strongly_typed(trt) else None
     by_ranges = bool(told and told.ranges)
@@ -154,6 +162,20 @@ def batch_range(args, metadata):
         limit = trt_graph.PLUGIN_MAX_IMAGES
         raise UserError(f"--batch {least} {best} {most}: give three rising numbers from 1 to {limit}, MIN OPT MAX")
     return least, best, most
+
+
+def suppressed(wanted, model, images):
+    """The model with its suppression as --suppression says; prints where it is in standard ops, if that may be.
+
+    images: at a time, that an engine is to be fast for; None: no engine is built.
+    """
+    few = images is not None and images <= nms_by_rounds.FEW_IMAGES
+    if wanted == "plugin" or (wanted == "auto" and not few):
+        return model
+    changed = nms_by_rounds.replace(model)
+    before, after = (sum(node.op_type == "EfficientNMS_TRT" for node in x.graph.node) for x in (model, changed))
+    print(f"NMS in standard ops instead of TensorRT's plugin in {before - after} of {before} places")
+    return changed
 
 
 def is_strongly_typed(trt):

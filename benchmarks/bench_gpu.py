@@ -62,6 +62,12 @@ def parse_args(argv=None):
         help="TensorRT 8.6's own way, precision flags and its calibrator, to compare with",
     )
     add("--batch", type=int, nargs=3, default=[1, 8, 8], metavar=("MIN", "OPT", "MAX"), help="default: 1 8 8")
+    add(
+        "--suppression",
+        choices=["auto", "plugin", "rounds"],
+        default="auto",
+        help="as build_engine.py's; default: auto",
+    )
     add("--builder_optimization_level", type=int, choices=range(6), metavar="0..5", help="default: TensorRT's, 3")
     add("--images", type=count, default=12, help="images to compare with ONNX Runtime; default: 12")
     add("--profile", type=count, default=8, metavar="N", help="print the N slowest layers; default: 8")
@@ -73,7 +79,7 @@ def measure(args, wanted, reference):
     folder = Path(args.output)
     engine = folder / f"{Path(args.onnx).stem}.{wanted}.trt"
     options = ["--onnx", args.onnx, "--engine", str(engine), "--precision", wanted, "--no_benchmark"]
-    options += ["--batch", *map(str, args.batch)]
+    options += ["--batch", *map(str, args.batch), "--suppression", args.suppression]
     if args.builder_optimization_level is not None:
         options += ["--builder_optimization_level", str(args.builder_optimization_level)]
     if wanted == "int8":

@@ -32,11 +32,10 @@ from commandline.options import count, make_parser
 
 import build_engine
 import onnx_utils
-from benchmarks import nms_by_rounds
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import precision, standard_graph, trt_graph
+from runtimes import nms_by_rounds, precision, standard_graph, trt_graph
 from runtimes.cuda_graph import CudaGraph
 from runtimes.detector import detect_image, input_spec, network_inputs
 from runtimes.trt_detector import GpuContext, TrtDetector, import_tensorrt, make_logger

@@ -31,10 +31,10 @@ def float32_nodes(graph):
 
     All that lies between the inputs and the first layer with weights, before an NMS back to the layers with weights, and
     behind an NMS up to its crops, the next ones or the outputs; without the ops at its edges that only move values. A
-    CenterNet has TopKs in an NMS's place.
+    CenterNet, and suppression by rounds, have TopKs in an NMS's place.
     """
     plugins = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
-    suppressions = plugins or [node for node in graph.nodes if node.op == "TopK"]
+    suppressions = plugins + [node for node in graph.nodes if node.op == "TopK"]
     found = {id(node) for node in suppressions}
     _spread(found, suppressions, lambda node: [x.inputs[0] for x in node.inputs if x.inputs])
     readers = [reader for tensor in graph.inputs for reader in tensor.outputs]

@@ -441,7 +441,7 @@ def test_the_half_form_builds_strongly_typed(key, convert, exported):
 
 
 def test_suppression_by_rounds_finds_the_same_without_a_plugin(convert, coco_images, capsys):
-    """The experiment of benchmarks/bench_rounds.py, bit for bit on photos; in FP16 the whole builds, suppression in FP32."""
+    """By benchmarks/bench_rounds.py, bit for bit on photos; in FP16 the whole builds, suppression in FP32."""
     path, _ = convert("fpnlite", "--batch_size", "dynamic")
     args = ["check", "--onnx", str(path), "--input", str(coco_images[0].parent), "--images", "3"]
     assert bench_rounds.main([*args, "--forms", "rounds", "rounds:pairs=512"]) == 1
@@ -562,6 +562,42 @@ def test_the_typed_graph_needs_no_tensorrt(kind, convert, detector, int8_demo, t
     assert least <= apart <= most
     status, text = command("--onnx", path, "--typed_onnx", tmp_path / "again.onnx")
     assert (status, "typed.onnx: --typed_onnx made it" in text) == (2, True), text
+
+
+@pytest.mark.parametrize("wanted", ["plugin", "rounds", "auto"])
+def test_suppression_is_as_asked_and_finds_the_same(wanted, convert, detector, tmp_path):
+    path, typed = convert("demo", "--batch_size", "dynamic")[0], tmp_path / "typed.onnx"
+    options = ("--typed_onnx", typed, "--precision", "fp32", "--suppression", wanted)
+    status, text = command("--onnx", path, *options)
+    assert (status, "NMS in standard ops instead of TensorRT's plugin in 1 of 1 places" in text) == (
+        0,
+        wanted == "rounds",
+    )
+    plugins = [node for node in onnx_utils.load(typed).graph.node if node.op_type == "EfficientNMS_TRT"]
+    assert bool(plugins) == (wanted != "rounds")
+    with open_detector(typed) as opened:
+        for picture in sorted((DEMO / "images").glob("*.jpg"))[:4]:
+            theirs, ours = (
+                detect_image(x, load_image(picture)) for x in (detector("demo", "--batch_size", "dynamic"), opened)
+            )
+            assert len(ours.scores) > 0
+            np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+            np.testing.assert_array_equal(ours.scores, theirs.scores)
+            np.testing.assert_array_equal(ours.classes, theirs.classes)
+
+
+def test_an_engine_for_few_images_suppresses_by_rounds(convert, capsys):
+    model = onnx_utils.load(convert("demo", "--batch_size", "dynamic")[0])
+    for wanted, images, by_rounds in (
+        ("auto", 8, 1),
+        ("auto", 9, 0),
+        ("auto", None, 0),
+        ("plugin", 1, 0),
+        ("rounds", 64, 1),
+    ):
+        made = build_engine.suppressed(wanted, model, images)
+        assert any(node.op_type == "EfficientNMS_TRT" for node in made.graph.node) != by_rounds
+        assert ("in 1 of 1 places" in capsys.readouterr().out) == by_rounds
 
 
 def test_without_tensorrt_the_typed_graph_is_written_all_the_same(convert, tmp_path):

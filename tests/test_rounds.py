@@ -1,4 +1,4 @@
-"""The experiment of benchmarks/nms_by_rounds.py does what EfficientNMS_TRT does, where its sizes suffice; its benchmark."""
+"""runtimes/nms_by_rounds.py does what EfficientNMS_TRT does, where its sizes suffice; its benchmark."""
 
 import dataclasses
 
@@ -11,10 +11,10 @@ from conftest import DEMO
 from test_nms import plugin, random_case
 
 import onnx_utils
-from benchmarks import bench_rounds, nms_by_rounds
+from benchmarks import bench_rounds
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import precision, trt_graph
+from runtimes import nms_by_rounds, precision, trt_graph
 from runtimes.detector import input_spec, network_inputs
 
 SIZES = nms_by_rounds.Sizes()
