@@ -16,7 +16,7 @@ import json
 import time
 from pathlib import Path
 
-from commandline import UserError, check_writable, command, progress, run, warn, whole_file
+from commandline import UserError, check_writable, command, leaving_at_once, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import add_gpus, add_image_options, count, image_options, make_parser, size
 
@@ -308,7 +308,8 @@ def build(trt, args, model, metadata, batch, told=None, configure=None):
     cache_path = Path(args.timing_cache or Path(args.engine).with_name("timing.cache"))
     cache = config.create_timing_cache(cache_path.read_bytes() if cache_path.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
-    engine = builder.build_serialized_network(network, config)
+    with leaving_at_once():
+        engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise UserError(f"{args.onnx}: TensorRT could not build an engine ({logger.last()}); try another --workspace")
     with whole_file(cache_path) as path:

@@ -126,6 +126,20 @@ def run(main):
         gc.freeze()  # else Python searches all that TensorFlow made for what can be freed: 1.7 s
 
 
+@contextlib.contextmanager
+def leaving_at_once():
+    """Within it a stop ends the process at once, status 130: for native code that goes on for minutes, and calls back into
+    Python and swallows what that raises, KeyboardInterrupt too (TensorRT's builder, its logger). No file is half-written.
+    """
+    before = {number: signal.getsignal(number) for number in STOPS}
+    _on_stops(_leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def command(script, *arguments):
     """A command to paste: the interpreter in use, the script `script` beside the running one, paths quoted."""
     path = Path(sys.argv[0]).resolve().with_name(script)

@@ -160,6 +160,38 @@ commandline.run(lambda: (__import__("native"), time.sleep(60)))
     assert (done.returncode, done.stdout, done.stderr) == (130, "imported\n", "")
 
 
+# What TensorRT's builder does with KeyboardInterrupt in its logger; qsort stands in its place.
+SWALLOWED = """
+import contextlib, ctypes, os, time, commandline
+def look(*_):
+    print("looking", flush=True)
+    time.sleep(0.2)
+    return 0
+def main():
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    with {0}:
+        ctypes.CDLL(None).qsort((ctypes.c_int * 20)(), ctypes.c_size_t(20), ctypes.c_size_t(4), kind(look))
+    print("sorted")
+commandline.run(main)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_native_code_swallows_exceptions(kind):
+    for within, status in (("commandline.leaving_at_once()", 130), ("contextlib.nullcontext()", 0)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SWALLOWED.format(within)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+        )
+        assert process.stdout.readline() == "looking\n"
+        process.send_signal(kind)
+        output, _ = process.communicate(timeout=50)
+        assert (process.returncode, "sorted" in output) == (status, status == 0)
+
+
 def test_a_killed_script_leaves_no_process(model, tmp_path):
     """Its workers end with it."""
     out = tmp_path / "out"
