@@ -1,8 +1,8 @@
 """JPEG files decoded on the GPU and resized into an engine's input: nothing but their bytes crosses the bus.
 
-nvJPEG decodes planes, kernels make pixels of them and resize (runtimes.device_images). JPEG hardware and these kernels give to
-the last bit what processors give (images.decoding, images.resizing); GpuDecoder makes sure of that with a picture of each
-kind. Whatever else goes the CPU's way, image by image.
+nvJPEG decodes, to pixels where they are exact, else to planes that a kernel makes pixels of; another one resizes
+(runtimes.device_images). JPEG hardware and these kernels give to the last bit what processors give (images.decoding,
+images.resizing); GpuDecoder makes sure of that with a picture of each kind. Whatever else goes the CPU's way, image by image.
 """
 
 import concurrent.futures
@@ -104,6 +104,14 @@ def is_turned(data):
         return True
 
 
+class _Lane(typing.NamedTuple):
+    """What one thread decodes with."""
+
+    pixels: nvjpeg.State
+    planes: nvjpeg.State
+    stream: object  # CUDA's
+
+
 class GpuDecoder:
     """JPEGs from memory to DeviceImages, by nvJPEG. `name` says by what of it."""
 
@@ -115,11 +123,17 @@ class GpuDecoder:
         self._pool = MemoryPool(cuda)
         with gpu:
             self._codec = nvjpeg.NvJpeg()
-            self._states = [self._codec.new_state() for _ in range(DECODERS)]
-            self._streams = {state: cuda.Stream() for state in self._states}
+            self._lanes = [self._new_lane() for _ in range(DECODERS)]
         self.name = self._codec.name
         self.samplings = set(SAMPLINGS)  # that are decoded here
-        self.differences = {sampling: self._difference(sampling) for sampling in SAMPLINGS}
+        # To pixels at once, which is several times faster (BENCHMARKS.md), where these are exact.
+        self._to_pixels = set(SAMPLINGS)
+        self._to_pixels = {sampling for sampling in SAMPLINGS if not self._difference(sampling)}
+        others = {sampling: self._difference(sampling) for sampling in SAMPLINGS.keys() - self._to_pixels}
+        self.differences = dict.fromkeys(SAMPLINGS, 0) | others
+
+    def _new_lane(self):
+        return _Lane(self._codec.new_state(nvjpeg.RGB), self._codec.new_state(nvjpeg.YUV), self._cuda.Stream())
 
     def _difference(self, sampling):
         """By how much a picture of a kind differs from what processors decode, of 255; 255 where it is not decoded here."""
@@ -134,12 +148,20 @@ class GpuDecoder:
 
         DECODERS threads at a time. Raises UserError where the GPU's memory is too small.
         """
-        state = self._states.pop()
+        lane, images = self._lanes.pop(), [None] * len(files)
         try:
             with self._gpu, self._naming_want_of_memory():
-                return self._decode(files, state, self._streams[state])
+                able = [i for i, file in enumerate(files) if self._can_decode(lane, *file)]
+                to_pixels = [i for i in able if files[i][1].sampling in self._to_pixels]
+                to_planes = [i for i in able if files[i][1].sampling not in self._to_pixels]
+                for some, way in ((to_pixels, self._decode_pixels), (to_planes, self._decode_planes)):
+                    if some:
+                        made = way(lane, *zip(*(files[i] for i in some), strict=True))
+                        for i, image in zip(some, made, strict=True):
+                            images[i] = image
         finally:
-            self._states.append(state)
+            self._lanes.append(lane)
+        return images
 
     @contextlib.contextmanager
     def _naming_want_of_memory(self):
@@ -148,29 +170,44 @@ class GpuDecoder:
         except self._cuda.MemoryError as error:
             raise UserError("--decoder gpu: too little GPU memory; --decoder cpu takes less") from error
 
-    def _decode(self, files, state, stream):
-        able = [i for i, file in enumerate(files) if self._can_decode(state, *file)]
-        images = [None] * len(files)
-        if not able:
-            return images
-        data, frames = zip(*(files[i] for i in able), strict=True)
+    def _decode_pixels(self, lane, data, frames):
+        """A DeviceImage for each of JPEGs, bytes and Frames; None for all where nvJPEG fails."""
+        pixels = self._pool.allocate(sum(map(_pixels_size, frames)))
+        places = itertools.accumulate(map(_pixels_size, frames), initial=int(pixels))
+        images = [
+            DeviceImage(place, 3 * f.width, f.height, f.width, pixels) for place, f in zip(places, frames, strict=False)
+        ]
+        try:
+            fine = lane.pixels.decode(
+                data, [[x.pointer] for x in images], [[x.stride] for x in images], lane.stream.handle
+            )
+        finally:
+            lane.stream.synchronize()
+        return images if fine else [None] * len(data)
+
+    def _decode_planes(self, lane, data, frames):
+        """As _decode_pixels."""
         kinds = [_planes(frame) for frame in frames]
         planes = self._pool.allocate(sum(size for kind in kinds for _, size in kind))
         pixels = self._pool.allocate(sum(map(_pixels_size, frames)))
         rows = _rows(frames, kinds, int(planes), int(pixels))
+        images = [None] * len(data)
         try:
-            if state.decode(data, [row[:3] for row in rows], [(row[4], row[5], row[5]) for row in rows], stream.handle):
+            strides = [(row[4], row[5], row[5]) for row in rows]
+            if lane.planes.decode(data, [row[:3] for row in rows], strides, lane.stream.handle):
                 device_table = self._pool.allocate(len(rows) * PLANES.itemsize)
-                join_planes(np.array(rows, PLANES), int(device_table), stream)
-                for i, frame, row in zip(able, frames, rows, strict=True):
-                    images[i] = DeviceImage(row[3], 3 * frame.width, frame.height, frame.width, pixels)
+                join_planes(np.array(rows, PLANES), int(device_table), lane.stream)
+                images = [
+                    DeviceImage(row[3], 3 * f.width, f.height, f.width, pixels)
+                    for row, f in zip(rows, frames, strict=True)
+                ]
         finally:
-            stream.synchronize()  # then the planes may go
+            lane.stream.synchronize()  # then the planes may go
         return images
 
-    def _can_decode(self, state, data, frame):
+    def _can_decode(self, lane, data, frame):
         known = frame.sampling in self.samplings
-        return known and state.supports(data) and not (self._exif_rotate and is_turned(data))
+        return known and lane.planes.supports(data) and not (self._exif_rotate and is_turned(data))
 
     def upload(self, image):
         """A DeviceImage of an RGB array [height, width, 3] uint8. Raises UserError as `decode`."""
@@ -181,9 +218,10 @@ class GpuDecoder:
 
     def close(self):
         """In its context, which then goes."""
-        self._streams.clear()
-        for state in self._states:
-            state.close()
+        for lane in self._lanes:
+            lane.pixels.close()
+            lane.planes.close()
+        self._lanes.clear()
         self._codec.close()
         self._pool.close()
 
@@ -308,9 +346,8 @@ class GpuBatcher:
         self.decode_seconds = self.resize_seconds = 0.0  # of processors: none
         self.by_cpu = 0  # images that were decoded by the CPU
         self._resizer, self._decoder, self._load = resizer, decoder, load
-        self._max_pixels = (
-            getattr(load, "keywords", {}).get("max_pixels") or LARGEST
-        )  # of load_image, if it has options
+        # Of load_image, if it has options.
+        self._max_pixels = getattr(load, "keywords", {}).get("max_pixels") or LARGEST
         self._together = min(MOST_TOGETHER, max(FEWEST_TOGETHER, BATCHES_TOGETHER * batch_size))
         self._skip, self._keep = skip or warn_of_skipped, keep_images
 

@@ -14,7 +14,8 @@ import numpy as np
 
 # nvjpegBackend_t: the JPEG hardware of the GPU; Huffman codes by the GPU or by processors, the rest by the GPU.
 BACKENDS = {"the JPEG hardware": 3, "the GPU and processors": 2}
-YUV = 1  # nvjpegOutputFormat_t: planes as they are in the file
+# nvjpegOutputFormat_t: planes as they are in the file; one plane of pixels, 3 bytes each.
+YUV, RGB = 1, 5
 CHANNELS = 4  # of an nvjpegImage_t: so many planes, then so many bytes from row to row
 THREADS = 8  # of processors, where they decode Huffman codes
 
@@ -66,9 +67,9 @@ class NvJpeg:
             raise OSError(f"nvjpegCreateEx gives status {status}")
         self._quick = without_releasing(self._library)
 
-    def new_state(self):
-        """A State, for one thread at a time."""
-        return State(self._library, self._quick, self._handle)
+    def new_state(self, output):
+        """A State, for one thread at a time. output: YUV or RGB."""
+        return State(self._library, self._quick, self._handle, output)
 
     def close(self):
         """After its States."""
@@ -78,8 +79,8 @@ class NvJpeg:
 class State:
     """What a batch under way needs."""
 
-    def __init__(self, library, quick, handle):
-        self._library, self._quick, self._handle, self._batch = library, quick, handle, 0
+    def __init__(self, library, quick, handle, output):
+        self._library, self._quick, self._handle, self._output, self._batch = library, quick, handle, output, 0
         self._state, self._header = ctypes.c_void_p(), ctypes.c_void_p()
         for create, made in (
             (library.nvjpegJpegStateCreate, self._state),
@@ -98,19 +99,20 @@ class State:
         return not failed and not answer.value
 
     def decode(self, files, pointers, strides, stream):
-        """Queues the decoding of JPEGs to their planes y, cb and cr, in a stream. Returns whether that went well.
+        """Queues the decoding of JPEGs to their planes y, cb and cr, or to pixels, in a stream. Returns whether that went well.
 
-        files: their bytes, each of which it supports, to be kept until the stream has got there; pointers, strides [n, 3]:
-        where in the GPU's memory each plane begins, and its bytes from row to row. A grey one has y alone.
+        files: their bytes, each of which it supports, to be kept until the stream has got there; pointers, strides [n, 3], or
+        [n, 1] of pixels: where in the GPU's memory each plane begins, and its bytes from row to row. A grey one has y alone.
         """
         count = len(files)
         if count != self._batch:
             self._batch = 0
-            if self._library.nvjpegDecodeBatchedInitialize(self._handle, self._state, count, THREADS, YUV):
+            if self._library.nvjpegDecodeBatchedInitialize(self._handle, self._state, count, THREADS, self._output):
                 return False
             self._batch = count
         images = np.zeros((count, 2, CHANNELS), np.uint64)
-        images[:, 0, :3], images[:, 1, :3] = pointers, strides
+        planes = len(pointers[0])
+        images[:, 0, :planes], images[:, 1, :planes] = pointers, strides
         failed = self._library.nvjpegDecodeBatched(
             self._handle,
             self._state,

@@ -14,6 +14,7 @@ from kernels_on_cpu import SHIFTS, jpeg_of_planes
 from images.decoding import decode_image, load_image
 from runtimes import gpu_images, nvjpeg
 from runtimes.gpu_images import MOST_TOGETHER, GpuDecoder, baseline_frame, choose_decoder
+from runtimes.nvjpeg import RGB, YUV
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
 IMAGES = [load_image(path) for path in PICTURES[:3]] + [load_image(PICTURES[3])[:45, :67]]
@@ -31,11 +32,13 @@ class NvjpegImage(ctypes.Structure):
 class Library:
     """libnvjpeg's functions. Each gives status 2 for arguments that it was not meant to get; `made` says what lives.
 
-    `working`: the backends that there are; `beside`: by how much each sample is decoded wrong.
+    Pixels of 4:2:2 and 4:2:0 are beside libjpeg-turbo's, as nvJPEG's are. `working`: the backends that there are; `beside`: by
+    how much each sample is decoded wrong.
     """
 
     def __init__(self):
-        self.working, self.refused, self.made, self.batch = [2, 3], b"\xff\xc2", [], 0
+        self.working, self.refused, self.made = [2, 3], b"\xff\xc2", []
+        self.batches, self.decoded = {}, []  # {state: (images, kind of output)}, [kind of each that was]
         self.planes, self.beside = dict(JPEGS), 0
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
         out = ctypes.POINTER(pointer)
@@ -71,7 +74,7 @@ class Library:
         return 2 if device_allocator or pinned_allocator or flags else self._make(HANDLE, out)
 
     def _JpegStateCreate(self, handle, out):
-        return self._make(STATE, out) if handle == HANDLE else 2
+        return self._make(STATE + len(self.made), out) if handle == HANDLE else 2
 
     def _JpegStreamCreate(self, handle, out):
         return self._make(HEADER, out) if handle == HANDLE else 2
@@ -89,20 +92,27 @@ class Library:
         return 0 if (handle, header) == (HANDLE, HEADER) else 2
 
     def _DecodeBatchedInitialize(self, handle, state, count, threads, kind):
-        self.batch = count
-        return 0 if (handle, state, kind) == (HANDLE, STATE, 1) and threads > 0 else 2
+        self.batches[state] = count, kind
+        return 0 if handle == HANDLE and state in self.made and kind in (YUV, RGB) and threads > 0 else 2
 
     def _DecodeBatched(self, handle, state, files, lengths, images, stream):
-        if (handle, state, stream) != (HANDLE, STATE, STREAM) or not self.batch:
+        count, kind = self.batches.get(state, (0, 0))
+        if (handle, stream) != (HANDLE, STREAM) or not count:
             return 2
         files = ctypes.cast(files, ctypes.POINTER(ctypes.c_void_p))
         lengths = ctypes.cast(lengths, ctypes.POINTER(ctypes.c_size_t))
         images = ctypes.cast(images, ctypes.POINTER(NvjpegImage))
-        for i in range(self.batch):
-            planes = self.planes.get(ctypes.string_at(files[i], lengths[i]))
+        for i in range(count):
+            data = ctypes.string_at(files[i], lengths[i])
+            planes = self.planes.get(data)
             if planes is None:
-                self.batch = 0  # must be initialised again
+                del self.batches[state]  # must be initialised again
                 return 3
+            if kind == RGB:
+                wrong = baseline_frame(data).sampling in ("4:2:2", "4:2:0")
+                pixels = decode_image(data)
+                planes = [pixels.reshape(len(pixels), -1) + np.uint8(wrong)]
+            self.decoded.append(kind)
             for plane, pointer, pitch in zip(planes, images[i].channel, images[i].pitch, strict=False):
                 for y, row in enumerate(plane + np.uint8(self.beside)):
                     ctypes.memmove(pointer + y * pitch, row.tobytes(), row.size)
@@ -151,7 +161,7 @@ def decoded(state, files):
 
 def test_planes_go_where_they_are_to(library):
     codec = nvjpeg.NvJpeg()
-    state = codec.new_state()
+    state = codec.new_state(YUV)
     assert codec.name == "the JPEG hardware"
     for files in (JPEGS[:3], JPEGS[3:6], JPEGS[:1]):  # the number of images may change
         fine, found = decoded(state, files)
@@ -165,7 +175,7 @@ def test_planes_go_where_they_are_to(library):
 
 
 def test_after_a_batch_that_fails_the_next_is_decoded(library):
-    state = nvjpeg.NvJpeg().new_state()
+    state = nvjpeg.NvJpeg().new_state(YUV)
     whole, planes = JPEGS[1]
     assert not decoded(state, [(whole, planes), (whole[:-2000], planes)])[0]
     fine, found = decoded(state, [JPEGS[1]] * 2)
@@ -174,7 +184,7 @@ def test_after_a_batch_that_fails_the_next_is_decoded(library):
 
 
 def test_it_is_asked_what_it_supports(library):
-    state = nvjpeg.NvJpeg().new_state()
+    state = nvjpeg.NvJpeg().new_state(YUV)
     whole = PICTURES[0].read_bytes()
     assert state.supports(whole)
     assert not state.supports(whole[:2] + library.refused + whole[2:])
@@ -197,8 +207,11 @@ def test_jpegs_of_all_kinds_become_their_pixels(gpu, library):
     assert [frame.sampling for _, frame in files] == ["grey", *SHIFTS, *SHIFTS, "grey"]
     refused = files[2][0][:2] + b"\xff\xfe\0\4" + library.refused + files[2][0][2:]
     files = [*(files * 9)[: MOST_TOGETHER - 1], (refused, files[2][1])]
+    library.decoded.clear()
     *images, none = decoder.decode(files)
     assert none is None
+    to_pixels = [frame.sampling in ("grey", "4:4:4") for _, frame in files[:-1]]
+    assert library.decoded == [RGB] * sum(to_pixels) + [YUV] * (len(to_pixels) - sum(to_pixels))
     for (data, _), image in zip(files, images, strict=False):
         np.testing.assert_array_equal(image.download(gpu), decode_image(data))
     assert decoder.decode([files[0], (files[0][0][:-100], files[0][1])]) == [None, None]
