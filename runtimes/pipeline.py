@@ -114,9 +114,8 @@ def _finish(detector, batch, ticket, times):
     with _naming(batch):
         found = detector.finish(ticket)
     times.images += len(found)
-    for number, path, image, *rest in zip(
-        batch.numbers, batch.paths, batch.images, batch.placements, found, strict=True
-    ):
+    rows = zip(batch.numbers, batch.paths, batch.images, batch.placements, found, strict=True)
+    for number, path, image, *rest in rows:
         image = image.download(detector.gpu) if isinstance(image, DeviceImage) else image
         yield Detected(number, path, image, *rest)
 

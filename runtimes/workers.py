@@ -133,9 +133,8 @@ def in_order(submit, items, ahead):
         while begun:
             yield _first(begun)
     except concurrent.futures.BrokenExecutor as error:
-        raise UserError(
-            "the system ended a process of this one; if for want of memory, --batch_size 1 takes less"
-        ) from error
+        why = "the system ended a process of this one; if memory is short, --batch_size 1 takes less"
+        raise UserError(why) from error
     finally:  # What runs may read memory that goes. None is cancelled: should the pool's processes end meanwhile, it trips.
         concurrent.futures.wait([future for future, _ in begun])
 
