@@ -158,7 +158,25 @@ def test_limits_of_nms_are_onnx_runtimes(name, convert, folder, batch, tmp_path)
             assert max(report.box_difference, report.score_difference) < 1e-3
 
 
-def build_without_tf32(model, path, *more):
+@pytest.mark.parametrize("suppression", ["plugin", "rounds"])
+@pytest.mark.parametrize("name", ["demo", "faster"])
+def test_either_suppression_is_onnx_runtimes(name, suppression, convert, exported, folder):
+    """Of many classes, and of a proposal network's one."""
+    model = (
+        convert(name, "--batch_size", "dynamic")[0] if name == "demo" else exported(name, "--batch_size", "dynamic")[1]
+    )
+    engine = folder / f"{name}.{suppression}.trt"
+    build_without_tf32(model, engine, suppression=suppression)
+    with open_detector(model) as reference, open_detector(engine) as detector:
+        for path in PICTURES:
+            wanted, found = (detect_image(x, load_image(path)) for x in (reference, detector))
+            report = parity.match_by_rank(wanted, found, tie=1e-3)
+            assert report.unmatched == 0
+            assert report.compared == len(wanted.scores) > 0
+            assert max(report.box_difference, report.score_difference) < 1e-3
+
+
+def build_without_tf32(model, path, *more, suppression="plugin"):
     import tensorrt as trt
 
     options = ["--onnx", str(model), "--engine", str(path), "--precision", "fp32", "--builder_optimization_level", "1"]
@@ -172,7 +190,7 @@ def build_without_tf32(model, path, *more):
         plan = build_engine.build(
             trt,
             args,
-            trt_graph.prepare(content, batch[-1]),
+            trt_graph.prepare(build_engine.suppressed(suppression, content, batch[1]), batch[-1]),
             {**metadata, "precision": "fp32"},
             batch,
             configure=lambda builder, config, network: config.clear_flag(trt.BuilderFlag.TF32),
