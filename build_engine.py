@@ -256,25 +256,32 @@ def calibrate(args, model, metadata):
         for batch in progress(batches, unit="batch", desc="calibrating"):
             yield network_inputs(batch.tensors, batch.true_shapes, spec)
 
-    def detect(candidate):
+    def detect(candidate, mirrored):
         found = []
         with OrtDetector(args.onnx, candidate) as detector:
             for batch in batches:
-                found += detector.infer(batch.tensors, batch.true_shapes)
+                images = quantization.mirror(batch.tensors, batch.true_shapes) if mirrored else batch.tensors
+                found += detector.infer(images, batch.true_shapes)
                 if len(found) >= quantization.JUDGED_IMAGES:
                     break
         return found
 
     ranges = quantization.calibrate(model, inputs())
-    left, plain, reached = quantization.choose_layers(model, ranges, detect)
-    layers = sum(map(len, quantization.layers(model).values()))
-    if left:
-        print(
-            f"{len(left)} of {layers} layers stay in FP16: with all in INT8 the detections disagree with FP32 by"
-            f" {plain:.2f}, without these by {reached:.2f} (0: the same, 1: nothing alike)"
-        )
-    quantization.write_cache(args.calib_cache, model, ranges, left)
-    return ranges, left
+    choice = quantization.choose_layers(model, ranges, detect)
+    print(describe(choice, sum(map(len, quantization.layers(model).values()))))
+    quantization.write_cache(args.calib_cache, model, ranges, choice.left)
+    return ranges, choice.left
+
+
+def describe(choice, layers):
+    """A line on a quantization.Choice, for a model of so many layers."""
+    disagree = f"with all {layers} layers in INT8 the detections disagree with FP32 by {choice.plain:.3f}"
+    scale = f"(0: the same, 1: nothing alike; {choice.tolerated:.3f} is let pass)"
+    if not choice.left:
+        return f"No layer stays in FP16: {disagree} {scale}"
+    return (
+        f"{len(choice.left)} of {layers} layers stay in FP16: {disagree}, without these by {choice.reached:.3f} {scale}"
+    )
 
 
 def build(trt, args, model, metadata, batch, told=None, configure=None):
