@@ -32,11 +32,11 @@ CLIPPING = {"Clip", "Relu"}
 # A range holds so many of the values, in percent, and bins of the histograms that it is found in.
 PERCENTILE = 99.999
 HISTOGRAM_BINS = 2048
-# How far detections may be from FP32's (see `disagreement`): OWN_SHARE of how far FP32's own are where images are mirrored, as
-# far as that lies between HARMLESS and TOLERATED. One number for all models would not do: at 0.05, the demo's SSD, whose boxes
-# are exact, has lost 0.02 of AP, FPNLite coco17 at 0.12 has lost 0.004 (BENCHMARKS.md).
+# How far detections may be from FP32's (see `disagreement`): OWN_SHARE of how far FP32's own are where images are mirrored, but
+# no less than HARMLESS and no more than TOLERATED. A limit for all models would not do: the demo's SSD, whose boxes are exact,
+# has lost 0.017 of AP at 0.05, FPNLite coco17 0.005 at 0.16. Of its own, both lose 0.012 to 0.018 at 0.55 (BENCHMARKS.md).
 OWN_SHARE = 1 / 3
-HARMLESS, TOLERATED = 0.02, 0.12
+HARMLESS, TOLERATED = 0.02, 0.2
 # Images on which the layers are judged: two dozen objects suffice to rank them.
 JUDGED_IMAGES = 12
 # A reference detection counts from this score on.
@@ -64,7 +64,10 @@ def calibrate(model, batches):
             list(pool.map(collector.collect_value, values))
     with contextlib.redirect_stdout(io.StringIO()):
         ranges = collector.compute_collection_result()
-    return {name: (float(low), float(high)) for name, (low, high, *_) in ranges.items()}
+    # Where fewer values than that are not 0, all of them count.
+    widest = {name: (low, high) for name, (_, _, low, high, _) in collector.get_histogram_dict().items()}
+    ranges = {name: found[:2] if any(found[:2]) else widest[name] for name, found in ranges.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
 def measured_tensors(model):
