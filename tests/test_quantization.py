@@ -63,12 +63,31 @@ def test_ranges_hold_all_but_a_few_values(demo):
         np.testing.assert_allclose((low, high), wanted, atol=1.01 * width)
 
 
+def test_ranges_of_a_sample_are_near(demo, monkeypatch):
+    """Of large tensors not every value is counted, but values from all places are."""
+    counted = []
+    histogram = np.histogram
+
+    def counting(values, *args, **options):
+        counted.append(len(values))
+        return histogram(values, *args, **options)
+
+    monkeypatch.setattr(quantization, "SAMPLED", 10_000)
+    monkeypatch.setattr(np, "histogram", counting)
+    ranges = quantization.calibrate(demo.model, demo.feeds)
+    assert 9_000 < max(counted) <= 10_000
+    for name, values in values_of(demo, sorted(ranges)).items():
+        low, high = ranges[name]
+        assert values.min() <= low <= np.percentile(values, 1)
+        assert np.percentile(values, 99) <= high <= values.max()
+
+
 def test_a_tensor_of_few_values_has_the_range_of_all(demo):
-    """Where one value in 76,800 is not 0, and then 1: a percentile would leave nothing."""
-    feed = {key: np.full_like(value, 127.5) for key, value in demo.feeds[1].items()}  # which the network takes for 0
-    feed["input_tensor"][0, 0, 0, 0] = 255
+    """Where one value in 307,200 is not 0, and then 1 (127.5 is 0 to the network): a percentile would leave nothing."""
+    feeds = [{key: np.full_like(value, 127.5) for key, value in feed.items()} for feed in demo.feeds]
+    feeds[0]["input_tensor"][0, 0, 0, 0] = 255
     image = next(iter(quantization.measured_inputs(demo.model).values()))
-    assert quantization.calibrate(demo.model, [feed, feed])[image] == pytest.approx((0, 1), abs=1e-6)
+    assert quantization.calibrate(demo.model, feeds)[image] == pytest.approx((0, 1), abs=1e-6)
 
 
 def test_all_layers_in_int8_cost_a_small_ssd_little(demo):
