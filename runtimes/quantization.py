@@ -275,13 +275,13 @@ def read_cache(path, model):
         ) from error
     if network != fingerprint(model):
         return None, "it belongs to another network"
-    if not measured_tensors(model) <= ranges.keys():
+    if content.get("percentile") != PERCENTILE or not measured_tensors(model) <= ranges.keys():
         return None, "it was made by another version of build_engine.py"
     return (ranges, left), None
 
 
 def write_cache(path, model, ranges, left):
     """Writes a calibration for read_cache."""
-    content = {"network": fingerprint(model), "ranges": ranges, "left": left}
+    content = {"network": fingerprint(model), "percentile": PERCENTILE, "ranges": ranges, "left": left}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")

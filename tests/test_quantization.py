@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from types import SimpleNamespace
 
@@ -106,6 +107,17 @@ def test_layers_with_a_bad_range_are_left(demo):
     choice = quantization.choose_layers(demo.model, ranges, demo.detect)
     assert choice.left == sorted(layer for layer, tensor in inputs.items() if tensor == bad)
     assert choice.reached <= choice.tolerated < 0.1 < choice.plain
+
+
+def test_ranges_chosen_otherwise_are_measured_anew(demo, tmp_path):
+    """A calibration of before, whose ranges are by entropy, does not say of which percentile they are."""
+    path = tmp_path / "cache"
+    quantization.write_cache(path, demo.model, demo.ranges, ["a"])
+    assert quantization.read_cache(path, demo.model) == ((demo.ranges, ["a"]), None)
+    content = json.loads(path.read_text())
+    del content["percentile"]
+    path.write_text(json.dumps(content))
+    assert quantization.read_cache(path, demo.model) == (None, "it was made by another version of build_engine.py")
 
 
 def moved(by):
