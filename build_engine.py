@@ -73,9 +73,9 @@ def parse_args(argv=None):
         "--suppression",
         choices=["auto", "plugin", "rounds"],
         default="auto",
-        help="NMS by TensorRT's plugin, or in standard ops where they can take its place: the same detections. Default: auto,"
-        f" in standard ops where the batch's OPT is at most {nms_by_rounds.FEW_IMAGES}, which is faster; for --typed_onnx"
-        " alone the plugin",
+        help="NMS by TensorRT's plugin, or in standard ops where they can take its place: the same on all images measured."
+        f" Default: auto, in standard ops where OPT of --batch is at most {nms_by_rounds.FEW_IMAGES} and MAX at most"
+        f" {nms_by_rounds.MOST_IMAGES}, which is faster; for --typed_onnx alone the plugin",
     )
     add("--no_benchmark", action="store_true", help="do not measure the engine's latency after building it")
     add_gpus(parser)
@@ -94,7 +94,7 @@ def main(argv=None):
     trt, cuda = find_tensorrt(args)
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
-    prepared = trt_graph.prepare(suppressed(args.suppression, model, batch[1] if trt else None), batch[-1])
+    prepared = trt_graph.prepare(suppressed(args.suppression, model, batch if trt else None), batch[-1])
     metadata = {**metadata, "precision": args.precision}
     told = layer_types(args.precision, prepared, calibration) if trt and not is_strongly_typed(trt) else None
     by_ranges = bool(told and told.ranges)
@@ -164,17 +164,20 @@ def batch_range(args, metadata):
     return least, best, most
 
 
-def suppressed(wanted, model, images):
-    """The model with its suppression as --suppression says; prints where it is in standard ops, if that may be.
+def suppressed(wanted, model, batch):
+    """The model with its suppression as --suppression says; prints where it is in standard ops.
 
-    images: at a time, that an engine is to be fast for; None: no engine is built.
+    batch: least, best and most images at a time, of an engine; None: none is built.
     """
-    few = images is not None and images <= nms_by_rounds.FEW_IMAGES
+    few = batch and batch[1] <= nms_by_rounds.FEW_IMAGES and batch[2] <= nms_by_rounds.MOST_IMAGES
     if wanted == "plugin" or (wanted == "auto" and not few):
         return model
     changed = nms_by_rounds.replace(model)
     before, after = (sum(node.op_type == "EfficientNMS_TRT" for node in x.graph.node) for x in (model, changed))
-    print(f"NMS in standard ops instead of TensorRT's plugin in {before - after} of {before} places")
+    if after < before:
+        print(f"NMS in standard ops instead of TensorRT's plugin in {before - after} of {before} places")
+    elif before and wanted == "rounds":
+        warn("--suppression rounds: NMS stays TensorRT's plugin: it keeps more boxes, or has limits of classes")
     return changed
 
 

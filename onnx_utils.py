@@ -110,9 +110,9 @@ def read_metadata(model, path):
             if any(
                 switch.name == "class_agnostic" and switch.i for node in model.graph.node for switch in node.attribute
             ):
-                # TensorRT 8.6's plugin does nothing of it
                 raise UserError(
-                    f"{path}: an older create_onnx.py made its class-agnostic NMS; convert the SavedModel again"
+                    f"{path}: TensorRT 8.6 suppresses class by class in it, as an older create_onnx.py made its class-agnostic"
+                    " NMS; convert the SavedModel again"
                 )
             return metadata
     raise UserError(

@@ -129,8 +129,10 @@ def run(main):
 @contextlib.contextmanager
 def leaving_at_once():
     """Within it a stop ends the process at once, status 130: for native code that goes on for minutes, and calls back into
-    Python and swallows what that raises, KeyboardInterrupt too (TensorRT's builder, its logger). No file is half-written.
+    Python and swallows what that raises, KeyboardInterrupt too (TensorRT's builder, its logger). What was printed stays; a
+    file that is being written would be left half-written.
     """
+    sys.stdout.flush()
     before = {number: signal.getsignal(number) for number in STOPS}
     _on_stops(_leave)
     try:

@@ -17,6 +17,8 @@ WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # Ops that move values and compute none: no precision is lost in them, so they take whatever type is at hand.
 MOVING = {"Concat", "Expand", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 MOVING |= {"MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}  # choices among values; what INT8 itself costs
+# Ops that choose by values that may be close: in FP16 many are equal.
+CHOOSING = {"TopK", "ArgMax", "ArgMin"}
 # Inputs that ONNX wants in float32 whatever the type of the op: the region and scales of Resize.
 ALWAYS_FLOAT32 = {"Resize": (1, 2)}
 # QuantizeLinear takes FP16 from this opset on.
@@ -31,10 +33,10 @@ def float32_nodes(graph):
 
     All that lies between the inputs and the first layer with weights, before an NMS back to the layers with weights, and
     behind an NMS up to its crops, the next ones or the outputs; without the ops at its edges that only move values. A
-    CenterNet, and suppression by rounds, have TopKs in an NMS's place.
+    CenterNet, and suppression by rounds, have TopKs in an NMS's place; an ArgMax is a choice among scores too.
     """
     plugins = [node for node in graph.nodes if node.op == "EfficientNMS_TRT"]
-    suppressions = plugins + [node for node in graph.nodes if node.op == "TopK"]
+    suppressions = plugins + [node for node in graph.nodes if node.op in CHOOSING]
     found = {id(node) for node in suppressions}
     _spread(found, suppressions, lambda node: [x.inputs[0] for x in node.inputs if x.inputs])
     readers = [reader for tensor in graph.inputs for reader in tensor.outputs]

@@ -11,7 +11,7 @@ import json
 import math
 from pathlib import Path
 
-from commandline import UserError, progress, whole_file
+from commandline import UserError, progress, warn, whole_file
 
 import numpy as np
 import onnx
@@ -60,13 +60,18 @@ def calibrate(model, batches):
     collector = HistogramCollector("percentile", False, HISTOGRAM_BINS, None, PERCENTILE, None)
     for feed in batches:
         for name, values in zip(names, session.run(names, feed), strict=True):
-            step = -(-values.size // SAMPLED) | 1  # odd: an even one may meet the same columns in every row
-            collector.collect_value({name: values.ravel()[::step]})
+            step = -(-values.size // SAMPLED)
+            while math.gcd(step, values.shape[-1]) > 1:  # it would meet the same columns in every row
+                step += 1
+            try:
+                collector.collect_value({name: values.ravel()[::step]})
+            except (ValueError, MemoryError) as error:  # as numpy.histogram says it
+                raise UserError(f"INT8: values of {name} in the network cannot be counted ({error})") from error
     with contextlib.redirect_stdout(io.StringIO()):
         ranges = collector.compute_collection_result()
-    # Where fewer values than that are not 0, all of them count.
+    # Where fewer values than that are not 0, or all are alike, all of them count.
     widest = {name: (low, high) for name, (_, _, low, high, _) in collector.get_histogram_dict().items()}
-    ranges = {name: found[:2] if any(found[:2]) else widest[name] for name, found in ranges.items()}
+    ranges = {name: found[:2] if found[0] < found[1] else widest[name] for name, found in ranges.items()}
     return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
@@ -209,6 +214,8 @@ def choose_layers(model, ranges, detect):
     ranked by the disagreement that each causes alone; the worst are left out, as few as will do.
     """
     reference = detect(model, False)
+    if not any((found.scores >= CERTAIN).any() for found in reference):
+        warn(f"nothing of {CERTAIN} and more is found in the calibration images: which layers bear INT8 is not known")
     tolerated = tolerance(reference, detect(model, True))
     groups = layers(model)
     everything = {name for names in groups.values() for name in names}

@@ -564,42 +564,6 @@ def test_the_typed_graph_needs_no_tensorrt(kind, convert, detector, int8_demo, t
     assert (status, "typed.onnx: --typed_onnx made it" in text) == (2, True), text
 
 
-@pytest.mark.parametrize("wanted", ["plugin", "rounds", "auto"])
-def test_suppression_is_as_asked_and_finds_the_same(wanted, convert, detector, tmp_path):
-    path, typed = convert("demo", "--batch_size", "dynamic")[0], tmp_path / "typed.onnx"
-    options = ("--typed_onnx", typed, "--precision", "fp32", "--suppression", wanted)
-    status, text = command("--onnx", path, *options)
-    assert (status, "NMS in standard ops instead of TensorRT's plugin in 1 of 1 places" in text) == (
-        0,
-        wanted == "rounds",
-    )
-    plugins = [node for node in onnx_utils.load(typed).graph.node if node.op_type == "EfficientNMS_TRT"]
-    assert bool(plugins) == (wanted != "rounds")
-    with open_detector(typed) as opened:
-        for picture in sorted((DEMO / "images").glob("*.jpg"))[:4]:
-            theirs, ours = (
-                detect_image(x, load_image(picture)) for x in (detector("demo", "--batch_size", "dynamic"), opened)
-            )
-            assert len(ours.scores) > 0
-            np.testing.assert_array_equal(ours.boxes, theirs.boxes)
-            np.testing.assert_array_equal(ours.scores, theirs.scores)
-            np.testing.assert_array_equal(ours.classes, theirs.classes)
-
-
-def test_an_engine_for_few_images_suppresses_by_rounds(convert, capsys):
-    model = onnx_utils.load(convert("demo", "--batch_size", "dynamic")[0])
-    for wanted, images, by_rounds in (
-        ("auto", 8, 1),
-        ("auto", 9, 0),
-        ("auto", None, 0),
-        ("plugin", 1, 0),
-        ("rounds", 64, 1),
-    ):
-        made = build_engine.suppressed(wanted, model, images)
-        assert any(node.op_type == "EfficientNMS_TRT" for node in made.graph.node) != by_rounds
-        assert ("in 1 of 1 places" in capsys.readouterr().out) == by_rounds
-
-
 def test_without_tensorrt_the_typed_graph_is_written_all_the_same(convert, tmp_path):
     if find_spec("tensorrt"):
         pytest.skip("TensorRT is installed")

@@ -106,7 +106,7 @@ def test_int8_detections_are_near(engine, model, batch):
     with open_detector(model) as reference:
         wanted = reference.infer(batch)
     quantized, found = both_sides(engine("int8")[0], batch)
-    assert quantization.disagreement(wanted, found) < quantization.TOLERATED
+    assert quantization.disagreement(wanted, found) < 5 * quantization.HARMLESS
     assert quantization.disagreement(wanted, found) < quantization.disagreement(wanted, quantized) + 0.05
 
 
@@ -166,6 +166,8 @@ def test_either_suppression_is_onnx_runtimes(name, suppression, convert, exporte
         convert(name, "--batch_size", "dynamic")[0] if name == "demo" else exported(name, "--batch_size", "dynamic")[1]
     )
     engine = folder / f"{name}.{suppression}.trt"
+    changed = build_engine.suppressed(suppression, onnx_utils.load(model), (1, 1, 4))
+    assert any(node.name.startswith("rounds_") for node in changed.graph.node) == (suppression == "rounds")
     build_without_tf32(model, engine, suppression=suppression)
     with open_detector(model) as reference, open_detector(engine) as detector:
         for path in PICTURES:
@@ -190,7 +192,7 @@ def build_without_tf32(model, path, *more, suppression="plugin"):
         plan = build_engine.build(
             trt,
             args,
-            trt_graph.prepare(build_engine.suppressed(suppression, content, batch[1]), batch[-1]),
+            trt_graph.prepare(build_engine.suppressed(suppression, content, batch), batch[-1]),
             {**metadata, "precision": "fp32"},
             batch,
             configure=lambda builder, config, network: config.clear_flag(trt.BuilderFlag.TF32),

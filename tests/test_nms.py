@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 
 import onnx_utils
-from runtimes import standard_graph, trt_graph
+from runtimes import precision, standard_graph, trt_graph
 from tfod import faster_rcnn, nms
 from tfod.tensorflow_import import import_tensorflow
 
@@ -328,6 +328,22 @@ def test_where_all_suppress_all_suppression_sees_one_class():
     values = np.random.default_rng(0).random((2, 50, 4)).astype(np.float32)
     (seen,) = evaluate(graph, scores=values)
     np.testing.assert_array_equal(seen[..., 0], values.max(axis=2))
+
+
+def test_the_class_of_a_box_is_found_in_float32():
+    """Behind a convolution, as in a model: in FP16 classes that score about the same would be one."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    images = gs.Variable("images", np.float32, ["B", 3, 50, 1])
+    ops = onnx_utils.OpBuilder(graph, "test")
+    found = ops.add("Conv", images, np.ones((8, 3, 1, 1), np.float32))
+    found = ops.add("Transpose", ops.reshape(found, [0, 8, 50]), perm=[0, 2, 1])
+    boxes, scores = ops.slice(found, 2, 0, 4), ops.slice(found, 2, 4, 8)
+    boxes.shape, scores.shape = [None, 50, 4], [None, 50, 4]
+    result = nms.add_nms(ops, boxes, scores, nms.NmsSettings(1e-8, 0.6, 9, 9, class_agnostic=True))
+    graph.inputs, graph.outputs = [images], [result.boxes, result.scores, result.classes]
+    wide = precision.float32_nodes(graph)
+    assert [node.op for node in graph.nodes if id(node) not in wide and node.op not in precision.MOVING] == ["Conv"]
+    assert {node.op for node in graph.nodes if id(node) in wide} >= {"ArgMax", "ReduceMax", "Abs", "ArgMin"}
 
 
 @pytest.mark.parametrize("total", [2000, 4500])

@@ -6,8 +6,11 @@ import json
 import re
 from types import SimpleNamespace
 
+from commandline import UserError
+
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 from conftest import DEMO
@@ -90,6 +93,39 @@ def test_a_tensor_of_few_values_has_the_range_of_all(demo):
     feeds[0]["input_tensor"][0, 0, 0, 0] = 255
     image = next(iter(quantization.measured_inputs(demo.model).values()))
     assert quantization.calibrate(demo.model, feeds)[image] == pytest.approx((0, 1), abs=1e-6)
+
+
+def one_layer():
+    """A convolution [B, 3, 8, 8] -> [B, 2, 8, 8] alone."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    images = gs.Variable("images", np.float32, ["B", 3, 8, 8])
+    weights = gs.Constant("weights", np.ones((2, 3, 1, 1), np.float32))
+    graph.inputs, graph.outputs = [images], [gs.Variable("features", np.float32, ["B", 2, 8, 8])]
+    graph.nodes = [gs.Node("Conv", "conv", {}, [images, weights], list(graph.outputs))]
+    return gs.export_onnx(graph)
+
+
+@pytest.mark.parametrize("value", [3.0, -3.0, 0.0])
+def test_where_all_values_are_alike_the_range_is_one(value):
+    ranges = quantization.calibrate(one_layer(), [{"images": np.full((1, 3, 8, 8), value, np.float32)}])
+    assert ranges.keys() == {"images", "features"}
+    for name, (low, high) in ranges.items():
+        assert low <= (value if name == "images" else 3 * value) <= high
+
+
+def test_values_that_cannot_be_counted_are_one_line():
+    with pytest.raises(UserError, match=r"values of .* in the network cannot be counted"):
+        quantization.calibrate(one_layer(), [{"images": np.full((1, 3, 8, 8), np.inf, np.float32)}])
+
+
+def test_that_nothing_was_found_to_judge_by_is_said(demo, capsys):
+    def weak(candidate, mirrored):
+        return [Detections(x.boxes, x.scores * 0.05, x.classes) for x in demo.detect(candidate, mirrored)]
+
+    assert quantization.choose_layers(demo.model, demo.ranges, weak).left == []
+    assert "nothing of 0.1 and more is found in the calibration images" in capsys.readouterr().err
+    quantization.choose_layers(demo.model, demo.ranges, demo.detect)
+    assert capsys.readouterr().err == ""
 
 
 def test_all_layers_in_int8_cost_a_small_ssd_little(demo):

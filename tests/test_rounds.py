@@ -8,14 +8,16 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 from conftest import DEMO
+from test_engine import command
 from test_nms import plugin, random_case
 
+import build_engine
 import onnx_utils
 from benchmarks import bench_rounds
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import nms_by_rounds, precision, trt_graph
-from runtimes.detector import input_spec, network_inputs
+from runtimes import nms_by_rounds, open_detector, precision, trt_graph
+from runtimes.detector import detect_image, input_spec, network_inputs
 
 SIZES = nms_by_rounds.Sizes()
 SMALL = nms_by_rounds.Sizes(parts=4, pairs=160, first=96, left=80, rounds=24)
@@ -150,6 +152,54 @@ def test_a_limit_of_each_class_is_the_plugins():
     graph.inputs, graph.outputs = [a, b], list(onnx_utils.nms_of_each_class(ops, a, b, (7, 900), **limits))
     kept = nms_by_rounds.replace(gs.export_onnx(graph), SIZES)
     assert [node.op_type for node in kept.graph.node].count("EfficientNMS_TRT") == 1
+
+
+@pytest.mark.parametrize("wanted", ["plugin", "rounds", "auto"])
+def test_suppression_is_as_asked_and_finds_the_same(wanted, convert, detector, tmp_path):
+    path, typed = convert("demo", "--batch_size", "dynamic")[0], tmp_path / "typed.onnx"
+    options = ("--typed_onnx", typed, "--precision", "fp32", "--suppression", wanted)
+    status, text = command("--onnx", path, *options)
+    assert (status, "NMS in standard ops instead of TensorRT's plugin in 1 of 1 places" in text) == (
+        0,
+        wanted == "rounds",
+    )
+    plugins = [node for node in onnx_utils.load(typed).graph.node if node.op_type == "EfficientNMS_TRT"]
+    assert bool(plugins) == (wanted != "rounds")
+    with open_detector(typed) as opened:
+        for picture in sorted((DEMO / "images").glob("*.jpg"))[:4]:
+            theirs, ours = (
+                detect_image(x, load_image(picture)) for x in (detector("demo", "--batch_size", "dynamic"), opened)
+            )
+            assert len(ours.scores) > 0
+            np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+            np.testing.assert_array_equal(ours.scores, theirs.scores)
+            np.testing.assert_array_equal(ours.classes, theirs.classes)
+
+
+def test_an_engine_for_few_images_suppresses_by_rounds(convert, capsys):
+    model = onnx_utils.load(convert("demo", "--batch_size", "dynamic")[0])
+    for wanted, batch, by_rounds in (
+        ("auto", (1, 8, 32), 1),
+        ("auto", (1, 9, 9), 0),
+        ("auto", (1, 8, 33), 0),
+        ("auto", None, 0),
+        ("plugin", (1, 1, 1), 0),
+        ("rounds", (64, 64, 64), 1),
+    ):
+        made = build_engine.suppressed(wanted, model, batch)
+        assert any(node.op_type == "EfficientNMS_TRT" for node in made.graph.node) != by_rounds
+        assert ("in 1 of 1 places" in capsys.readouterr().out) == by_rounds
+
+
+def test_who_asks_for_rounds_where_they_do_not_suit_is_told(convert, capsys):
+    model = onnx_utils.load(convert("demo", "--batch_size", "dynamic")[0])
+    (plugin,) = [node for node in model.graph.node if node.op_type == "EfficientNMS_TRT"]
+    next(x for x in plugin.attribute if x.name == "max_output_boxes").i = 1000
+    for wanted, said in (("rounds", "NMS stays TensorRT's plugin"), ("auto", "")):
+        build_engine.suppressed(wanted, model, (1, 1, 1))
+        output = capsys.readouterr()
+        assert said in output.err and bool(output.err) == bool(said)
+        assert not output.out
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -139,7 +139,8 @@ def _best_class_alone(ops, boxes, scores):
 
 def _labels_of(ops, boxes, scores, labels, kept_boxes, kept_scores):
     """The labels [B, M] int32 of boxes that suppression kept, [B, M, 4] with scores [B, M], of those it was given: boxes
-    [B, K, 4], scores [B, K, 1], labels [B, K]. The plugin does not say which it kept: the first that is the same.
+    [B, K, 4], scores [B, K, 1], labels [B, K]. The plugin does not say which it kept: the first that is the same. Arrays
+    [B, M, K] are made: 0.6 MB an image for 100 of 1,500, 205 MB for 1,000 of 51,150.
     """
     kept = ops.add("Concat", kept_boxes, ops.add("Unsqueeze", kept_scores, np.int64([2])), axis=2)  # [B, M, 5]
     given = ops.add("Transpose", ops.add("Concat", boxes, scores, axis=2), perm=[0, 2, 1])  # [B, 5, K]
