@@ -141,7 +141,7 @@ def build_by_flags(args, calib_input):
     named = {**metadata, "precision": args.precision}
     with GpuContext(cuda), whole_file(args.engine) as path:
         batch = build_engine.batch_range(args, metadata)
-        model = trt_graph.prepare(model, batch[-1])
+        model = trt_graph.prepare(build_engine.suppressed(args.suppression, model, batch), batch[-1])
         told = build_engine.LayerTypes(precision.float32_names(model), set(), {})
         path.write_bytes(build_engine.build(trt, args, model, named, batch, told, configure))
 

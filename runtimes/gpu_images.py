@@ -172,15 +172,10 @@ class GpuDecoder:
 
     def _decode_pixels(self, lane, data, frames):
         """A DeviceImage for each of JPEGs, bytes and Frames; None for all where nvJPEG fails."""
-        pixels = self._pool.allocate(sum(map(_pixels_size, frames)))
-        places = itertools.accumulate(map(_pixels_size, frames), initial=int(pixels))
-        images = [
-            DeviceImage(place, 3 * f.width, f.height, f.width, pixels) for place, f in zip(places, frames, strict=False)
-        ]
+        images = self._allocate(frames)
         try:
-            fine = lane.pixels.decode(
-                data, [[x.pointer] for x in images], [[x.stride] for x in images], lane.stream.handle
-            )
+            pointers, strides = ([[getattr(x, name)] for x in images] for name in ("pointer", "stride"))
+            fine = lane.pixels.decode(data, pointers, strides, lane.stream.handle)
         finally:
             lane.stream.synchronize()
         return images if fine else [None] * len(data)
@@ -189,21 +184,27 @@ class GpuDecoder:
         """As _decode_pixels."""
         kinds = [_planes(frame) for frame in frames]
         planes = self._pool.allocate(sum(size for kind in kinds for _, size in kind))
-        pixels = self._pool.allocate(sum(map(_pixels_size, frames)))
-        rows = _rows(frames, kinds, int(planes), int(pixels))
-        images = [None] * len(data)
+        images = self._allocate(frames)
+        rows = _rows(frames, kinds, int(planes), images)
         try:
             strides = [(row[4], row[5], row[5]) for row in rows]
-            if lane.planes.decode(data, [row[:3] for row in rows], strides, lane.stream.handle):
+            fine = lane.planes.decode(data, [row[:3] for row in rows], strides, lane.stream.handle)
+            if fine:
                 device_table = self._pool.allocate(len(rows) * PLANES.itemsize)
                 join_planes(np.array(rows, PLANES), int(device_table), lane.stream)
-                images = [
-                    DeviceImage(row[3], 3 * f.width, f.height, f.width, pixels)
-                    for row, f in zip(rows, frames, strict=True)
-                ]
         finally:
             lane.stream.synchronize()  # then the planes may go
-        return images
+        return images if fine else [None] * len(data)
+
+    def _allocate(self, frames):
+        """DeviceImages for the pixels of JPEGs, one behind the other."""
+        sizes = [_aligned(3 * frame.height * frame.width) for frame in frames]
+        memory = self._pool.allocate(sum(sizes))
+        places = itertools.accumulate(sizes[:-1], initial=int(memory))
+        return [
+            DeviceImage(place, 3 * frame.width, frame.height, frame.width, memory)
+            for place, frame in zip(places, frames, strict=True)
+        ]
 
     def _can_decode(self, lane, data, frame):
         known = frame.sampling in self.samplings
@@ -238,21 +239,16 @@ def _aligned(size):
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _pixels_size(frame):
-    return _aligned(3 * frame.height * frame.width)
-
-
-def _rows(frames, kinds, planes, pixels):
-    """[values of a PLANES] for JPEGs whose planes (kinds: what _planes gives of each), and whose pixels, lie one behind the
-    other from those places on."""
+def _rows(frames, kinds, planes, images):
+    """[values of a PLANES] for JPEGs whose planes (kinds: what _planes gives of each) lie one behind the other from that place
+    on, and whose pixels are to be those DeviceImages."""
     rows = []
-    for frame, kind in zip(frames, kinds, strict=True):
+    for frame, kind, image in zip(frames, kinds, images, strict=True):
         pointers, strides = [0, 0, 0], [0, 0, 0]
         for i, (stride, size) in enumerate(kind):
             pointers[i], strides[i] = planes, stride
             planes += size
-        rows.append((*pointers, pixels, *strides[:2], *frame[:2], *(SAMPLINGS[frame.sampling] or (0, 0))))
-        pixels += _pixels_size(frame)
+        rows.append((*pointers, image.pointer, *strides[:2], *frame[:2], *(SAMPLINGS[frame.sampling] or (0, 0))))
     return rows
 
 

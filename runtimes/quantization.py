@@ -66,7 +66,9 @@ def calibrate(model, batches):
             try:
                 collector.collect_value({name: values.ravel()[::step]})
             except (ValueError, MemoryError) as error:  # as numpy.histogram says it
-                raise UserError(f"INT8: values of {name} in the network cannot be counted ({error})") from error
+                raise UserError(
+                    f"INT8: values of {name} in the network cannot be counted ({error}); use fp16"
+                ) from error
     with contextlib.redirect_stdout(io.StringIO()):
         ranges = collector.compute_collection_result()
     # Where fewer values than that are not 0, or all are alike, all of them count.
@@ -215,7 +217,9 @@ def choose_layers(model, ranges, detect):
     """
     reference = detect(model, False)
     if not any((found.scores >= CERTAIN).any() for found in reference):
-        warn(f"nothing of {CERTAIN} and more is found in the calibration images: which layers bear INT8 is not known")
+        warn(
+            f"nothing of {CERTAIN} and more is found in the calibration images: which layers bear INT8 is not known; give such with objects"
+        )
     tolerated = tolerance(reference, detect(model, True))
     groups = layers(model)
     everything = {name for names in groups.values() for name in names}

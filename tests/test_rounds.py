@@ -34,9 +34,9 @@ def model_of(boxes, scores, **settings):
     return gs.export_onnx(graph)
 
 
-def run(boxes, scores, sizes, **settings):
+def run(boxes, scores, sizes):
     """(number, boxes, scores, classes)."""
-    model = nms_by_rounds.replace(model_of(boxes, scores, **settings), sizes)
+    model = nms_by_rounds.replace(model_of(boxes, scores), sizes)
     onnx.checker.check_model(model)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"boxes": boxes, "scores": scores})

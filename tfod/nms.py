@@ -97,7 +97,6 @@ def add_nms(ops, boxes, scores, settings, window=None, mostly_zero=False):
 
     mostly_zero: whether most scores are 0. Returns an NmsResult; see finish_nms.
     """
-    labels = None
     if settings.class_agnostic:
         boxes, scores, labels = _best_class_alone(ops, boxes, scores)
     # TensorFlow keeps what scores more than the threshold, the plugin what scores as much: a score of 0 is none.
@@ -114,7 +113,7 @@ def add_nms(ops, boxes, scores, settings, window=None, mostly_zero=False):
         limits = {"score_threshold": threshold, "iou_threshold": settings.iou_threshold}
         given = boxes, scores
         _, boxes, scores, classes = onnx_utils.efficient_nms(ops, *given, max_output_boxes=settings.slots, **limits)
-        if labels is not None:
+        if settings.class_agnostic:
             classes = _labels_of(ops, *given, labels, boxes, scores)
     if factor > 1:
         scores = ops.add("Mul", scores, np.float32(1 / factor))
