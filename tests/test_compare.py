@@ -1,6 +1,7 @@
 """compare_tf.py: what matches what, what counts as agreement, and what the pages and pictures show."""
 
 import json
+import shutil
 
 from commandline import UserError
 
@@ -14,6 +15,7 @@ from PIL import Image
 from test_coco import TRUTH, tiny_masks  # noqa: F401  (a fixture)
 
 import compare_tf
+import eval_coco
 from image_batcher import load_image
 from onnx_utils import OpBuilder
 from runtimes import open_detector
@@ -126,6 +128,35 @@ def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
     assert f"TensorFlow: AP, AP50 {both['TensorFlow']['AP']:.4f}" in text
     assert "score, ONNX Runtime" in text  # the axis of the scatter plot
     assert (pictures, broken, collapsed, too_wide) == (5, 0, 0, False)
+
+
+def test_html_in_names_is_text(convert, tmp_path):
+    """Of classes, files and models, in both kinds of reports."""
+    model = shutil.copy(convert("demo", "--batch_size", "dynamic")[0], tmp_path / "<u>model.onnx")
+    content = json.loads(TRUTH.read_text())
+    (tmp_path / "in").mkdir()
+    for image in content["images"]:
+        name = f"<b>{image['id']}&lt;.jpg"
+        shutil.copy(DEMO / "images" / image["file_name"], tmp_path / "in" / name)
+        image["file_name"] = name
+    for category in content["categories"]:
+        category["name"] = f"<i>{category['name']}</i><script>document.body.remove()</script>"
+    names = [category["name"] for category in content["categories"]]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    (tmp_path / "labels.txt").write_text("".join(f"{name}\n" for name in names))
+    options = ["--engine", model, "--input", tmp_path / "in", "--annotations", tmp_path / "truth.json"]
+    options += ["--labels", tmp_path / "labels.txt"]
+    saved = tmp_path / "<s>saved"
+    shutil.copytree(DEMO_MODEL, saved)
+    assert eval_coco.main([*map(str, options), "--output", str(tmp_path / "evaluation")]) == 0
+    assert (
+        compare_tf.main([*map(str, options), "--saved_model", str(saved), "--output", str(tmp_path / "comparison")])
+        == 0
+    )
+    for name, shown in (("evaluation", names), ("comparison", [str(saved), "<b>1&lt;.jpg"])):
+        text = open_page(tmp_path / name / "report.html")[0]
+        for part in (*shown, "<u>model.onnx"):
+            assert part in text, (name, part)
 
 
 def test_turned_photos_in_subfolders(convert, turned_demo, tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +262,24 @@ def test_inputs_that_vanish(model, tmp_path):
     skipped = int(re.search(r"(\d+) of 500 images were skipped", output)[1])
     assert skipped == 200 == errors.count("no such file")
     check_files(out)
+
+
+@pytest.mark.parametrize("cores", [2, 4])
+def test_an_output_folder_that_goes(model, tmp_path, cores):
+    """One line that names what could not be written; or the folder is made anew. What is there is whole either way, though
+    of the picture that was being written the table may be gone."""
+    out = tmp_path / "out"
+    process = start("infer.py", "--engine", model, "--input", many(tmp_path / "in", 1000), "--output", out, cores=cores)
+    wait_for(process, out, "*.tsv", 20)
+    shutil.rmtree(out, ignore_errors=True)
+    _, errors = ended(process)
+    assert process.returncode in (0, 2)
+    lines = errors.strip().splitlines()
+    assert len(lines) == bool(process.returncode), errors
+    assert all(line.startswith("infer.py: ") and str(out) in line for line in lines)
+    assert not list(tmp_path.rglob(".*.part*"))
+    for path in out.glob("*.jpg"):
+        Image.open(path).load()
 
 
 COMMANDS = {
