@@ -313,6 +313,7 @@ def build(trt, args, model, metadata, batch, told=None, configure=None):
     if told:
         allow_precisions(trt, config, network, told)
     add_profile(builder, config, network, batch)
+    share_profiles(trt, config)
     if configure:
         configure(builder, config, network)
     cache_path = Path(args.timing_cache or Path(args.engine).with_name("timing.cache"))
@@ -388,6 +389,13 @@ def add_profile(builder, config, network, batch):
         rest = tuple(tensor.shape)[1:]
         profile.set_shape(tensor.name, *((size, *rest) for size in batch))
     config.add_optimization_profile(profile)
+
+
+def share_profiles(trt, config):
+    """Lets several execution contexts use the one profile at a time, as TensorRT does by itself from 10 on."""
+    feature = getattr(trt.PreviewFeature, "PROFILE_SHARING_0806", None) if hasattr(trt, "PreviewFeature") else None
+    if feature is not None:
+        config.set_preview_feature(feature, True)
 
 
 def report(args, batch, seconds):

@@ -11,6 +11,7 @@ converter, non-maximum suppression) is written anew from pipeline.config, then c
 
 import argparse
 import dataclasses
+import gc
 import re
 import sys
 import time
@@ -153,6 +154,7 @@ def image_size(text):
 
 def main(argv=None):
     args = parse_args(argv)
+    gc.set_threshold(100_000)  # for each 700 of the millions of objects that are made here it took 3 s of 19, 12 of 36
     folder = find_saved_model(args.saved_model)
     config_path = args.pipeline_config or find_pipeline_config(folder)
     config = read_pipeline_config(config_path)

@@ -509,7 +509,8 @@ def decoder_limit(detector, files, size, workers, load, decoder):
 
 
 def network_limit(detector, files, size, load):
-    """Images per second of the network alone on one batch again and again; on a GPU without copies and all else."""
+    """Images per second of the network alone on one batch again and again; on a GPU without copies and all else, as many
+    batches side by side as the pipeline has."""
     with Workers(0) as workers:
         batch = next(iter(batcher_for(detector, files[: 4 * size], size, workers, load=load)), None)
         if batch is None:

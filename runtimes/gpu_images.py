@@ -126,7 +126,7 @@ class GpuDecoder:
             self._lanes = [self._new_lane() for _ in range(DECODERS)]
         self.name = self._codec.name
         self.samplings = set(SAMPLINGS)  # that are decoded here
-        # To pixels at once, which is several times faster (BENCHMARKS.md), where these are exact.
+        # To pixels at once, where these are exact: no planes in between, and no kernel.
         self._to_pixels = set(SAMPLINGS)
         self._to_pixels = {sampling for sampling in SAMPLINGS if not self._difference(sampling)}
         others = {sampling: self._difference(sampling) for sampling in SAMPLINGS.keys() - self._to_pixels}

@@ -24,6 +24,7 @@ from runtimes.trt_graph import images_of_classes
 TINY = np.finfo(np.float32).tiny
 # For so many images at a time it was measured to be faster than the plugin, of which more cost less; and so many were tried.
 FEW_IMAGES, MOST_IMAGES = 8, 32
+MOST_LEFT = 768  # `left`, at most; no model at hand needs more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +33,18 @@ class Sizes:
 
     parts: int = 20  # of the boxes, at most, whose best pairs are found side by side
     pairs: int = 2048  # K, the best of those
-    first: int = 768  # of them, those that tell which are suppressed for sure
+    first: int = 512  # of them, those that tell which are suppressed for sure; at least as many as `left`
     sure: int = 3  # rounds for that; odd
     left: int = 512  # the first of the others, at least, among which the kept are found
     rounds: int = 16  # for that
 
     def fitted(self, node):
-        """For an EfficientNMS_TRT node. It suits (`suits`) where `left`, twice the boxes to be kept at least, is within `first`."""
+        """For an EfficientNMS_TRT node. `left` is at least twice the boxes to be kept."""
         _, count, classes = node.inputs[1].shape
         parts = max(number for number in range(1, self.parts + 1) if count % number == 0)
         pairs = min(self.pairs, parts * self.each(parts, count // parts * classes))
         left = max(self.left, 2 * node.attrs["max_output_boxes"])
-        return dataclasses.replace(self, parts=parts, pairs=pairs, first=min(self.first, pairs), left=left)
+        return dataclasses.replace(self, parts=parts, pairs=pairs, first=min(max(self.first, left), pairs), left=left)
 
     def each(self, parts, available):
         """How many pairs each part gives: two and a half times what it were if all had as many of the best."""
@@ -69,7 +70,7 @@ def replace(model, sizes=None):
 def suits(node, sizes):
     """Whether rounds can take the place of an EfficientNMS_TRT node: of many boxes few are kept, of all classes together."""
     fitted = sizes.fitted(node)
-    return fitted.left <= fitted.first and images_of_classes(node) == 1
+    return fitted.left <= min(fitted.first, MOST_LEFT) and images_of_classes(node) == 1
 
 
 def _suppress(ops, node, sizes):

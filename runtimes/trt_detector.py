@@ -5,6 +5,7 @@ Tensor-name API only, which TensorRT 8.5, 8.6, 10 and 11 share (TensorRT develop
 
 import collections
 import functools
+import itertools
 import json
 import math
 import threading
@@ -21,8 +22,11 @@ from runtimes.detector import STAGES, image_input, input_spec, shape_input, spli
 from runtimes.device_images import IMAGE, DeviceImage, resize_images
 
 REBUILD = "build it here with build_engine.py"
-# Batches that may be under way: one is copied in while one is computed and one's results are copied out.
+# Batches that may be under way, each with an execution context of its own where there is memory: much of a network, suppression
+# above all, keeps only a part of the GPU busy.
 SLOTS = 3
+# Contexts beside the first take at most this part of the memory that is free.
+CONTEXTS_PART = 0.25
 # Addresses that TensorRT is given are multiples of this, as cudaMalloc's are.
 ALIGNMENT = 256
 INSTALL = "pip install -r requirements-gpu.txt"
@@ -108,10 +112,13 @@ def _on_gpu(method):
 
 
 class Slot:
-    """What a batch under way needs: GPU memory, page-locked memory to copy from and to, events."""
+    """What a batch under way needs: GPU memory, page-locked memory to copy from and to, events; what computes it."""
 
-    def __init__(self, cuda, inputs, output_bytes):
-        """inputs: {name: (shape, type)}; output_bytes: of all outputs together. Raises pycuda's MemoryError."""
+    def __init__(self, cuda, inputs, output_bytes, context, stream):
+        """inputs: {name: (shape, type)}; output_bytes: of all outputs together; context: TensorRT's, perhaps of other slots too,
+        always used in that stream. Raises pycuda's MemoryError.
+        """
+        self.context, self.stream = context, stream
         self.host_inputs = {name: cuda.pagelocked_empty(*kind) for name, kind in inputs.items()}
         self.device_inputs = {name: cuda.mem_alloc(array.nbytes) for name, array in self.host_inputs.items()}
         self.device_outputs = cuda.mem_alloc(output_bytes)
@@ -135,8 +142,8 @@ class Slot:
 class TrtDetector:
     """A detector.Detector on TensorRT, of an engine made by build_engine.py.
 
-    Copies to the GPU, the network and copies back go on in a stream each, for up to SLOTS batches at a time. Any thread may
-    call `infer`; `start` and `finish` belong to one.
+    Copies to the GPU and back go on in a stream each, for up to SLOTS batches at a time, which are computed side by side. Any
+    thread may call `infer`; `start` and `finish` belong to one.
     """
 
     runtime = "TensorRT"
@@ -149,7 +156,7 @@ class TrtDetector:
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
         self.version = self._trt.__version__
         self._lock, self.gpu = threading.RLock(), GpuContext(self._cuda, gpu)
-        self._cuda_graphs, self._slots, self._context, self._engine = {}, [], None, None
+        self._cuda_graphs, self._slots, self._engine = {}, [], None
         self._turn = 0
         self.spent = dict.fromkeys(STAGES, 0.0)
         try:
@@ -173,10 +180,8 @@ class TrtDetector:
             raise UserError(f"--engine {self._path}: this tool did not make it; {REBUILD}") from error
         self.metadata = onnx_utils.check_metadata(found, f"--engine {self._path}")
         self.input = input_spec(self.metadata)
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise UserError(f"--engine {self._path}: too little GPU memory ({self._logger.last()}); free some")
-        self._copying_in, self._stream, self._copying_out = (cuda.Stream() for _ in range(3))
+        contexts = self._open_contexts()
+        self._copying_in, self._copying_out = cuda.Stream(), cuda.Stream()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode, of_input = self._engine.get_tensor_mode, trt.TensorIOMode.INPUT
         self._inputs = [name for name in names if mode(name) == of_input]
@@ -189,11 +194,32 @@ class TrtDetector:
         self.usual_batch = profile[1][0]
         self.max_batch = profile[2][0]
         try:
-            for _ in range(SLOTS):
+            for number in range(SLOTS):
                 inputs = {name: (self._shape(name, self.max_batch), self._types[name]) for name in self._inputs}
-                self._slots.append(Slot(cuda, inputs, self._places(self.max_batch)[1]))
+                context = contexts[number % len(contexts)]
+                self._slots.append(Slot(cuda, inputs, self._places(self.max_batch)[1], *context))
         except cuda.MemoryError as error:
             raise UserError(f"--engine {self._path}: too little GPU memory; build it for a smaller --batch") from error
+
+    def _open_contexts(self):
+        """[(execution context, its stream)]: one for each slot where the GPU's memory suffices, else fewer, one at least.
+
+        Engines that TensorRT 8 built let contexts share an optimization profile only if told to (build_engine.build). (TensorRT
+        developer guide, "Multiple Execution Contexts".)
+        """
+        cuda, contexts = self._cuda, []
+        free = cuda.mem_get_info()[0]
+        for _ in range(SLOTS):
+            context = self._engine.create_execution_context()
+            if context is None or context.active_optimization_profile < 0:
+                break
+            contexts.append((context, cuda.Stream()))
+            left = cuda.mem_get_info()[0]
+            if (free - left) / len(contexts) * (SLOTS - 1) > CONTEXTS_PART * free:
+                break
+        if not contexts:
+            raise UserError(f"--engine {self._path}: too little GPU memory ({self._logger.last()}); free some")
+        return contexts
 
     def _shape(self, name, size):
         """The shape of a tensor for `size` images."""
@@ -228,15 +254,11 @@ class TrtDetector:
         slot.begun.record(self._copying_in)
         self._put(slot, batch, true_shapes, size)
         slot.copied.record(self._copying_in)
-        self._stream.wait_for_event(slot.copied)
-        cuda_graph = self._cuda_graph(number, size)
-        slot.computing.record(self._stream)
-        if cuda_graph:
-            cuda_graph.launch()
-        else:
-            self._bind(number, size)
-            self._enqueue()
-        slot.computed.record(self._stream)
+        slot.stream.wait_for_event(slot.copied)
+        run = self._network(number, size)
+        slot.computing.record(slot.stream)
+        run()
+        slot.computed.record(slot.stream)
         self._copying_out.wait_for_event(slot.computed)
         places, end = self._places(size)
         cuda.memcpy_dtoh_async(slot.host_outputs[:end], slot.device_outputs, self._copying_out)
@@ -275,61 +297,74 @@ class TrtDetector:
             self.spent[stage] += seconds
         return found
 
-    def _cuda_graph(self, number, size):
-        """The network on `size` images in a slot's memory as a CUDA graph, captured at the first call; None: it cannot be."""
-        if (number, size) not in self._cuda_graphs:
-            self._bind(number, size)
-            self._enqueue()  # the first run of a shape allocates, which cannot be captured
-            self._stream.synchronize()
-            self._cuda_graphs[number, size] = CudaGraph.capture(self._stream, self._enqueue)
-        return self._cuda_graphs[number, size]
-
-    def _bind(self, number, size):
-        """Points the context at a slot's memory, with `size` images in it."""
+    def _network(self, number, size, cuda_graph=True):
+        """What queues the network on `size` images in a slot's memory: as a CUDA graph, captured at the first call, if it can be."""
         slot = self._slots[number]
+
+        def enqueue():
+            if not slot.context.execute_async_v3(slot.stream.handle):
+                raise UserError(f"--engine {self._path}: the network failed ({self._logger.last()}); {REBUILD}")
+
+        def bind_and_enqueue():
+            self._bind(slot, size)
+            enqueue()
+
+        if not cuda_graph:
+            return bind_and_enqueue
+        if (number, size) not in self._cuda_graphs:
+            bind_and_enqueue()  # the first run of a shape allocates, which cannot be captured
+            slot.stream.synchronize()
+            self._cuda_graphs[number, size] = CudaGraph.capture(slot.stream, enqueue)
+        captured = self._cuda_graphs[number, size]
+        return captured.launch if captured else bind_and_enqueue
+
+    def _bind(self, slot, size):
+        """Points a slot's context at its memory, with `size` images in it."""
         for name in self._inputs:
-            self._context.set_tensor_address(name, int(slot.device_inputs[name]))
-            self._context.set_input_shape(name, self._shape(name, size))
+            slot.context.set_tensor_address(name, int(slot.device_inputs[name]))
+            slot.context.set_input_shape(name, self._shape(name, size))
         for name, place in self._places(size)[0].items():
-            self._context.set_tensor_address(name, int(slot.device_outputs) + place)
+            slot.context.set_tensor_address(name, int(slot.device_outputs) + place)
 
-    def _enqueue(self):
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise UserError(f"--engine {self._path}: the network failed ({self._logger.last()}); {REBUILD}")
-
-    def _fill(self, batch):
-        """Puts images (see infer) into the first slot for `benchmark` and `profile`; returns the CUDA graph on them or None."""
+    def _fill(self, batch, true_shapes=None):
+        """Puts images (see infer) into every slot; returns the size of such a batch."""
         self._turn = 0
-        self.infer(batch)
-        size = self.input.batch or len(batch)
-        self._bind(0, size)
-        return self._cuda_graphs[0, size]
+        for _ in self._slots:
+            self.infer(batch, true_shapes)
+        return self.input.batch or len(batch)
 
+    @_on_gpu
     def images_per_second(self, batch, true_shapes=None, images=500):
-        median, _, _ = self.benchmark(batch)
-        return len(batch) / median * 1000
+        size = self._fill(batch, true_shapes)
+        runs = [self._network(number, size) for number in range(SLOTS)]
+        for count in (SLOTS, max(images // len(batch), 10 * SLOTS)):  # to warm up, to measure
+            begun = time.perf_counter()
+            for run in itertools.islice(itertools.cycle(runs), count):
+                run()
+            for slot in self._slots:
+                slot.stream.synchronize()
+            seconds = time.perf_counter() - begun
+        return count * len(batch) / seconds
 
     @_on_gpu
     def benchmark(self, batch, runs=200, cuda_graph=True):
-        """GPU time of the network on a batch (see infer) by CUDA events, copies not included.
+        """GPU time of the network on one batch (see infer) at a time by CUDA events, copies not included.
 
         What suppression costs depends on the images. Returns (median ms, 99th percentile ms, whether a CUDA graph was
         replayed).
         """
-        captured = self._fill(batch)
-        captured = captured if cuda_graph else None
-        run = captured.launch if captured else self._enqueue
+        size, stream, times = self._fill(batch), self._slots[0].stream, []
+        run = self._network(0, size, cuda_graph)
         for _ in range(20):
             run()
-        times = []
         for _ in range(runs):
             begin, end = self._cuda.Event(), self._cuda.Event()
-            begin.record(self._stream)
+            begin.record(stream)
             run()
-            end.record(self._stream)
+            end.record(stream)
             end.synchronize()
             times.append(end.time_since(begin))
-        return float(np.median(times)), float(np.percentile(times, 99)), captured is not None
+        return float(np.median(times)), float(np.percentile(times, 99)), cuda_graph and bool(self._cuda_graphs[0, size])
 
     def weight_types(self):
         """{type of weights, such as "Half" or "Int8": number of layers}; empty where TensorRT tells nothing of them."""
@@ -348,11 +383,11 @@ class TrtDetector:
             def report_layer_time(self, name, ms):
                 times[name] = times.get(name, 0.0) + ms
 
-        self._fill(batch)
-        self._context.profiler = Profiler()
+        run, slot = self._network(0, self._fill(batch), cuda_graph=False), self._slots[0]
+        slot.context.profiler = Profiler()
         for _ in range(runs):
-            self._enqueue()
-            self._stream.synchronize()
+            run()
+            slot.stream.synchronize()
         return {name: ms / runs for name, ms in sorted(times.items(), key=lambda pair: -pair[1])}
 
     def close(self):
@@ -368,8 +403,10 @@ class TrtDetector:
         for slot in self._slots:
             slot.free()
         # The order matters: a context outlives neither its engine nor the CUDA context.
-        self._cuda_graphs, self._slots, self._context = {}, [], None
-        self._copying_in = self._stream = self._copying_out = None
+        for slot in self._slots:
+            slot.context = slot.stream = None
+        self._cuda_graphs, self._slots = {}, []
+        self._copying_in = self._copying_out = None
         self._engine = self._runtime = None
 
     def __enter__(self):

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import timeit
 import zlib
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from conftest import DEMO, ROOT, need_shared, variants
 from PIL import Image, ImageOps
 
-from images.decoding import ImageError, load_image
+from images.decoding import ImageError, check_jpeg, load_image
 from tfod.tensorflow_import import import_tensorflow
 
 CORPUS = sorted((ROOT / "tests" / "corpus" / "images").iterdir())
@@ -220,7 +221,7 @@ def test_broken_pngs_are_refused_as_by_tensorflow(tmp_path):
 
 MEASURED = """
 import sys, time
-from images.decoding import ImageError, load_image
+from images.decoding import ImageError, check_jpeg, load_image
 load_image("demo/images/shapes_01.jpg")
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -404,3 +405,13 @@ def test_pillows_warnings_do_not_come_through(tmp_path):
     assert (process.stdout, process.stderr) == ("(8, 4, 3)\n", "")
     with pytest.warns(UserWarning, match="Corrupt EXIF"):  # which pytest lets through
         load_image(path, exif_rotate=True)
+
+
+def test_looking_for_traps_takes_little_time():
+    """It is done for every image: with bytes.count, which takes four times as long and keeps Python's lock, the GPU waited for it."""
+    data = RNG.bytes(300_000)
+
+    def fastest(function):
+        return min(timeit.repeat(function, number=20, repeat=15))
+
+    assert fastest(lambda: check_jpeg(1000, 1000, data)) < 0.6 * fastest(lambda: data.count(b"\xff\xda"))

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ OBJECTS = {
     "_engine": "ICudaEngine",
     "inspector": "EngineInspector",
     "_runtime": "Runtime",
-    "_context": "IExecutionContext",
+    "context": "IExecutionContext",
 }
 # Called for TensorRT 8.6 alone, where networks are not strongly typed.
 WEAKLY_TYPED = {"allow_precisions"}
@@ -58,8 +59,8 @@ def names_in(source, skipped=()):
             chain = ast.unparse(node).removeprefix("self.").split(".")
             if chain[0] in ("trt", "_trt") and len(chain) > 1:
                 found.add(".".join(chain[1:3]))
-            elif chain[0] in OBJECTS and len(chain) == 2:
-                found.add(f"{OBJECTS[chain[0]]}.{chain[1]}")
+            elif len(chain) > 1 and chain[-2] in OBJECTS:
+                found.add(f"{OBJECTS[chain[-2]]}.{chain[-1]}")
     return found
 
 
@@ -581,3 +582,31 @@ def test_help_has_examples():
     status, text = command("--help")
     assert status == 0
     assert text.count("python build_engine.py") >= 3
+
+
+@pytest.mark.parametrize(
+    ("free", "each", "sharing", "opened"),
+    [(1000, 10, True, trt_detector.SLOTS), (1000, 200, True, 1), (1000, 10, False, 1), (15, 10, True, 1)],
+)
+def test_execution_contexts_are_as_many_as_memory_and_engine_allow(free, each, sharing, opened):
+    """TensorRT stood in for by what it answers: memory runs out, a profile is another context's."""
+    left, made = [free], []
+
+    def create_execution_context():
+        if left[0] < each:
+            return None
+        left[0] -= each
+        made.append(types.SimpleNamespace(active_optimization_profile=0 if sharing or not made else -1))
+        return made[-1]
+
+    detector = object.__new__(trt_detector.TrtDetector)
+    detector._cuda = types.SimpleNamespace(mem_get_info=lambda: (left[0], free), Stream=object)
+    detector._engine = types.SimpleNamespace(create_execution_context=create_execution_context)
+    contexts = detector._open_contexts()
+    assert [context for context, _ in contexts] == made[:opened]
+    assert len({id(stream) for _, stream in contexts}) == opened
+
+    detector._path, detector._logger = "model.trt", types.SimpleNamespace(last=lambda: "out of memory")
+    detector._engine.create_execution_context = lambda: None
+    with pytest.raises(UserError, match="too little GPU memory"):
+        detector._open_contexts()

@@ -23,13 +23,13 @@ import onnx_utils
 from checks import parity
 from images.decoding import decode_image, load_image
 from images.resizing import preprocess
-from runtimes import open_detector, quantization, standard_graph, trt_graph
+from runtimes import nms_by_rounds, open_detector, quantization, standard_graph, trt_graph
 from runtimes.detector import detect_image
 from runtimes.device_images import IMAGE, DeviceImage, resize_images
 from runtimes.gpu_images import SAMPLINGS, GpuDecoder, baseline_frame, choose_decoder, sample_picture
 from runtimes.pipeline import Times, batcher_for, detect_files, open_workers
 from runtimes.several_gpus import SeveralGpus, job_for
-from runtimes.trt_detector import GpuContext, import_tensorrt, make_logger
+from runtimes.trt_detector import SLOTS, GpuContext, import_tensorrt, make_logger
 
 pytestmark = pytest.mark.gpu
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))[:8]
@@ -128,7 +128,9 @@ def test_two_stages_are_onnx_runtimes(name, tolerated, exported, folder):
         pairs = list(zip(reference.infer(batch, shapes), detector.infer(batch, shapes), strict=True))
     assert sum(len(wanted.scores) for wanted, _ in pairs) == 160
     unmatched = [parity.match_by_overlap(*pair, min_iou=0.99, max_score_difference=1e-3) for pair in pairs]
-    assert sum(map(len, unmatched)) <= tolerated
+    assert sum(map(len, unmatched)) <= tolerated, [
+        pair for pair, rows in zip(pairs, unmatched, strict=True) if len(rows)
+    ]
     assert max(parity.match_by_rank(*pair, tie=1e-3).mask_difference for pair in pairs) < 1e-2
 
 
@@ -158,33 +160,38 @@ def test_limits_of_nms_are_onnx_runtimes(name, convert, folder, batch, tmp_path)
             assert max(report.box_difference, report.score_difference) < 1e-3
 
 
-@pytest.mark.parametrize("suppression", ["plugin", "rounds"])
+# Of a proposal network so small that the usual sizes do not suit.
+FORMS = {"plugin": None, "rounds": nms_by_rounds.Sizes(pairs=288, first=160, left=128)}
+
+
+@pytest.mark.parametrize("suppression", FORMS)
 @pytest.mark.parametrize("name", ["demo", "faster"])
 def test_either_suppression_is_onnx_runtimes(name, suppression, convert, exported, folder):
     """Of many classes, and of a proposal network's one."""
     model = (
         convert(name, "--batch_size", "dynamic")[0] if name == "demo" else exported(name, "--batch_size", "dynamic")[1]
     )
-    engine = folder / f"{name}.{suppression}.trt"
-    changed = build_engine.suppressed(suppression, onnx_utils.load(model), (1, 1, 4))
-    assert any(node.name.startswith("rounds_") for node in changed.graph.node) == (suppression == "rounds")
-    build_without_tf32(model, engine, suppression=suppression)
+    engine, sizes = folder / f"{name}.{suppression}.trt", FORMS[suppression]
+    content = nms_by_rounds.replace(onnx_utils.load(model), sizes) if sizes else onnx_utils.load(model)
+    assert any(node.name.startswith("rounds_") for node in content.graph.node) == (suppression == "rounds")
+    build_without_tf32(model, engine, content=content)
     with open_detector(model) as reference, open_detector(engine) as detector:
         for path in PICTURES:
             wanted, found = (detect_image(x, load_image(path)) for x in (reference, detector))
             report = parity.match_by_rank(wanted, found, tie=1e-3)
-            assert report.unmatched == 0
+            assert report.unmatched == 0, (wanted, found)
             assert report.compared == len(wanted.scores) > 0
             assert max(report.box_difference, report.score_difference) < 1e-3
 
 
-def build_without_tf32(model, path, *more, suppression="plugin"):
+def build_without_tf32(model, path, *more, content=None):
+    """content: what is built instead of what the file `model` holds."""
     import tensorrt as trt
 
     options = ["--onnx", str(model), "--engine", str(path), "--precision", "fp32", "--builder_optimization_level", "1"]
     options += more
     args = build_engine.parse_args(options)
-    content = onnx_utils.load(model)
+    content = content or onnx_utils.load(model)
     metadata = onnx_utils.read_metadata(content, model)
     batch = build_engine.batch_range(args, metadata)
     _, cuda = import_tensorrt("--engine")
@@ -192,7 +199,7 @@ def build_without_tf32(model, path, *more, suppression="plugin"):
         plan = build_engine.build(
             trt,
             args,
-            trt_graph.prepare(build_engine.suppressed(suppression, content, batch), batch[-1]),
+            trt_graph.prepare(content, batch[-1]),
             {**metadata, "precision": "fp32"},
             batch,
             configure=lambda builder, config, network: config.clear_flag(trt.BuilderFlag.TF32),
@@ -218,7 +225,7 @@ def test_every_batch_size_gives_the_same_again_and_again(engine, batch):
         assert plain >= 0.8 * median
         assert not captured
         layers = detector.profile(batch[:1])
-        assert any("EfficientNMS" in name for name in layers)
+        assert len(layers) > 5 and 0 < sum(layers.values()) < 50
 
 
 def test_the_plugin_takes_so_many_images():
@@ -279,11 +286,15 @@ def run_plan(trt, logger, plan, feed):
         return results
 
 
-def test_a_second_build_uses_the_timing_cache(model, folder, engine):
-    _, first = engine("fp32")
-    begun = time.perf_counter()
-    build(model, folder / "again.trt", "fp32", "--batch", "1", "2", "4", "--no_benchmark")
-    assert time.perf_counter() - begun < 0.8 * first  # both begin with ten seconds that load TensorRT's kernels
+def test_a_second_build_uses_the_timing_cache(model, folder):
+    """With the plugin: what TensorRT compiles rounds to is no kernel that it times, and is compiled anew each time."""
+    seconds = []
+    for name in ("first", "again"):
+        begun = time.perf_counter()
+        options = ["--batch", "1", "2", "4", "--no_benchmark", "--suppression", "plugin"]
+        build(model, folder / f"{name}.trt", "fp32", *options, "--timing_cache", str(folder / "plugin.cache"))
+        seconds.append(time.perf_counter() - begun)
+    assert seconds[1] < 0.8 * seconds[0]  # both begin with ten seconds that load TensorRT's kernels
 
 
 def test_int8_uses_its_cache_and_refuses_another_models(model, folder, engine, exported, capsys):
@@ -305,6 +316,21 @@ def test_infer_writes_the_same_table(engine, model, tmp_path):
         a, b = (np.loadtxt(x, ndmin=2) for x in (table, tmp_path / "trt" / table.name))
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=0.3)
+
+
+def test_batches_beside_one_another_do_not_disturb(engine, batch):
+    """Each has an execution context of its own, which share the engine's profile."""
+    with open_detector(engine("fp32")[0]) as detector:
+        assert len({id(slot.context) for slot in detector._slots}) == SLOTS > 1
+        parts = [batch[i : i + 2] for i in range(0, 2 * SLOTS, 2)]
+        wanted = [detector.infer(part) for part in parts]
+        for _ in range(20):
+            tickets = [detector.start(part) for part in parts]
+            for alone, ticket in zip(wanted, tickets, strict=True):
+                for a, b in zip(alone, detector.finish(ticket), strict=True):
+                    report = parity.match_by_rank(a, b, tie=1e-3)
+                    assert report.unmatched == 0
+                    assert max(report.box_difference, report.score_difference) < 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

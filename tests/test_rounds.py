@@ -137,7 +137,7 @@ def test_which_plugins_it_suits():
 
     assert suits(1500, 90, max_output_boxes=128)
     assert suits(1500, 90, max_output_boxes=384)
-    assert not suits(1500, 90, max_output_boxes=385)  # a matrix larger than that of the first step
+    assert not suits(1500, 90, max_output_boxes=385)  # more than MOST_LEFT would be left of them
     assert suits(1499, 90)  # a prime number of boxes: one part
     assert suits(512, 1)
     assert not suits(511, 1)  # as many pairs as are left of them
