@@ -156,7 +156,7 @@ class TrtDetector:
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
         self.version = self._trt.__version__
         self._lock, self.gpu = threading.RLock(), GpuContext(self._cuda, gpu)
-        self._cuda_graphs, self._slots, self._engine = {}, [], None
+        self._cuda_graphs, self._slots, self._contexts, self._engine = {}, [], [], None
         self._turn = 0
         self.spent = dict.fromkeys(STAGES, 0.0)
         try:
@@ -180,7 +180,7 @@ class TrtDetector:
             raise UserError(f"--engine {self._path}: this tool did not make it; {REBUILD}") from error
         self.metadata = onnx_utils.check_metadata(found, f"--engine {self._path}")
         self.input = input_spec(self.metadata)
-        contexts = self._open_contexts()
+        self._contexts = self._open_contexts()  # no local: what raises here would hold them beyond the engine
         self._copying_in, self._copying_out = cuda.Stream(), cuda.Stream()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode, of_input = self._engine.get_tensor_mode, trt.TensorIOMode.INPUT
@@ -196,8 +196,8 @@ class TrtDetector:
         try:
             for number in range(SLOTS):
                 inputs = {name: (self._shape(name, self.max_batch), self._types[name]) for name in self._inputs}
-                context = contexts[number % len(contexts)]
-                self._slots.append(Slot(cuda, inputs, self._places(self.max_batch)[1], *context))
+                output_bytes = self._places(self.max_batch)[1]
+                self._slots.append(Slot(cuda, inputs, output_bytes, *self._contexts[number % len(self._contexts)]))
         except cuda.MemoryError as error:
             raise UserError(f"--engine {self._path}: too little GPU memory; build it for a smaller --batch") from error
 
@@ -405,7 +405,7 @@ class TrtDetector:
         # The order matters: a context outlives neither its engine nor the CUDA context.
         for slot in self._slots:
             slot.context = slot.stream = None
-        self._cuda_graphs, self._slots = {}, []
+        self._cuda_graphs, self._slots, self._contexts = {}, [], []
         self._copying_in = self._copying_out = None
         self._engine = self._runtime = None
 
