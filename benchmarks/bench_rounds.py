@@ -76,10 +76,18 @@ class Form:
             names = ", ".join(field.name for field in dataclasses.fields(nms_by_rounds.Sizes))
             raise UserError(f"--forms {text}: give plugin, rounds or rounds:FIELD=N,... with the fields {names}")
         self.sizes = nms_by_rounds.Sizes(**{x: int(value) for x, value in pairs}) if kind == "rounds" else None
+        if self.sizes and self.sizes.first < self.sizes.left:
+            raise UserError(
+                f"--forms {text}: give first={self.sizes.left} or more: what is left of them is no more than they"
+            )
 
     def prepare(self, model, most):
-        """The graph that TensorRT gets, before it is given its types."""
-        return trt_graph.prepare(nms_by_rounds.replace(model, self.sizes) if self.sizes else model, most)
+        """The graph that TensorRT gets, before it is given its types. Raises UserError where the form suits no suppression."""
+        if self.sizes:
+            model = nms_by_rounds.replace(model, self.sizes)
+            if not any(node.name.startswith("rounds_") for node in model.graph.node):
+                raise UserError(f"--forms {self.text}: the plugin stays everywhere in this model; leave the form out")
+        return trt_graph.prepare(model, most)
 
     def path(self, args, kind):
         """The engine's file."""

@@ -146,8 +146,8 @@ def check_jpeg(width, height, data):
     if width * height > JPEG_PIXELS_PER_BYTE * len(data) and not any(frame in data for frame in JPEG_ARITHMETIC):
         raise ImageError(f"{len(data)} bytes of JPEG cannot hold the {width} x {height} pixels that it promises")
     # Not data.count: that takes four times as long, and keeps Python's lock, for every image.
-    bytes_ = np.frombuffer(data, np.uint8)
-    scans = np.count_nonzero((bytes_[:-1] == JPEG_SCAN[0]) & (bytes_[1:] == JPEG_SCAN[1]))
+    values = np.frombuffer(data, np.uint8)
+    scans = np.count_nonzero((values[:-1] == JPEG_SCAN[0]) & (values[1:] == JPEG_SCAN[1]))
     if scans > MAX_SCANS and scans * width * height > MAX_SCANNED_PIXELS:
         raise ImageError(f"a JPEG of {width} x {height} pixels with {scans} scans may be a trap; save it anew")
 

@@ -13,7 +13,8 @@ from images.decoding import load_image
 from images.resizing import preprocess
 from tfod.labels import default_labels
 
-# What a detector counts its seconds of, in `spent`: copies to and from the GPU, network, taking the results apart.
+# What a detector counts its seconds of, in `spent`: copies to and from the GPU, network, taking the results apart. Of batches
+# that go on side by side each counts in full.
 STAGES = ("copy", "network", "postprocess")
 
 

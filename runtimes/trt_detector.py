@@ -114,11 +114,11 @@ def _on_gpu(method):
 class Slot:
     """What a batch under way needs: GPU memory, page-locked memory to copy from and to, events; what computes it."""
 
-    def __init__(self, cuda, inputs, output_bytes, context, stream):
-        """inputs: {name: (shape, type)}; output_bytes: of all outputs together; context: TensorRT's, perhaps of other slots too,
-        always used in that stream. Raises pycuda's MemoryError.
-        """
-        self.context, self.stream = context, stream
+    def __init__(self, cuda, inputs, output_bytes):
+        """inputs: {name: (shape, type)}; output_bytes: of all outputs together. Raises pycuda's MemoryError."""
+        self.context = self.stream = (
+            None  # an execution context, perhaps of other slots too, and the stream that it runs in
+        )
         self.host_inputs = {name: cuda.pagelocked_empty(*kind) for name, kind in inputs.items()}
         self.device_inputs = {name: cuda.mem_alloc(array.nbytes) for name, array in self.host_inputs.items()}
         self.device_outputs = cuda.mem_alloc(output_bytes)
@@ -156,7 +156,7 @@ class TrtDetector:
         self._trt, self._cuda = import_tensorrt(f"--engine {path}")
         self.version = self._trt.__version__
         self._lock, self.gpu = threading.RLock(), GpuContext(self._cuda, gpu)
-        self._cuda_graphs, self._slots, self._contexts, self._engine = {}, [], [], None
+        self._cuda_graphs, self._slots, self._engine = {}, [], None
         self._turn = 0
         self.spent = dict.fromkeys(STAGES, 0.0)
         try:
@@ -180,7 +180,6 @@ class TrtDetector:
             raise UserError(f"--engine {self._path}: this tool did not make it; {REBUILD}") from error
         self.metadata = onnx_utils.check_metadata(found, f"--engine {self._path}")
         self.input = input_spec(self.metadata)
-        self._contexts = self._open_contexts()  # no local: what raises here would hold them beyond the engine
         self._copying_in, self._copying_out = cuda.Stream(), cuda.Stream()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode, of_input = self._engine.get_tensor_mode, trt.TensorIOMode.INPUT
@@ -194,12 +193,14 @@ class TrtDetector:
         self.usual_batch = profile[1][0]
         self.max_batch = profile[2][0]
         try:
-            for number in range(SLOTS):
+            for _ in range(SLOTS):
                 inputs = {name: (self._shape(name, self.max_batch), self._types[name]) for name in self._inputs}
-                output_bytes = self._places(self.max_batch)[1]
-                self._slots.append(Slot(cuda, inputs, output_bytes, *self._contexts[number % len(self._contexts)]))
+                self._slots.append(Slot(cuda, inputs, self._places(self.max_batch)[1]))
         except cuda.MemoryError as error:
             raise UserError(f"--engine {self._path}: too little GPU memory; build it for a smaller --batch") from error
+        contexts = self._open_contexts()  # last: an error of what follows would hold them longer than the engine lives
+        for number, slot in enumerate(self._slots):
+            slot.context, slot.stream = contexts[number % len(contexts)]
 
     def _open_contexts(self):
         """[(execution context, its stream)]: one for each slot where the GPU's memory suffices, else fewer, one at least.
@@ -310,7 +311,8 @@ class TrtDetector:
             enqueue()
 
         if not cuda_graph:
-            return bind_and_enqueue
+            self._bind(slot, size)
+            return enqueue
         if (number, size) not in self._cuda_graphs:
             bind_and_enqueue()  # the first run of a shape allocates, which cannot be captured
             slot.stream.synchronize()
@@ -405,7 +407,7 @@ class TrtDetector:
         # The order matters: a context outlives neither its engine nor the CUDA context.
         for slot in self._slots:
             slot.context = slot.stream = None
-        self._cuda_graphs, self._slots, self._contexts = {}, [], []
+        self._cuda_graphs, self._slots = {}, []
         self._copying_in = self._copying_out = None
         self._engine = self._runtime = None
 

@@ -221,7 +221,7 @@ def test_broken_pngs_are_refused_as_by_tensorflow(tmp_path):
 
 MEASURED = """
 import sys, time
-from images.decoding import ImageError, check_jpeg, load_image
+from images.decoding import ImageError, load_image
 load_image("demo/images/shapes_01.jpg")
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -1,10 +1,9 @@
-"""What build_engine.py does before and around TensorRT, without a GPU: graph forms, calibration, names, mistakes."""
+"""What build_engine.py does before and around TensorRT, without a GPU: graph forms, calibration, mistakes. What it asks of
+TensorRT: test_tensorrt.py."""
 
-import ast
 import json
 import subprocess
 import sys
-import types
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-import trt_bindings
-from conftest import DEMO, EXPORTS, MODELS, ROOT, need_shared
+from conftest import DEMO, EXPORTS, ROOT, need_shared
 
 import build_engine
 import onnx_utils
@@ -28,73 +26,6 @@ from runtimes.detector import Detections, detect_image
 from runtimes.ort_detector import OrtDetector
 
 KEYS = ["demo", "fpnlite", pytest.param("faster_rcnn_640", marks=pytest.mark.zoo)]
-BINDINGS = MODELS.parent / "bindings"
-# What the scripts' variables are, of TensorRT's classes.
-OBJECTS = {
-    "builder": "Builder",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile",
-    "cache": "ITimingCache",
-    "layer": "ILayer",
-    "tensor": "ITensor",
-    "_engine": "ICudaEngine",
-    "inspector": "EngineInspector",
-    "_runtime": "Runtime",
-    "context": "IExecutionContext",
-}
-# Called for TensorRT 8.6 alone, where networks are not strongly typed.
-WEAKLY_TYPED = {"allow_precisions"}
-COMMAND_LINE = {"parse_args"}  # its parser is argparse's
-
-
-def names_in(source, skipped=()):
-    """The dotted TensorRT names that a script uses: attributes of `trt`, and of the variables in OBJECTS."""
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if getattr(node, "name", None) not in skipped]
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            chain = ast.unparse(node).removeprefix("self.").split(".")
-            if chain[0] in ("trt", "_trt") and len(chain) > 1:
-                found.add(".".join(chain[1:3]))
-            elif len(chain) > 1 and chain[-2] in OBJECTS:
-                found.add(f"{OBJECTS[chain[-2]]}.{chain[-1]}")
-    return found
-
-
-@pytest.mark.parametrize("version", trt_bindings.PACKAGES)
-def test_every_tensorrt_name_exists_in_the_real_bindings(version):
-    known = trt_bindings.names(version, BINDINGS)
-    skipped = COMMAND_LINE | (set() if version == "8.6.1" else WEAKLY_TYPED)
-    used = set()
-    for script in ("build_engine.py", "runtimes/trt_detector.py"):
-        used |= names_in((ROOT / script).read_text(), skipped)
-    if version == "8.6.1":  # what bench_gpu.py --flags compares with is 8.6's alone
-        used |= names_in((ROOT / "benchmarks" / "bench_gpu.py").read_text(), COMMAND_LINE)
-    assert {"Builder", "IExecutionContext.execute_async_v3", "IBuilderConfig.set_tactic_sources"} <= used
-    assert len(used) > 40
-    assert not used - known
-    assert "Builder.no_such_method" not in known
-
-
-@pytest.mark.parametrize(
-    ("version", "flag"), [("8.6.1", "EXPLICIT_BATCH"), ("10.16", "STRONGLY_TYPED"), ("11.4", "STRONGLY_TYPED")]
-)
-def test_networks_are_strongly_typed_where_tensorrt_can(version, flag):
-    """The script's own functions, on the real bindings; the logger too, which only needs the Python side."""
-    code = (
-        "import tensorrt_bindings as trt, build_engine; from runtimes import trt_detector\n"
-        f"assert build_engine.network_flags(trt) == 1 << int(trt.NetworkDefinitionCreationFlag.{flag})\n"
-        "logger = trt_detector.make_logger(trt)\n"
-        "logger.log(trt.ILogger.ERROR, 'first\\nsecond'); logger.log(trt.ILogger.INFO, 'chatter')\n"
-        "assert logger.last() == 'first' and len(logger.errors) == 1\n"
-    )
-    folder = trt_bindings.prepare(version, BINDINGS)
-    environment = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": f"{folder}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def types_by_op(model):
@@ -197,17 +128,6 @@ def test_tensorrt_8_is_told_so(int8):
     assert features.told == ([("set_dynamic_range", -5.0, 5.0)] if int8 else [])
     assert other.told == ([("set_dynamic_range", -7.0, 7.0)] if int8 else [])
     assert boxes.told == number.told == []
-
-
-def test_how_much_of_an_engine_is_int8():
-    """On six layers of what TensorRT 8.6 told on the H200 of the demo's engine in INT8: one of them was two layers."""
-    types = trt_detector.count_weight_types((ROOT / "tests" / "data" / "engine_layers.json").read_text())
-    assert types == {"Float": 1, "Half": 1, "Int8": 3}
-    assert build_engine.int8_used(types) == "3 of 5 layers with weights run in INT8"
-    assert "0 of 123 layers" in build_engine.int8_used({"Half": 123})
-    assert "--precision fp16" in build_engine.int8_used({"Half": 123})
-    for silent in ('{"Layers": ["conv1", "conv2"], "Bindings": []}', "", "{}"):
-        assert "does not tell" in build_engine.int8_used(trt_detector.count_weight_types(silent))
 
 
 def test_what_is_clipped_away_needs_no_range(int8_demo):
@@ -473,30 +393,6 @@ def test_the_metadata_travels_in_the_engines_name(convert):
         build_engine.engine_name({**metadata, "source": "x" * 5000})
 
 
-@pytest.mark.parametrize(
-    ("message", "said"),
-    [
-        (
-            "1: [stdArchiveReader.cpp::StdArchiveReader::32] Error Code 1: Serialization (Serialization assertion "
-            "stdVersionRead == serializationVersion failed.Version tag does not match. Note: Current Version: 226, "
-            "Serialized Engine Version: 239)",
-            "another TensorRT version",
-        ),
-        (
-            "6: The engine plan file is generated on an incompatible device, expecting compute 9.0 got compute 8.6, "
-            "please rebuild.",
-            "another GPU",
-        ),
-        ("1: Serialization assertion magicTagRead == kMAGIC_TAG failed. Magic tag does not match", "truncated"),
-        ("2: [checkRuntime] OutOfMemory (no further information)", "too little GPU memory"),
-    ],
-)
-def test_why_an_engine_does_not_load(message, said):
-    text = trt_detector.explain(message, "8.6.0")
-    assert said in text
-    assert "build" in text
-
-
 def command(*options):
     process = subprocess.run(
         [sys.executable, ROOT / "build_engine.py", *map(str, options)], capture_output=True, text=True, cwd=ROOT
@@ -582,31 +478,3 @@ def test_help_has_examples():
     status, text = command("--help")
     assert status == 0
     assert text.count("python build_engine.py") >= 3
-
-
-@pytest.mark.parametrize(
-    ("free", "each", "sharing", "opened"),
-    [(1000, 10, True, trt_detector.SLOTS), (1000, 200, True, 1), (1000, 10, False, 1), (15, 10, True, 1)],
-)
-def test_execution_contexts_are_as_many_as_memory_and_engine_allow(free, each, sharing, opened):
-    """TensorRT stood in for by what it answers: memory runs out, a profile is another context's."""
-    left, made = [free], []
-
-    def create_execution_context():
-        if left[0] < each:
-            return None
-        left[0] -= each
-        made.append(types.SimpleNamespace(active_optimization_profile=0 if sharing or not made else -1))
-        return made[-1]
-
-    detector = object.__new__(trt_detector.TrtDetector)
-    detector._cuda = types.SimpleNamespace(mem_get_info=lambda: (left[0], free), Stream=object)
-    detector._engine = types.SimpleNamespace(create_execution_context=create_execution_context)
-    contexts = detector._open_contexts()
-    assert [context for context, _ in contexts] == made[:opened]
-    assert len({id(stream) for _, stream in contexts}) == opened
-
-    detector._path, detector._logger = "model.trt", types.SimpleNamespace(last=lambda: "out of memory")
-    detector._engine.create_execution_context = lambda: None
-    with pytest.raises(UserError, match="too little GPU memory"):
-        detector._open_contexts()

@@ -1,4 +1,5 @@
-"""Engines on an NVIDIA GPU: run with `pytest -m gpu` where there is one. CI has none; test_engine.py tests the logic there."""
+"""Engines on an NVIDIA GPU: run with `pytest -m gpu` where there is one. CI has none; test_engine.py and test_tensorrt.py
+test the logic there."""
 
 import concurrent.futures
 import functools

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from commandline import UserError
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -141,6 +143,17 @@ def test_which_plugins_it_suits():
     assert suits(1499, 90)  # a prime number of boxes: one part
     assert suits(512, 1)
     assert not suits(511, 1)  # as many pairs as are left of them
+
+
+def test_a_form_that_would_measure_another_is_refused(convert):
+    """bench_rounds.py names its figures by the forms that it is given."""
+    with pytest.raises(UserError, match="give first=600 or more"):
+        bench_rounds.Form("rounds:left=600")
+    bench_rounds.Form("rounds:left=600,first=600")
+    model = onnx_utils.load(convert("demo", "--batch_size", "dynamic")[0])
+    assert bench_rounds.Form("rounds").prepare(model, 1)
+    with pytest.raises(UserError, match="the plugin stays everywhere"):
+        bench_rounds.Form("rounds:left=900,first=900").prepare(model, 1)
 
 
 def test_a_limit_of_each_class_is_the_plugins():

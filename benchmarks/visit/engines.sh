@@ -1,8 +1,8 @@
 # GPU 0: engines of each model, and how fast files come to detections.
-. /tmp/tree/benchmarks/visit/env.sh
-export CUDA_VISIBLE_DEVICES=0; cd /tmp/tree
+. "$(dirname "$0")/env.sh"
+export CUDA_VISIBLE_DEVICES=0; cd $WORK/tree
 convert() {
-  python /tmp/shared/models/materialize.py $2 --output $M/$2 > $O/convert.$1.log 2>&1
+  python $WORK/shared/models/materialize.py $2 --output $M/$2 > $O/convert.$1.log 2>&1
   python create_onnx.py --saved_model $M/$2 --onnx $M/$1.onnx --batch_size dynamic --no_check >> $O/convert.$1.log 2>&1
 }
 build() { python build_engine.py --onnx $M/fpn.onnx --engine $E/$1.trt --precision fp16 --suppression $1 --batch 1 $2 32 --timing_cache $E/fpn.cache --no_benchmark >> $O/build.log 2>&1; say "built $1"; }
@@ -16,23 +16,23 @@ build rounds 8
 # Both GPUs: what trains on the other one stands still meanwhile.
 pkill -STOP -f train_resnet5[0].py
 for t in tree old; do
-  CORES="env -u CUDA_VISIBLE_DEVICES" rates two-$t /tmp/$t $E/rounds.trt 8 40000 gpu 0,1
-  CORES="env -u CUDA_VISIBLE_DEVICES" rates two-$t /tmp/$t $E/plugin.trt 32 60000 gpu 0,1
+  CORES="env -u CUDA_VISIBLE_DEVICES" rates two-$t $WORK/$t $E/rounds.trt 8 40000 gpu 0,1
+  CORES="env -u CUDA_VISIBLE_DEVICES" rates two-$t $WORK/$t $E/plugin.trt 32 60000 gpu 0,1
 done
 pkill -CONT -f train_resnet5[0].py
 say "two GPUs"
 for t in tree old; do
-  for d in cpu gpu; do rates $t /tmp/$t $E/rounds.trt 1 6000 $d; done
-  rates $t /tmp/$t $E/rounds.trt 8 20000 gpu
-  rates $t /tmp/$t $E/plugin.trt 32 20000 gpu
+  for d in cpu gpu; do rates $t $WORK/$t $E/rounds.trt 1 6000 $d; done
+  rates $t $WORK/$t $E/rounds.trt 8 20000 gpu
+  rates $t $WORK/$t $E/plugin.trt 32 20000 gpu
 done
-rates tree /tmp/tree $E/plugin.trt 32 6000 cpu
-python $HERE/links.py $V $A /tmp/five /tmp/five.json 27
+rates tree $WORK/tree $E/plugin.trt 32 6000 cpu
+python $HERE/links.py $V $A $WORK/five $WORK/five.json 27
 for t in tree old; do
-  (cd /tmp/$t; taskset -c 0-15 python eval_coco.py --engine $E/plugin.trt --input /tmp/five --annotations /tmp/five.json --batch_size 32) > $O/eval.$t.log 2>&1
+  (cd $WORK/$t && taskset -c 0-15 python eval_coco.py --engine $E/plugin.trt --input $WORK/five --annotations $WORK/five.json --batch_size 32) > $O/eval.$t.log 2>&1
   for d in gpu cpu; do
-    (cd /tmp/$t; taskset -c 0-15 python infer.py --engine $E/rounds.trt --input /tmp/five --benchmark --benchmark_images 5640 --batch_size 8 --decoder $d --output /tmp/drawn) > $O/pictures.$t.$d.log 2>&1
-    rm -rf /tmp/drawn
+    (cd $WORK/$t && taskset -c 0-15 python infer.py --engine $E/rounds.trt --input $WORK/five --benchmark --benchmark_images 5640 --batch_size 8 --decoder $d --output $WORK/drawn) > $O/pictures.$t.$d.log 2>&1
+    rm -rf $WORK/drawn
   done
 done
 side_by_side $E/plugin.trt 1,8,32
@@ -41,7 +41,7 @@ say "files, pictures"
 full r50 "1 8 8" 240 "plugin rounds"
 full frcnn "1 8 8" 280 "plugin rounds"
 for m in r50 frcnn; do
-  for t in tree old; do rates $m-$t /tmp/$t $E/$m.full.fp16.rounds.trt 8 4000 gpu; done
+  for t in tree old; do rates $m-$t $WORK/$t $E/$m.full.fp16.rounds.trt 8 4000 gpu; done
   side_by_side $E/$m.full.fp16.rounds.trt 1,8
 done
 full mask "1 1 8" 420 "rounds plugin"

@@ -1,10 +1,12 @@
-# start.sh SECONDS: from the checkout's root; see README.md
-[ -e /tmp/rt/activate ] || { echo "no runtime in /tmp/rt"; exit 1; }
-rm -rf /tmp/out; mkdir -p /tmp/tree /tmp/out /tmp/models /tmp/engines
-git ls-files -z 2>/dev/null | xargs -0r cp --parents -t /tmp/tree || true
-[ -e /tmp/tree/infer.py ] || tar --exclude=./.gpu --exclude=./.visit --exclude=./.venv --exclude=./build --exclude=./.git -cf - . | tar -C /tmp/tree -xf -
-. /tmp/tree/benchmarks/visit/env.sh
+# start.sh WORK SECONDS: from the checkout's root; see README.md
+WORK=$1
+for needed in rt/activate old/infer.py shared/coco shared/models; do
+  [ -e $WORK/$needed ] || { echo "start.sh: $WORK/$needed is missing; see benchmarks/visit/README.md"; exit 2; }
+done
+rm -rf $WORK/out $WORK/tree; mkdir -p $WORK/tree $WORK/out $WORK/models $WORK/engines
+tar --exclude=./.[a-z]* --exclude=./build -cf - . | tar -C $WORK/tree -xf -
+. $WORK/tree/benchmarks/visit/env.sh
 nvidia-smi --query-gpu=name,driver_version --format=csv > $O/gpus
 setsid nohup bash $HERE/engines.sh > $O/engines.log 2>&1 &
 setsid nohup bash $HERE/training.sh > $O/training.log 2>&1 &
-bash $HERE/wait.sh $1
+bash $HERE/wait.sh $2

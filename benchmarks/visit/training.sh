@@ -1,9 +1,9 @@
 # GPU 1: INT8 on weights that were trained; then the tests.
-. /tmp/tree/benchmarks/visit/env.sh
-export CUDA_VISIBLE_DEVICES=1; cd /tmp/tree
-D=/tmp/shapes R50=/tmp/resnet50 T="taskset -c 16-31"
+. "$(dirname "$0")/env.sh"
+export CUDA_VISIBLE_DEVICES=1; cd $WORK/tree
+D=$WORK/shapes R50=$WORK/resnet50 T="taskset -c 16-31"
 H="--input $D/held_out/images --annotations $D/held_out/instances_shapes.json"
-python /tmp/shared/models/materialize.py ssd_resnet50_v1_fpn_640x640_coco17_tpu-8 --output $R50 > /dev/null
+python $WORK/shared/models/materialize.py ssd_resnet50_v1_fpn_640x640_coco17_tpu-8 --output $R50 > /dev/null
 $T python benchmarks/train_resnet50.py export --folder $D --saved_model $R50 > $O/export.log 2>&1 &
 torch taskset -c 8-31 python3 benchmarks/train_resnet50.py draw --folder $D --processes 24 > $O/draw.log 2>&1
 wait; say drawn
