@@ -25,7 +25,7 @@ import numpy as np
 import onnx_utils
 from image_batcher import ImageBatcher
 from images.decoding import load_image
-from runtimes import nms_by_rounds, precision, quantization, trt_graph
+from runtimes import nms_by_rounds, precision, quantization, trt_crops, trt_graph
 from runtimes.detector import input_spec, network_inputs
 from runtimes.ort_detector import OrtDetector
 from runtimes.trained_ranges import read_trained_ranges
@@ -109,7 +109,9 @@ def main(argv=None):
         return 1 if args.engine else 0
     started = time.perf_counter()
     with GpuContext(cuda, args.gpus), whole_file(args.engine) as path:
-        path.write_bytes(build(trt, args, prepared if by_ranges else typed, metadata, batch, told))
+        path.write_bytes(
+            build(trt, args, trt_crops.by_rows(prepared)[0] if by_ranges else typed, metadata, batch, told)
+        )
     seconds = time.perf_counter() - started
     report(args, batch, seconds)
     following = command("infer.py", "--engine", args.engine, "--input", "IMAGES", "--output", "results")
@@ -190,7 +192,7 @@ def typed_model(wanted, model, calibration):
     """The model in the precision wanted, as a strongly typed TensorRT takes it. calibration: (ranges, names), for int8."""
     if wanted == "int8":
         model = quantization.quantize(model, *calibration)
-    return model if wanted == "fp32" else precision.to_half(model)
+    return trt_crops.by_rows(model if wanted == "fp32" else precision.to_half(model))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +208,7 @@ def layer_types(wanted, model, calibration):
     """The LayerTypes of a model; None for fp32. calibration: (ranges, names of what is left in FP16), for int8."""
     if wanted == "fp32":
         return None
-    wide = precision.float32_names(model)
+    wide = precision.float32_names(model) | trt_crops.by_rows(model)[1]
     if wanted == "fp16":
         return LayerTypes(wide, precision.half_convolutions(model), {})
     ranges, left = calibration

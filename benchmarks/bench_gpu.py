@@ -8,6 +8,7 @@ Needs an NVIDIA GPU. `dynamic.onnx` is a model of `create_onnx.py --batch_size d
 calibration in OUTPUT/dynamic.calib.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -27,7 +28,7 @@ from checks import coco, parity
 from image_batcher import ImageBatcher
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import open_detector, precision, trt_graph
+from runtimes import open_detector, trt_graph
 from runtimes.detector import detect_image, input_spec, network_inputs
 from runtimes.trt_detector import GpuContext, import_tensorrt
 from runtimes.workers import Workers
@@ -142,8 +143,9 @@ def build_by_flags(args, calib_input):
     with GpuContext(cuda), whole_file(args.engine) as path:
         batch = build_engine.batch_range(args, metadata)
         model = trt_graph.prepare(build_engine.suppressed(args.suppression, model, batch), batch[-1])
-        told = build_engine.LayerTypes(precision.float32_names(model), set(), {})
-        path.write_bytes(build_engine.build(trt, args, model, named, batch, told, configure))
+        told = dataclasses.replace(build_engine.layer_types("fp16", model, None), half=set())
+        typed = build_engine.typed_model("fp32", model, None)
+        path.write_bytes(build_engine.build(trt, args, typed, named, batch, told, configure))
 
 
 def make_calibrator(trt, cuda, metadata, calib_input):

@@ -20,7 +20,7 @@ MOVING |= {"MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}  # choices a
 # Ops that choose by values that may be close: in FP16 many are equal.
 CHOOSING = {"TopK", "ArgMax", "ArgMin"}
 # Inputs that ONNX wants in float32 whatever the type of the op: the region and scales of Resize.
-ALWAYS_FLOAT32 = {"Resize": (1, 2)}
+ALWAYS_FLOAT32 = {"Resize": (1, 2), "GridSample": (1,)}
 # QuantizeLinear takes FP16 from this opset on.
 HALF_QUANTIZE_OPSET = 19
 LEAST_SCALE = 2.0**-20
@@ -50,6 +50,7 @@ def float32_nodes(graph):
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         if node.op in MOVING and readers and not any(id(reader) in found for reader in readers):
             found.discard(id(node))
+    found -= {id(node) for node in graph.nodes if node.op == "GridSample"}  # at exact places, features
     if not plugins:
         pools = [node for node in graph.nodes if node.op == "MaxPool" and id(node) in found]
         found.update(id(node) for pool in pools for node in _heatmap(pool))

@@ -8,5 +8,5 @@ tar --exclude=./.[a-z]* --exclude=./build -cf - . | tar -C $WORK/tree -xf -
 . $WORK/tree/benchmarks/visit/env.sh
 nvidia-smi --query-gpu=name,driver_version --format=csv > $O/gpus
 setsid nohup bash $HERE/engines.sh > $O/engines.log 2>&1 &
-setsid nohup bash $HERE/training.sh > $O/training.log 2>&1 &
+[ $(nvidia-smi -L | wc -l) -gt 1 ] && setsid nohup bash $HERE/training.sh > $O/training.log 2>&1 &
 bash $HERE/wait.sh $2

@@ -1,4 +1,4 @@
-# GPU 1: INT8 on weights that were trained; then the tests.
+# GPU 1, where there is one: INT8 on weights that were trained; then the tests.
 . "$(dirname "$0")/env.sh"
 export CUDA_VISIBLE_DEVICES=1; cd $WORK/tree
 D=$WORK/shapes R50=$WORK/resnet50 T="taskset -c 16-31"
@@ -16,10 +16,4 @@ timeout 900 $T python benchmarks/bench_gpu.py --onnx $D/model.onnx --output $D/e
 timeout 90 python $HERE/side_by_side.py $D/held_out/images $D/engines/model.int8.trt 1,8,32 >> $O/side_by_side 2>&1
 timeout 200 $T python benchmarks/bench_rounds.py part --onnx $M/fpn.onnx --input $V --output $E/parts --profile 6 > $O/part.log 2>&1
 grep '^| \|against' $O/part.log | tail -n 8 >> $O/parts
-tests() { n=$1; shift; timeout 300 $T python -m pytest -q --no-header -p no:cacheprovider -m gpu tests/test_gpu.py -k "$*" > $O/test.$n.log 2>&1; say "tests $n: $(tail -n 1 $O/test.$n.log)"; }
-tests jpeg "libjpeg or last_bit"
-tests base "(detections_are_onnx and not int8) or every_batch or pipeline_gives or decoding_on_the_gpu or processes_share or nothing_stays or any_thread or not_there or beside or infer_writes or second_build"
-tests limits "limits or either_suppression or plugin_takes"
-tests stages "two_stages"
-tests int8 "int8_detections or int8_uses or no_engines"
-touch $O/training.done
+CORES="$T" bash $HERE/tests.sh jpeg base limits stages int8
