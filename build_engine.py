@@ -295,6 +295,8 @@ def build(trt, args, model, metadata, batch, told=None, configure=None):
     told: LayerTypes, for TensorRT 8.6. configure: called with (builder, config, network) before building, for what a
     measurement varies.
     """
+    if batch[0] == batch[-1]:
+        metadata = {**metadata, "batch_size": batch[0]}
     logger = make_logger(trt, args.verbose)
     trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)
@@ -385,10 +387,12 @@ def allow_precisions(trt, config, network, told):
 
 
 def add_profile(builder, config, network, batch):
-    """Which shapes the engine is for: the batch range where the model leaves the batch open."""
+    """Which shapes the engine is for: the batch range where the model leaves the batch open; of one size it is fixed."""
     profile = builder.create_optimization_profile()
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         rest = tuple(tensor.shape)[1:]
+        if batch[0] == batch[-1]:
+            tensor.shape = (batch[0], *rest)  # as TensorRT 8.6 has it by itself
         profile.set_shape(tensor.name, *((size, *rest) for size in batch))
     config.add_optimization_profile(profile)
 

@@ -29,7 +29,8 @@ MAX_SIDE = 1_000_000  # libpng's limit, and so TensorFlow's
 MAX_RLE_PIXELS = 4_000_000  # Pillow decodes run-length coded BMPs in Python
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 2_000_000_000
 STRIP_PIXELS, INFLATED_BYTES = 1 << 18, 1 << 20
-JPEG_SIGNATURE, JPEG_SCAN, JPEG_ARITHMETIC = b"\xff\xd8", b"\xff\xda", (b"\xff\xc9", b"\xff\xca")
+JPEG_SIGNATURE, JPEG_ARITHMETIC = b"\xff\xd8", (b"\xff\xc9", b"\xff\xca")
+JPEG_SCAN = np.frombuffer(b"\xff\xda", np.uint16)[0]
 # A Huffman code has at least a bit, and each block of 8 x 8 samples at least one. Where no component has all the samples,
 # as with two of 4 x 1 and 1 x 4, a byte is eight blocks of 128 pixels.
 JPEG_PIXELS_PER_BYTE = 1024
@@ -145,9 +146,10 @@ def check_jpeg(width, height, data):
     costs as long each time, and hardly a byte."""
     if width * height > JPEG_PIXELS_PER_BYTE * len(data) and not any(frame in data for frame in JPEG_ARITHMETIC):
         raise ImageError(f"{len(data)} bytes of JPEG cannot hold the {width} x {height} pixels that it promises")
-    # Not data.count: that takes four times as long, and keeps Python's lock, for every image.
-    values = np.frombuffer(data, np.uint8)
-    scans = np.count_nonzero((values[:-1] == JPEG_SCAN[0]) & (values[1:] == JPEG_SCAN[1]))
+    # Not data.count: for every image that takes four times as long, and keeps Python's lock. Pairs of bytes, from the first on
+    # and from the second on: half the time of the bytes one by one.
+    pairs = (np.frombuffer(data, JPEG_SCAN.dtype, (len(data) - start) // 2, start) for start in (0, 1))
+    scans = sum(np.count_nonzero(some == JPEG_SCAN) for some in pairs)
     if scans > MAX_SCANS and scans * width * height > MAX_SCANNED_PIXELS:
         raise ImageError(f"a JPEG of {width} x {height} pixels with {scans} scans may be a trap; save it anew")
 

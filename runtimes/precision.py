@@ -24,7 +24,8 @@ ALWAYS_FLOAT32 = {"Resize": (1, 2), "GridSample": (1,)}
 # QuantizeLinear takes FP16 from this opset on.
 HALF_QUANTIZE_OPSET = 19
 LEAST_SCALE = 2.0**-20
-# ReduceMax and its like take their axes as an input from opset 18 on.
+# ReduceMax and its like take their axes as an input from this opset on.
+REDUCTIONS_OPSET = 18
 REDUCTIONS = {"ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd", "ReduceL2"}
 
 

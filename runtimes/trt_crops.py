@@ -7,7 +7,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_utils import OpBuilder, replace_tensor
-from runtimes.precision import typed_graph
+from runtimes.precision import REDUCTIONS_OPSET, typed_graph
 
 
 def drop_idle_pools(graph):
@@ -107,7 +107,8 @@ def _sample_rows(graph, node):
         total = part if total is None else ops.add("Add", total, part)
     if pool:
         total = ops.reshape(total, [0, window * window, count * pooled * pooled, channels])
-        total = ops.add("ReduceMax", total, axes=[1], keepdims=0)
+        inputs, attrs = ([np.int64([1])], {}) if graph.opset >= REDUCTIONS_OPSET else ([], {"axes": [1]})
+        total = ops.add("ReduceMax", total, *inputs, keepdims=0, **attrs)
     crops = ops.reshape(total, [-1, pooled, pooled, channels])
     take_place(graph, apart.outputs[0], ops.add("Transpose", crops, perm=[0, 3, 1, 2]))
     return names
@@ -122,11 +123,12 @@ def _corners(ops, grid, shape, zero_outside):
     last = np.float32(shape[::-1]) - 1
     place = ops.add("Mul", ops.add("Add", grid, np.float32(1)), last / 2)
     place = ops.add("Min", ops.add("Max", place, np.float32(0)), last)
-    low = ops.add("Min", ops.add("Floor", place), np.maximum(last - 1, 0))
+    low = ops.add("Min", ops.add("Floor", place), last - 1)
     far = ops.add("Sub", place, low)
     near = ops.add("Sub", np.float32(1), far)
     if zero_outside:
-        inside = ops.add("Less", ops.add("ReduceMax", grid, axes=[2], keepdims=1), np.float32(2), dtype=bool)
+        farthest = ops.add("Max", *(ops.slice(grid, 2, i, i + 1) for i in range(2)))
+        inside = ops.add("Less", farthest, np.float32(2), dtype=bool)
         near, far = (ops.add("Where", inside, x, np.float32(0), dtype=np.float32) for x in (near, far))
     row = ops.add("ReduceSum", ops.add("Mul", low, np.float32([1, shape[1]])), np.int64([2]), keepdims=0)
     row = ops.cast(row, np.int64)
@@ -134,8 +136,7 @@ def _corners(ops, grid, shape, zero_outside):
     for dy, y in ((0, near), (1, far)):
         for dx, x in ((0, near), (1, far)):
             weight = ops.add("Mul", ops.slice(x, 2, 0, 1), ops.slice(y, 2, 1, 2))
-            step = dy * shape[1] * (shape[0] > 1) + dx * (shape[1] > 1)
-            corners.append((ops.add("Add", row, np.int64([step])), weight))
+            corners.append((ops.add("Add", row, np.int64([dy * shape[1] + dx])), weight))
     return corners
 
 

@@ -328,14 +328,20 @@ def groups(plugin):
     return int(reader.inputs[1].values[1]) // boxes.shape[1] if reader.op == "Reshape" else 1
 
 
-def build_with_rtx(model):
-    """Size of the engine that TensorRT-RTX's strongly typed builder makes for compute capability 8.0; needs no GPU."""
+def parse_with_rtx(model):
+    """(tensorrt, logger, builder, network, parser, which the network lives by) of TensorRT-RTX, strongly typed; needs no GPU."""
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is for Linux on x86-64")
     logger = trt_detector.make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(build_engine.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    return trt, logger, builder, network, parser
+
+
+def build_with_rtx(model):
+    """Size of the engine that its builder makes for compute capability 8.0."""
+    trt, logger, builder, network, _parser = parse_with_rtx(model)
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM80, 0)
@@ -344,6 +350,16 @@ def build_with_rtx(model):
     engine = builder.build_serialized_network(network, config)
     assert engine is not None, logger.errors
     return engine.nbytes
+
+
+def test_for_one_batch_size_an_engine_is_fixed(convert):
+    """TensorRT 8.6 fixes it by itself, and what the engine's metadata say must be so."""
+    part = next(cut_at_nms(onnx_utils.load(convert("demo", "--batch_size", "dynamic")[0])))
+    _, _, builder, network, _parser = parse_with_rtx(part)
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    for batch, size in (((1, 2, 3), -1), ((3, 3, 3), 3)):
+        build_engine.add_profile(builder, builder.create_builder_config(), network, batch)
+        assert {tensor.shape[0] for tensor in (network.get_input(0), *outputs)} == {size}
 
 
 @pytest.mark.parametrize("key", [*KEYS, "mask", "faster"])

@@ -235,6 +235,17 @@ def test_every_batch_size_gives_the_same_again_and_again(engine, batch):
         assert len(layers) > 5 and 0 < sum(layers.values()) < 50
 
 
+def test_an_engine_for_one_batch_size(model, batch, folder):
+    """Of a model that takes any number: fewer images are filled up, as with a model that was converted so."""
+    path = folder / "three.trt"
+    build_without_tf32(model, path, "--batch", "3", "3", "3")
+    with open_detector(model) as reference, open_detector(path) as detector:
+        assert detector.input.batch == 3
+        for size in (3, 2):
+            for wanted, found in zip(reference.infer(batch[:size]), detector.infer(batch[:size]), strict=True):
+                assert parity.match_by_rank(wanted, found, tie=1e-3).unmatched == 0
+
+
 def test_the_plugin_takes_so_many_images():
     """What trt_graph.py counts on: suppression in as many images as it says, each with its own boxes."""
     import tensorrt as trt

@@ -1,5 +1,7 @@
 """The plugin's stand-in in standard ONNX ops does what EfficientNMS_TRT does (../shared/notes/tensorrt.md)."""
 
+import functools
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -408,3 +410,31 @@ def test_a_limit_that_leaves_fewer_than_the_total():
 )
 def test_candidates_follow_from_the_limits(detections, available, seen):
     assert nms.candidates(detections, available) == seen
+
+
+@pytest.mark.parametrize(
+    ("available", "kept", "steps"),
+    [
+        (51_150, 1_500, 2),  # SSD ResNet50 640
+        (12_804, 1_500, 1),  # FPNLite 320: a third less to sort is not worth it
+        (51_153, 1_500, 2),
+        (51_151, 1_500, 1),  # no parts are alike
+    ],
+)
+def test_the_best_of_very_many_are_found_in_two_steps(available, kept, steps):
+    """The same, equal ones too, in the same order."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    graph.inputs = [gs.Variable("values", np.float32, ["b", available])]
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.outputs = ops.top_k(graph.inputs[0], kept)
+    for tensor in graph.outputs:
+        tensor.shape = ["b", kept]
+    model = gs.export_onnx(graph)
+    model.ir_version = 8
+    prepared = trt_graph.prepare(model, 8)
+    assert [node.op_type for node in prepared.graph.node].count("TopK") == steps
+    values = np.random.default_rng(0).integers(0, 500, (3, available)).astype(np.float32)
+    run = functools.partial(onnxruntime.InferenceSession, providers=["CPUExecutionProvider"])
+    results = [run(form.SerializeToString()).run(None, {"values": values}) for form in (model, prepared)]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)

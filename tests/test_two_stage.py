@@ -5,20 +5,23 @@ import functools
 from commandline import UserError
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 from conftest import DEMO, EXPORTS
 from PIL import Image
 
+import build_engine
 import create_onnx
 import infer
 import onnx_utils
 from checks import parity
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import open_detector, standard_graph, trt_graph
-from runtimes.detector import detect_image
+from runtimes import open_detector, precision, quantization, standard_graph, trt_crops, trt_graph
+from runtimes.detector import detect_image, input_spec, network_inputs
+from runtimes.ort_detector import OrtDetector
 from tfod import faster_rcnn
 from tfod.saved_model import SavedModel
 from tfod.tensorflow_import import import_tensorflow
@@ -146,8 +149,9 @@ def test_masks_have_a_clean_edge():
 
 
 @pytest.mark.parametrize("zero_outside", [True, False])
-def test_crops_are_tensorflows_in_both_ops(zero_outside):
-    """GridSample, as TensorRT gets it, and RoiAlign, as ONNX Runtime does, against crop_and_resize: 2 images, 6x9 pixels."""
+def test_crops_are_tensorflows_in_all_forms(zero_outside):
+    """GridSample, as the file has it, RoiAlign, as ONNX Runtime gets it, and rows, as TensorRT does, against crop_and_resize: 2
+    images, 6x9 pixels."""
     rng = np.random.default_rng(3)
     features = rng.normal(size=(2, 5, 6, 9)).astype(np.float32)
     low, high = rng.uniform(0, 0.5, (2, 40, 2)), rng.uniform(0.5, 0.98, (2, 40, 2))
@@ -165,7 +169,9 @@ def test_crops_are_tensorflows_in_both_ops(zero_outside):
     wanted = tf.image.crop_and_resize(features.transpose(0, 2, 3, 1), boxes.reshape(-1, 4), image, [7, 7]).numpy()
     prepared = standard_graph.prepare(model)
     assert {node.op_type for node in prepared.graph.node} & {"GridSample", "RoiAlign"} == {"RoiAlign"}
-    for form in (model, prepared):
+    rows, _ = trt_crops.by_rows(model)
+    assert not {node.op_type for node in rows.graph.node} & {"GridSample", "RoiAlign"}
+    for form in (model, prepared, rows):
         session = onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
         (crops,) = session.run(None, {"features": features, "boxes": boxes})
         np.testing.assert_allclose(crops.transpose(0, 2, 3, 1), wanted, atol=1e-5)
@@ -226,6 +232,15 @@ def test_crops_are_pooled_before_they_are_transposed(size, window, pool_stride, 
         np.testing.assert_allclose(a, b, atol=1e-5)
     for a, b in zip(wanted, run(standard_graph.prepare(prepared).SerializeToString()).run(None, feed), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+    rows, names = trt_crops.by_rows(prepared)
+    assert "GridSample" not in {node.op_type for node in rows.graph.node}
+    for a, b in zip(wanted, run(rows.SerializeToString()).run(None, feed), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # In FP16 what finds the pixels stays in float32, and the pixels do not.
+    graph = gs.import_onnx(trt_crops.by_rows(precision.to_half(prepared))[0])
+    found = {node.name: node.outputs[0].dtype for node in graph.nodes if node.op != "Cast"}
+    assert {np.dtype(found[name]).name for name in names & found.keys()} == {"float32", "int64", "bool"}
+    assert {np.dtype(found[x]).name for x in found if "/rows/" in x} == {"float16", "int64"}
 
 
 @pytest.mark.parametrize("zero_outside", [True, False])
@@ -248,7 +263,31 @@ def test_a_sample_beyond_the_border_by_its_last_bit(zero_outside):
     graph.outputs = [faster_rcnn.crop_features(ops, *graph.inputs, 400, 7, (6, 9, 1), zero_outside)]
     model = gs.export_onnx(graph.cleanup().toposort())
     model.ir_version = 8
-    for form in (model, standard_graph.prepare(model)):
+    for form in (model, standard_graph.prepare(model), trt_crops.by_rows(model)[0]):
         session = onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
         (crops,) = session.run(None, {"features": features, "boxes": boxes[None]})
         np.testing.assert_allclose(crops[:, 0, -1, 0], theirs if zero_outside else 1, atol=1e-5)
+
+
+def test_an_average_over_the_whole_map_has_its_window(exported):
+    """As a pool of a known size TensorRT takes it in any layout."""
+    model = onnx_utils.load(exported("skip", "--batch_size", "dynamic")[1])
+    prepared = trt_graph.prepare(model, 8)
+    ops = [{node.op_type for node in form.graph.node} for form in (model, prepared)]
+    assert [kinds & {"GlobalAveragePool", "AveragePool"} for kinds in ops] == [{"GlobalAveragePool"}, {"AveragePool"}]
+
+
+def test_the_quantized_form_crops_rows_too(exported):
+    """Of a later opset, in which a reduction's axes are an input; as near to the model as 8 bits allow."""
+    model = onnx_utils.load(exported("faster", "--batch_size", "dynamic")[1])
+    metadata = onnx_utils.read_metadata(model, "faster")
+    pictures = [preprocess(load_image(path), metadata["resizer"]) for path in sorted(DEMO.glob("images/*.jpg"))[:4]]
+    tensors, shapes = np.stack([x for x, _ in pictures]), [place.true_shape for _, place in pictures]
+    feeds = network_inputs(tensors, shapes, input_spec(metadata))
+    ranges = quantization.calibrate(model, [feeds])
+    typed = build_engine.typed_model("int8", trt_graph.prepare(model, 4), (ranges, []))
+    onnx.checker.check_model(typed)
+    assert {"QuantizeLinear", "ReduceMax"} < {node.op_type for node in typed.graph.node}
+    with OrtDetector("faster", model) as plain, OrtDetector("faster", typed) as quantized:
+        both = plain.infer(tensors, shapes), quantized.infer(tensors, shapes)
+    assert 0 < quantization.disagreement(*both) < 0.5
