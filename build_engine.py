@@ -109,9 +109,8 @@ def main(argv=None):
         return 1 if args.engine else 0
     started = time.perf_counter()
     with GpuContext(cuda, args.gpus), whole_file(args.engine) as path:
-        path.write_bytes(
-            build(trt, args, trt_crops.by_rows(prepared)[0] if by_ranges else typed, metadata, batch, told)
-        )
+        model = typed_model("fp32", prepared, None) if by_ranges else typed
+        path.write_bytes(build(trt, args, model, metadata, batch, told))
     seconds = time.perf_counter() - started
     report(args, batch, seconds)
     following = command("infer.py", "--engine", args.engine, "--input", "IMAGES", "--output", "results")

@@ -1,7 +1,7 @@
 """The FP16 and INT8 forms of a converted model, made in the ONNX graph: one way for every TensorRT version.
 
 Strongly typed TensorRT (10 and 11) takes precision from the file, so the file says it: FP16 tensors, QuantizeLinear and
-DequantizeLinear pairs. Box decoder, softmax, score filter, suppression and crops stay in FP32, whatever the form; they are
+DequantizeLinear pairs. Box decoder, softmax, score filter, suppression and the places of crops stay in FP32; they are
 found by their place in the graph (`float32_nodes`), not by name.
 """
 
@@ -19,7 +19,8 @@ MOVING = {"Concat", "Expand", "Gather", "GatherND", "Identity", "Reshape", "Slic
 MOVING |= {"MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}  # choices among values; what INT8 itself costs
 # Ops that choose by values that may be close: in FP16 many are equal.
 CHOOSING = {"TopK", "ArgMax", "ArgMin"}
-# Inputs that ONNX wants in float32 whatever the type of the op: the region and scales of Resize.
+# Inputs in float32 whatever the type of the op: the region and scales of Resize, which ONNX wants so; the places of GridSample,
+# which are to be exact (trt_crops.by_rows).
 ALWAYS_FLOAT32 = {"Resize": (1, 2), "GridSample": (1,)}
 # QuantizeLinear takes FP16 from this opset on.
 HALF_QUANTIZE_OPSET = 19
@@ -51,7 +52,9 @@ def float32_nodes(graph):
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         if node.op in MOVING and readers and not any(id(reader) in found for reader in readers):
             found.discard(id(node))
-    found -= {id(node) for node in graph.nodes if node.op == "GridSample"}  # at exact places, features
+    found -= {
+        id(node) for node in graph.nodes if node.op == "GridSample"
+    }  # it hands on features; its places stay in `found`
     if not plugins:
         pools = [node for node in graph.nodes if node.op == "MaxPool" and id(node) in found]
         found.update(id(node) for pool in pools for node in _heatmap(pool))
