@@ -52,9 +52,8 @@ def float32_nodes(graph):
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         if node.op in MOVING and readers and not any(id(reader) in found for reader in readers):
             found.discard(id(node))
-    found -= {
-        id(node) for node in graph.nodes if node.op == "GridSample"
-    }  # it hands on features; its places stay in `found`
+    # A crop hands on features; its places stay in `found`.
+    found -= {id(node) for node in graph.nodes if node.op == "GridSample"}
     if not plugins:
         pools = [node for node in graph.nodes if node.op == "MaxPool" and id(node) in found]
         found.update(id(node) for pool in pools for node in _heatmap(pool))
