@@ -142,6 +142,10 @@ def build_by_flags(args, calib_input):
     named = {**metadata, "precision": args.precision}
     with GpuContext(cuda), whole_file(args.engine) as path:
         batch = build_engine.batch_range(args, metadata)
+        if args.precision == "int8" and batch[0] == batch[-1]:
+            raise UserError(
+                f"--batch: with --flags INT8 is calibrated {CALIBRATION_BATCH} images at a time; give a range"
+            )
         model = trt_graph.prepare(build_engine.suppressed(args.suppression, model, batch), batch[-1])
         told = dataclasses.replace(build_engine.layer_types("fp16", model, None), half=set())
         typed = build_engine.typed_model("fp32", model, None)

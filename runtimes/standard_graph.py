@@ -58,7 +58,7 @@ def _replace_crops(graph):
     """
     for number, node in enumerate([n for n in graph.nodes if n.op == "GridSample"]):
         (reshape,) = node.outputs[0].outputs
-        if reshape.op != "Reshape":  # trt_graph.py pools first
+        if reshape.op != "Reshape":  # trt_crops.py pools first
             continue
         (transpose,) = reshape.outputs[0].outputs
         (crops,) = transpose.outputs[0].outputs  # the Reshape to [B * count, C, size, size]

@@ -12,6 +12,8 @@ from runtimes.precision import typed_graph
 
 # EfficientNMS_TRT takes so many images (tests/test_gpu.py) and fails at 2,880, both measured with TensorRT 8.6.
 PLUGIN_MAX_IMAGES = 960
+# Of an average over a whole map that becomes a pool.
+LARGEST_WINDOW = 32
 
 
 def prepare(model, most):
@@ -102,9 +104,18 @@ def _in_parts(ops, node, together):
     node.outputs.clear()
 
 
+def _top_ks(graph):
+    """The TopKs of OpBuilder.top_k: the largest along the last axis. A network may have others."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "TopK" and node.attrs.get("axis", -1) == -1 and node.attrs.get("largest", 1)
+    ]
+
+
 def _shorten_top_ks(graph):
     """TopKs of more than TensorRT takes: what they leave out has the value 0, by which nms knows that nothing is there."""
-    for node in [node for node in graph.nodes if node.op == "TopK"]:
+    for node in _top_ks(graph):
         missing = int(node.inputs[1].values[0]) - TENSORRT_MAX_TOP_K
         if missing > 0:
             ops = OpBuilder(graph, f"{node.name}/shortened")
@@ -119,10 +130,11 @@ def _shorten_top_ks(graph):
 
 
 def _split_top_ks(graph):
-    """TopKs of so many values that it takes TensorRT less than half the time to do them in two steps, which it does for
-    51,150 anchors: the best of each part, side by side, and the best of these. The same, in the same order.
+    """TopKs that look at less than half as many values one after the other in two steps: the best of each part, side by side,
+    and the best of these. The same, in the same order. So it is for the 51,150 anchors of an SSD ResNet50, for a second stage's pairs
+    of box and class, and for the places and pairs of a CenterNet.
     """
-    for node in [node for node in graph.nodes if node.op == "TopK"]:
+    for node in _top_ks(graph):
         shape, count = node.inputs[0].shape or [], int(node.inputs[1].values[0])
         if len(shape) != 2 or not isinstance(shape[1], int):
             continue
@@ -143,8 +155,10 @@ def _split_top_ks(graph):
 
 
 def _average_as_it_lies(graph):
-    """Global averages as pools of a known window: those TensorRT takes in any layout, others it copies into rows first."""
+    """Global averages of small maps, as a second stage has them, as pools of a known window: those TensorRT takes in any layout,
+    others it copies into rows first. It refuses windows of 100,000 pixels, which EfficientDet's maps have.
+    """
     for node in [node for node in graph.nodes if node.op == "GlobalAveragePool"]:
         window = list(node.inputs[0].shape or [])[2:]
-        if window and all(isinstance(size, int) for size in window):
+        if window and all(isinstance(size, int) and size <= LARGEST_WINDOW for size in window):
             node.op, node.attrs["kernel_shape"] = "AveragePool", window

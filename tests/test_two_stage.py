@@ -272,9 +272,28 @@ def test_a_sample_beyond_the_border_by_its_last_bit(zero_outside):
 def test_an_average_over_the_whole_map_has_its_window(exported):
     """As a pool of a known size TensorRT takes it in any layout."""
     model = onnx_utils.load(exported("skip", "--batch_size", "dynamic")[1])
+    assert averages(model) == {"GlobalAveragePool"}
+    assert averages(trt_graph.prepare(model, 8)) == {"AveragePool"}
+
+
+def averages(model):
+    return {node.op_type for node in model.graph.node} & {"GlobalAveragePool", "AveragePool"}
+
+
+@pytest.mark.parametrize(("side", "op"), [(4, "AveragePool"), (320, "GlobalAveragePool")])
+def test_large_maps_are_averaged_as_before(side, op):
+    """EfficientDet-D1 averages over 320 x 320: TensorRT has no pools of so many pixels."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    graph.inputs = [gs.Variable("maps", np.float32, ["b", 2, side, side])]
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.outputs = [ops.add("GlobalAveragePool", graph.inputs[0])]
+    model = gs.export_onnx(graph)
+    model.ir_version = 8
     prepared = trt_graph.prepare(model, 8)
-    ops = [{node.op_type for node in form.graph.node} for form in (model, prepared)]
-    assert [kinds & {"GlobalAveragePool", "AveragePool"} for kinds in ops] == [{"GlobalAveragePool"}, {"AveragePool"}]
+    assert averages(prepared) == {op}
+    maps = np.random.default_rng(0).normal(size=(2, 2, side, side)).astype(np.float32)
+    a, b = (onnxruntime.InferenceSession(x.SerializeToString()).run(None, {"maps": maps})[0] for x in (model, prepared))
+    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_the_quantized_form_crops_rows_too(exported):

@@ -47,6 +47,8 @@ done
 side_by_side $E/plugin.trt 1,8,32
 side_by_side $E/rounds.trt 1,8,32
 say "files, pictures"
+full mask "1 1 2" 420 plugin old
+full mask "1 1 2" 300 rounds
 full r50 "1 8 8" 300 plugin old
 full r50 "1 8 8" 200 "rounds plugin"
 rates r50 $WORK/tree $E/tree/r50.full.fp16.rounds.trt 8 4000 gpu
@@ -56,7 +58,5 @@ for t in $TREES; do [[ $t == variant-* ]] && full frcnn "1 8 8" 200 rounds $t; d
 rates frcnn $WORK/tree $E/tree/frcnn.full.fp16.rounds.trt 8 4000 gpu
 side_by_side $E/tree/frcnn.full.fp16.rounds.trt 1,8
 [ $GPUS -gt 1 ] || bash $HERE/tests.sh stages
-full mask "1 1 1" 420 plugin old
-full mask "1 1 1" 300 rounds
 touch $O/engines.done
 [ $GPUS -gt 1 ] || bash $HERE/tests.sh limits base int8 jpeg
