@@ -15,10 +15,9 @@ plugin.
 import dataclasses
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, replace_tensor
-from runtimes.precision import typed_graph
+from runtimes.precision import export, typed_graph
 from runtimes.trt_graph import images_of_classes
 
 TINY = np.finfo(np.float32).tiny
@@ -61,10 +60,7 @@ def replace(model, sizes=None):
                 new.shape = old.shape
                 replace_tensor(graph, old, new)
             node.outputs.clear()
-    result = gs.export_onnx(graph.cleanup().toposort())
-    result.metadata_props.extend(model.metadata_props)
-    result.producer_name = model.producer_name
-    return result
+    return export(graph, model)
 
 
 def suits(node, sizes):

@@ -143,7 +143,7 @@ def to_half(model):
         wide_tensor = cast(tensor, np.float32)
         wide_tensor.name, wide_tensor.shape = name, tensor.shape
         graph.outputs = [wide_tensor if x is tensor else x for x in graph.outputs]
-    return _export(graph.cleanup().toposort(), model)
+    return export(graph, model)
 
 
 def _half_constant(tensor, cache):
@@ -182,9 +182,9 @@ def _raise_opset(graph):
             node.attrs["num_outputs"] = len(node.outputs)
 
 
-def _export(graph, model):
-    """graph -> ModelProto with the metadata of `model`."""
-    result = gs.export_onnx(graph)
+def export(graph, model):
+    """A graphsurgeon graph, cleaned up and in order, as a ModelProto with the metadata of `model`."""
+    result = gs.export_onnx(graph.cleanup().toposort())
     result.metadata_props.extend(model.metadata_props)
     result.producer_name = model.producer_name
     return result

@@ -4,10 +4,9 @@ Shapes: B images of features [B, C, H, W], `count` crops of size x size of each.
 """
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_utils import OpBuilder, replace_tensor
-from runtimes.precision import REDUCTIONS_OPSET, typed_graph
+from runtimes.precision import REDUCTIONS_OPSET, export, typed_graph
 
 
 def drop_idle_pools(graph):
@@ -64,20 +63,19 @@ def pool_first(graph):
 
 
 def by_rows(model):
-    """Returns (a copy of a model in its types in which crops are sums of gathered rows, the names of what finds the rows).
+    """Returns (a model in its types in which crops are sums of gathered rows, the names of what finds the rows). One without
+    crops is as it was.
 
     GridSample reads the features channel by channel, in float32 throughout where its places are to be exact, and leaves
     its crops below one another. A row holds a pixel's channels side by side: four of them, weighted, are a sample. What
     finds them stays in float32; the rows have the type of the features.
     """
-    graph = typed_graph(model)
-    names = set()
+    if all(node.op_type != "GridSample" for node in model.graph.node):
+        return model, set()
+    graph, names = typed_graph(model), set()
     for node in [node for node in graph.nodes if node.op == "GridSample"]:
         names |= _sample_rows(graph, node)
-    result = gs.export_onnx(graph.cleanup().toposort())
-    result.metadata_props.extend(model.metadata_props)
-    result.producer_name = model.producer_name
-    return result, names
+    return export(graph, model), names
 
 
 def _sample_rows(graph, node):

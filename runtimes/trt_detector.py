@@ -116,9 +116,8 @@ class Slot:
 
     def __init__(self, cuda, inputs, output_bytes):
         """inputs: {name: (shape, type)}; output_bytes: of all outputs together. Raises pycuda's MemoryError."""
-        self.context = self.stream = (
-            None  # an execution context, perhaps of other slots too, and the stream that it runs in
-        )
+        # An execution context, perhaps of other slots too, and the stream that it runs in: see TrtDetector._load.
+        self.context = self.stream = None
         self.host_inputs = {name: cuda.pagelocked_empty(*kind) for name, kind in inputs.items()}
         self.device_inputs = {name: cuda.mem_alloc(array.nbytes) for name, array in self.host_inputs.items()}
         self.device_outputs = cuda.mem_alloc(output_bytes)

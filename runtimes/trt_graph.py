@@ -4,11 +4,10 @@ Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. B
 """
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, efficient_nms, nms_of_each_class, replace_tensor
 from runtimes import trt_crops
-from runtimes.precision import typed_graph
+from runtimes.precision import export, typed_graph
 
 # EfficientNMS_TRT takes so many images (tests/test_gpu.py) and fails at 2,880, both measured with TensorRT 8.6.
 PLUGIN_MAX_IMAGES = 960
@@ -40,9 +39,7 @@ def prepare(model, most):
     _average_as_it_lies(graph)
     trt_crops.drop_idle_pools(graph)
     trt_crops.pool_first(graph)
-    result = gs.export_onnx(graph.cleanup().toposort())
-    result.metadata_props.extend(model.metadata_props)
-    return result
+    return export(graph, model)
 
 
 def _in_groups(ops, node, count, classes, size):

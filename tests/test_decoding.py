@@ -407,6 +407,15 @@ def test_pillows_warnings_do_not_come_through(tmp_path):
         load_image(path, exif_rotate=True)
 
 
+@pytest.mark.parametrize("begin", [20_000, 20_001])
+def test_scans_are_counted_wherever_they_begin(begin):
+    """At even and at odd places: they are looked for as pairs of bytes."""
+    start, scan = b"\xff\xd8" + bytes(begin - 2), b"\xff\xda\0\0"
+    check_jpeg(4000, 4000, start + 125 * scan)
+    with pytest.raises(ImageError, match="with 126 scans"):
+        check_jpeg(4000, 4000, start + 126 * scan)
+
+
 def test_looking_for_traps_takes_little_time():
     """It is done for every image: with bytes.count, which takes four times as long and keeps Python's lock, the GPU waited for it."""
     data = RNG.bytes(300_000)

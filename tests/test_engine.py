@@ -157,6 +157,22 @@ def test_a_calibration_serves_the_graph_that_tensorrt_gets(key, convert):
     assert quantization.layers(prepared).keys() == quantization.layers(model).keys()
 
 
+def test_tensorrt_8_is_told_that_places_of_crops_are_float32(exported):
+    """It may take FP16 for whatever it is not told of, and then the wrong pixels."""
+    prepared = trt_graph.prepare(onnx_utils.load(exported("faster", "--batch_size", "dynamic")[1]), BATCH)
+    told = build_engine.layer_types("fp16", prepared, None)
+    graph = gs.import_onnx(build_engine.typed_model("fp16", prepared, None))
+    (floor,) = (node for node in graph.nodes if node.op == "Floor")
+    after, todo = set(), [floor]
+    while todo:  # up to the rows and the type that they have
+        node = todo.pop()
+        if node.op != "Cast" and node.name not in after:
+            after.add(node.name)
+            todo.extend(reader for tensor in node.outputs for reader in tensor.outputs)
+    assert len(after) > 10
+    assert after <= told.float32
+
+
 def test_a_calibration_serves_crops_as_rows(exported):
     """TensorRT 8.6 is told of ranges by the names of tensors, in the graph that has no GridSample any more."""
     model = onnx_utils.load(exported("faster", "--batch_size", "dynamic")[1])

@@ -12,16 +12,14 @@ side_by_side() { timeout 90 python $HERE/side_by_side.py $V "$@" >> $O/side_by_s
 # full MODEL "MIN OPT MAX" SECONDS "FORMS" [TREE]: whole engines by the code of a tree, with one timing cache for all trees
 full() {
   local tree=${5:-tree}
-  while [ ! -e $M/$1.done ]; do sleep 1; done
   mkdir -p $E/$tree; cp $E/$1.fp16.cache $E/$tree/ 2> /dev/null
   (cd $WORK/$tree && timeout $3 $CORES python benchmarks/bench_rounds.py full --onnx $M/$1.onnx --input $V --output $E/$tree --batch $2 --profile 14 --forms $4) > $O/full.$1.$tree.log 2>&1
   cp $E/$tree/$1.fp16.cache $E/
   { echo "== $1, $tree"; grep '^|' $O/full.$1.$tree.log | tail -n 4; } >> $O/full; say "full $1 $tree"
 }
 convert fpn ssd_mobilenet_v2_fpnlite_320x320_coco17
-(convert r50 ssd_resnet50_v1_fpn_640x640_coco17_tpu-8; touch $M/r50.done
- convert frcnn faster_rcnn_resnet50_v1_640x640_coco17_tpu-8; touch $M/frcnn.done
- convert mask mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8; touch $M/mask.done) &
+(convert r50 ssd_resnet50_v1_fpn_640x640_coco17_tpu-8; convert frcnn faster_rcnn_resnet50_v1_640x640_coco17_tpu-8
+ convert mask mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8) &
 build plugin 32
 build rounds 8
 if [ $GPUS -gt 1 ]; then
