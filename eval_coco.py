@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -144,7 +145,8 @@ def main(argv=None):
                     f"--input {show_inputs(args.input)}: none of the {len(known)} annotated images could be read"
                 )
             begun = time.perf_counter()
-            results = coco.in_categories(results, categories)
+            with coco.without_garbage_collection():
+                results = coco.in_categories(results, categories)
             kind = args.detection_type
             evaluation = coco.evaluate(truth, results, evaluated.values(), kind, workers=workers, sigmas=sigmas)
             measuring = time.perf_counter() - begun
@@ -193,16 +195,19 @@ def check_model(metadata, args):
 def detect(detector, known, batch_size, workers, args, decoder=None):
     """Runs the detector on the files of `known` {path: image id}, batch_size at a time. decoder: a GpuDecoder, or None.
 
-    Returns (COCO results, those of `known` that could be read, seconds). Workers decode ahead of the network,
-    masks are pasted in processes behind it.
+    Returns (COCO results, to be read once, those of `known` that could be read, seconds). Workers decode ahead of the network,
+    masks are pasted in processes behind it; boxes and keypoints become COCO's results when these are read.
     """
     masks = args.detection_type == "segmentation"
+    idle = {} if masks else {"masks": None}
+    if args.detection_type != "keypoints":
+        idle |= {"keypoints": None, "keypoint_scores": None}
     to_results = functools.partial(
         coco.results_of,
         class_offset=detector.metadata["class_offset"],
         mask_threshold=args.iou_threshold if masks else None,
     )
-    results, evaluated, started = [], {}, time.perf_counter()
+    found, evaluated, started = [], {}, time.perf_counter()
     load = functools.partial(load_image, **image_options(args))
     # To paste masks holds Python's lock: processes do it, on however few cores.
     pasting = Workers(PROCESSES_FROM_IMAGES, cores=max(PROCESSES_FROM_CORES, os.cpu_count() or 1)) if masks else workers
@@ -216,16 +221,15 @@ def detect(detector, known, batch_size, workers, args, decoder=None):
             for item in detect_files(detector, list(known), batch_size, workers, load=load, decoder=decoder):
                 evaluated[item.path] = known[item.path]
                 shape = item.placement.height, item.placement.width
-                found = item.found.above(args.nms_threshold)
-                if args.detection_type != "keypoints":
-                    found = dataclasses.replace(found, keypoints=None, keypoint_scores=None)
-                yield found, known[item.path], shape
+                detections = dataclasses.replace(item.found.above(args.nms_threshold), **idle)
+                yield detections, known[item.path], shape
 
-        made = pasting.map(to_results, found_in_files()) if masks else (to_results(*item) for item in found_in_files())
-        for entries in made:
-            results += entries
+        for made in pasting.map(to_results, found_in_files()) if masks else found_in_files():
+            found.append(made)
             bar.update()
-    return results, evaluated, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    results = found if masks else (to_results(*item) for item in found)
+    return itertools.chain.from_iterable(results), evaluated, seconds
 
 
 def write_results(output, args, metadata, evaluation, results, evaluated):

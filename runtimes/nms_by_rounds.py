@@ -17,12 +17,16 @@ import dataclasses
 import numpy as np
 
 from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, replace_tensor
-from runtimes.precision import export, typed_graph
+from runtimes.precision import WEIGHTED, export, typed_graph
 from runtimes.trt_graph import images_of_classes
 
 TINY = np.finfo(np.float32).tiny
 # For so many images at a time it was measured to be faster than the plugin, of which more cost less; and so many were tried.
 FEW_IMAGES, MOST_IMAGES = 8, 32
+# A TopK of so many values takes hardly longer than one of fewer (BENCHMARKS.md).
+SHORT = 2048
+# Of so many boxes a part, twice as many is margin enough.
+LEAST_OF_A_PART = 40
 MOST_LEFT = 768  # `left`, at most; no model at hand needs more
 
 
@@ -46,8 +50,8 @@ class Sizes:
         return dataclasses.replace(self, parts=parts, pairs=pairs, first=min(max(self.first, left), pairs), left=left)
 
     def each(self, parts, available):
-        """How many pairs each part gives: two and a half times what it were if all had as many of the best."""
-        return min(-(-5 * self.pairs // (2 * parts)), available, TENSORRT_MAX_TOP_K)
+        """How many pairs each part gives."""
+        return min(_with_margin(self.pairs, parts), available, TENSORRT_MAX_TOP_K)
 
 
 def replace(model, sizes=None):
@@ -55,6 +59,7 @@ def replace(model, sizes=None):
     graph, sizes = typed_graph(model), sizes or Sizes()
     for number, node in enumerate([node for node in graph.nodes if node.op == "EfficientNMS_TRT"]):
         if suits(node, sizes):
+            _choose_boxes_in_parts(graph, node)
             results = _suppress(OpBuilder(graph, f"rounds_{number}"), node, sizes.fitted(node))
             for old, new in zip(list(node.outputs), results, strict=True):
                 new.shape = old.shape
@@ -77,12 +82,12 @@ def _suppress(ops, node, sizes):
     def suppressing(these, others):
         return _suppressing(ops, these, others, attrs["iou_threshold"], one_class)
 
-    pool = _best_pairs(ops, *node.inputs, sizes)
+    pool = _pool(ops, _best_pairs(ops, *node.inputs, sizes), sizes.pairs)
     alive = _above(ops, ops.slice(pool, 2, 4, 5), np.nextafter(np.float32(attrs["score_threshold"]), np.float32(-1)))
     head, head_alive = (ops.slice(x, 1, 0, sizes.first) for x in (pool, alive))
     sure = _rounds(ops, suppressing(head, head), head_alive, sizes.sure)
     rows, alive = _first(ops, _round(ops, suppressing(pool, head), alive, sure), sizes.pairs, sizes.left)
-    pool = ops.gather_rows(pool, rows)
+    pool = _pool(ops, [ops.gather_rows(ops.slice(pool, 2, 0, 6), rows)], sizes.left)
     kept = _rounds(ops, suppressing(pool, pool), alive, sizes.rounds)
     rows, used = _first(ops, kept, sizes.left, most)
     used = ops.add("Greater", used, np.float32(0), dtype=bool)
@@ -93,26 +98,88 @@ def _suppress(ops, node, sizes):
 
 
 def _best_pairs(ops, boxes, scores, sizes):
-    """The pool [B, K, 7] of the best pairs, best first, of boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C].
-
-    By TopKs of parts, each of every so many-th box, which TensorRT runs side by side, and one of what they find.
-    """
+    """The best pairs, best first, of boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C]: boxes [B, K, 4], scores and classes
+    [B, K, 1]."""
     count, classes = scores.shape[1:]
-    parts, size = sizes.parts, count // sizes.parts
-    each = sizes.each(parts, size * classes)
-    scores = ops.add("Transpose", ops.reshape(scores, [0, size, parts, classes]), perm=[0, 2, 3, 1])
-    best, index = ops.top_k(ops.reshape(scores, [0, parts, classes * size]), each)
-    best, place = ops.top_k(ops.reshape(best, [0, parts * each]), sizes.pairs)
-    index = ops.gather_rows(ops.reshape(index, [0, parts * each]), place)  # in its part, class by class [B, K]
-    label = ops.add("Div", index, np.int64([size]))
-    row = ops.add("Sub", index, ops.add("Mul", label, np.int64([size])))
-    row = ops.add("Add", ops.add("Mul", row, np.int64([parts])), ops.add("Div", place, np.int64([each])))
+    each = sizes.each(sizes.parts, count // sizes.parts * classes)
+    best, row, label = _largest(ops, scores, sizes.parts, each, sizes.pairs)
     if len(boxes.shape) == 4:
         boxes = ops.reshape(boxes, [0, count * classes, 4])
         row = ops.add("Add", ops.add("Mul", row, np.int64([classes])), label)
-    rank = ops.add("Add", ops.add("Mul", best, np.float32(0)), np.arange(sizes.pairs, dtype=np.float32)[None])
-    columns = (ops.add("Unsqueeze", x, np.int64([2])) for x in (best, ops.cast(label, np.float32), rank))
-    return ops.add("Concat", ops.gather_rows(boxes, row), *columns, axis=2)
+    columns = (ops.add("Unsqueeze", x, np.int64([2])) for x in (best, ops.cast(label, np.float32)))
+    return ops.gather_rows(boxes, row), *columns
+
+
+def _largest(ops, values, parts, each, number):
+    """The `number` largest of values [B, N, C], in falling order: (values, their first and their second index), each [B, number].
+
+    By TopKs of parts, each of every so many-th row, `each` of every part, which TensorRT runs side by side, and one of what
+    they find: what it takes goes by the values that one TopK looks at.
+    """
+    count, columns = values.shape[1:]
+    size = count // parts
+    values = ops.add("Transpose", ops.reshape(values, [0, size, parts, columns]), perm=[0, 2, 3, 1])
+    best, index = ops.top_k(ops.reshape(values, [0, parts, columns * size]), each)
+    best, place = ops.top_k(ops.reshape(best, [0, parts * each]), number)
+    index = ops.gather_rows(ops.reshape(index, [0, parts * each]), place)  # in its part, column by column [B, number]
+    column = ops.add("Div", index, np.int64([size]))
+    row = ops.add("Sub", index, ops.add("Mul", column, np.int64([size])))
+    return best, ops.add("Add", ops.add("Mul", row, np.int64([parts])), ops.add("Div", place, np.int64([each]))), column
+
+
+def _choose_boxes_in_parts(graph, node):
+    """Has the boxes of an EfficientNMS_TRT node, where a TopK chose them of many more (tfod.ssd), chosen by TopKs of parts."""
+    top_k, chosen = _choice(node.inputs[1]), node.inputs[1].shape[1]
+    count = top_k.inputs[0].shape[1] if top_k else 0
+    if count <= max(SHORT, 2 * chosen):
+        return
+    # Anchors lie by twos, threes, sixes or nines at each place: such parts would have more of the good ones than others.
+    divisors = (
+        parts for parts in range(5, chosen // LEAST_OF_A_PART + 1) if count % parts == 0 and parts % 2 and parts % 3
+    )
+    parts = next((parts for parts in divisors if count // parts <= SHORT), None)
+    if not parts:
+        return
+    ops = OpBuilder(graph, f"{top_k.name}/parts")
+    values = ops.add("Unsqueeze", top_k.inputs[0], np.int64([2]))
+    values.shape = [None, count, 1]
+    best, rows, _ = _largest(ops, values, parts, _with_margin(chosen, parts), chosen)
+    for old, new in zip(list(top_k.outputs), (best, rows), strict=True):
+        new.shape = old.shape
+        replace_tensor(graph, old, new)
+    top_k.outputs.clear()
+
+
+def _choice(scores):
+    """The TopK [B, N] that chose the boxes of scores [B, K, C]; None where none did."""
+    todo, seen = list(scores.inputs), set()
+    for node in todo:
+        if (
+            node.op == "TopK"
+            and len(node.inputs[0].shape or []) == 2
+            and int(node.inputs[1].values[0]) == scores.shape[1]
+        ):
+            return node
+        if node.op not in WEIGHTED and id(node) not in seen:
+            seen.add(id(node))
+            todo += [before for tensor in node.inputs for before in tensor.inputs]
+    return None
+
+
+def _with_margin(number, parts):
+    """How many each part gives of a number in all: twice what it were if all had as many of the best."""
+    return 2 * number // parts
+
+
+def _pool(ops, columns, count):
+    """A pool [B, K, 7] of K = count pairs, in their order, of their columns [B, K, ...], the boxes' first.
+
+    In one Concat: so TensorRT 8.6 has it in memory. Of pairs that it only gathers, or puts together in two steps, it makes each
+    anew for each element of a matrix.
+    """
+    rank = np.arange(count, dtype=np.float32)[None, :, None]
+    rank = ops.add("Add", ops.add("Mul", ops.slice(columns[0], 2, 0, 1), np.float32(0)), rank)
+    return ops.add("Concat", *columns, rank, axis=2)
 
 
 def _suppressing(ops, these, others, threshold, one_class):

@@ -4,6 +4,7 @@ Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. B
 """
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, efficient_nms, nms_of_each_class, replace_tensor
 from runtimes import trt_crops
@@ -37,6 +38,7 @@ def prepare(model, most):
     _shorten_top_ks(graph)
     _split_top_ks(graph)
     _average_as_it_lies(graph)
+    _upsample_at_once(graph)
     trt_crops.drop_idle_pools(graph)
     trt_crops.pool_first(graph)
     return export(graph, model)
@@ -159,3 +161,47 @@ def _average_as_it_lies(graph):
         window = list(node.inputs[0].shape or [])[2:]
         if window and all(isinstance(size, int) and size <= LARGEST_WINDOW for size in window):
             node.op, node.attrs["kernel_shape"] = "AveragePool", window
+
+
+def _upsample_at_once(graph):
+    """Nearest-neighbour upsampling as a Resize. TFOD puts it together of Concats and Reshapes (ops.nearest_neighbor_upsampling), for
+    which TensorRT 8.6 copies a map four times.
+    """
+    for node in [node for node in graph.nodes if node.op == "Unsqueeze"]:
+        source = node.inputs[0]
+        if len(source.shape or []) != 4 or not all(isinstance(size, int) for size in source.shape[1:]):
+            continue
+        _, height, width = source.shape[1:]
+        values = np.arange(np.prod(source.shape[1:]), dtype=np.int32).reshape(1, *source.shape[1:])
+        for tensor, moved in _moves(node, values):
+            factors = moved.shape[2] // height, moved.shape[-1] // width
+            wanted = values.repeat(factors[0], axis=2).repeat(factors[1], axis=3)
+            if max(factors) > 1 and np.array_equal(moved, wanted):
+                attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+                ops = OpBuilder(graph, f"{node.name}/upsampled")
+                larger = ops.add("Resize", source, np.float32([]), np.float32([1, 1, *factors]), **attrs)
+                larger.shape = tensor.shape
+                trt_crops.take_place(graph, tensor, larger)
+                break
+
+
+def _moves(node, values):
+    """(tensor, what it holds) of `node` and those behind it, each read by the next alone, that repeat values and put them in other
+    places; values: what the first reads, one image."""
+    while True:
+        constant = node.inputs[-1].values if isinstance(node.inputs[-1], gs.Constant) else None
+        if node.op == "Concat" and all(tensor is node.inputs[0] for tensor in node.inputs):
+            values = np.concatenate([values] * len(node.inputs), axis=node.attrs["axis"])
+        elif node.op == "Transpose":
+            values = values.transpose(node.attrs["perm"])
+        elif node.op == "Unsqueeze" and constant is not None:
+            values = np.expand_dims(values, tuple(constant.tolist()))
+        elif node.op == "Reshape" and constant is not None and constant[0] in (0, -1):
+            values = values.reshape(1, *constant[1:])
+        else:
+            return
+        yield node.outputs[0], values
+        readers = node.outputs[0].outputs
+        if not readers or any(reader is not readers[0] for reader in readers):
+            return
+        node = readers[0]

@@ -145,6 +145,69 @@ def test_which_plugins_it_suits():
     assert not suits(511, 1)  # as many pairs as are left of them
 
 
+def chosen_boxes(count, chosen, values):
+    """(boxes, scores, found by rounds, TopKs) of `chosen` of `count` boxes that a TopK chooses by their best class, as tfod.ssd does."""
+    rng = np.random.default_rng(count)
+    boxes, scores = random_case(rng, 2, count, 3, False)
+    scores *= values / scores.max(axis=2, keepdims=True)
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    a, b = (gs.Variable(name, np.float32, ["B", *x.shape[1:]]) for name, x in (("boxes", boxes), ("scores", scores)))
+    ops = onnx_utils.OpBuilder(graph, "test")
+    best = ops.add("ReduceMax", b, axes=[2], keepdims=0)
+    best.shape = ["B", count]
+    _, rows = ops.top_k(best, chosen)
+    few = [ops.gather_rows(x, rows) for x in (a, b)]
+    for x, tail in zip(few, ([4], [3]), strict=True):
+        x.shape = ["B", chosen, *tail]
+    graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(ops, *few, **SETTINGS)
+    model = nms_by_rounds.replace(gs.export_onnx(graph), SMALL)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    widths = [node.inputs[0].shape for node in precision.typed_graph(model).nodes if node.op == "TopK"]
+    best = np.argsort(-scores.max(axis=2), axis=1, kind="stable")[:, :chosen, None]
+    few = (np.take_along_axis(x, best, axis=1) for x in (boxes, scores))
+    return *few, session.run(None, {"boxes": boxes, "scores": scores}), widths
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen", "width"),
+    [
+        (4400, 400, (5, 880)),
+        (5001, 400, 5001),
+        (4096, 400, 4096),
+        (4400, 199, 4400),
+        (2000, 400, 2000),
+        (4400, 2200, 4400),
+    ],
+    ids=["parts", "no even parts", "only by twos", "few of each part", "few", "half of them"],
+)
+def test_boxes_that_were_chosen_are_chosen_in_parts(count, chosen, width):
+    """Where that looks at less, the parts have enough of them each, and none falls together with how anchors lie."""
+    values = np.random.default_rng(chosen).permuted(np.linspace(0.95, 0.05, 2 * count).reshape(2, count, 1), axis=1)
+    boxes, scores, found, widths = chosen_boxes(count, chosen, values.astype(np.float32))
+    assert (tuple(widths[0][1:]) if isinstance(width, tuple) else widths[0][1]) == width
+    same_as_plugin(found, boxes, scores)
+
+
+@pytest.mark.parametrize("together", [160, 161])
+def test_a_part_gives_twice_its_share(together):
+    """Of 400 in 5 parts 160 each: of more that lie in one part, the weakest are lost."""
+    values = np.linspace(0.3, 0.1, 4400, dtype=np.float32)[None, :, None]
+    values[:, : 5 * together : 5] += 0.5
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("values", np.float32, [1, 4400, 1])])
+    ops = onnx_utils.OpBuilder(graph, "test")
+    each = nms_by_rounds._with_margin(400, 5)
+    graph.outputs = list(nms_by_rounds._largest(ops, graph.inputs[0], 5, each, 400))
+    session = onnxruntime.InferenceSession(
+        gs.export_onnx(graph).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    best, rows, columns = session.run(None, {"values": values})
+    wanted = np.argsort(-values[0, :, 0], kind="stable")
+    wanted = wanted[wanted != 5 * 160]  # the 161st of that part
+    np.testing.assert_array_equal(rows[0], wanted[:400])
+    np.testing.assert_array_equal(best[0], values[0, rows[0], 0])
+    assert not columns.any()
+
+
 def test_a_form_that_would_measure_another_is_refused(convert):
     """bench_rounds.py names its figures by the forms that it is given."""
     with pytest.raises(UserError, match="give first=600 or more"):
