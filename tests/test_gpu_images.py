@@ -74,6 +74,7 @@ def before_pixels(segment):
         (numbered(b"RGB"), None),  # RGB too, as the components' numbers say
         (before_pixels(b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"), None),  # and Adobe's marker behind the frame header
         (before_pixels(saved()[saved().index(b"\xff\xc0") :][:19]), None),  # two frame headers
+        (saved().replace(b"\xff\xda\0\x0c\3", b"\xff\xda\0\x0c\1"), None),  # the first scan has one component alone
         (saved()[:-2], None),  # cut off
         (saved()[:-1000], None),
         (saved() + b"more", None),
