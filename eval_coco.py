@@ -222,7 +222,7 @@ def detect(detector, known, batch_size, workers, args, decoder=None):
                 evaluated[item.path] = known[item.path]
                 shape = item.placement.height, item.placement.width
                 detections = dataclasses.replace(item.found.above(args.nms_threshold), **idle)
-                yield detections, known[item.path], shape
+                yield detections if masks else detections.alone(), known[item.path], shape
 
         for made in pasting.map(to_results, found_in_files()) if masks else found_in_files():
             found.append(made)

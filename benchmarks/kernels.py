@@ -7,8 +7,8 @@ microseconds since the end of the one before (less than 0: they ran side by side
 execution context. Names of kernels that TensorRT made itself tell their ops: SliMax is a Slice and a maximum.
 """
 
+import collections
 import ctypes
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -88,23 +88,40 @@ class Trace:
 
 def find_cupti():
     """The library of nvidia-cuda-cupti-cu12."""
-    spec = importlib.util.find_spec("nvidia.cuda_cupti")
-    if spec is None:
-        raise UserError("CUPTI is not installed: pip install nvidia-cuda-cupti-cu12")
-    return str(next((Path(spec.submodule_search_locations[0]) / "lib").glob("libcupti.so.*")))
+    try:
+        import nvidia.cuda_cupti as package
+    except ImportError as error:
+        raise UserError("CUPTI is not installed: pip install nvidia-cuda-cupti-cu12") from error
+    return str(next((Path(package.__path__[0]) / "lib").glob("libcupti.so.*")))
+
+
+def alike(records):
+    """The runs [RUNS] of all records, each in the order of the first: side by side, kernels may begin one before the other or after.
+
+    Raises UserError where they are not of the same kernels.
+    """
+    each, places = len(records) // RUNS, []
+    for i in range(RUNS):
+        seen, place = collections.Counter(), {}
+        for record in records[i * each : (i + 1) * each]:
+            place[record[-1], seen[record[-1]]] = record
+            seen[record[-1]] += 1
+        places.append(place)
+    if not each or len(records) % RUNS or any(place.keys() != places[0].keys() for place in places):
+        raise UserError(f"the runs were not alike ({len(records)} kernels in {RUNS} runs); try again")
+    return [[place[key] for key in places[0]] for place in places]
 
 
 def show(title, records):
     """records: of RUNS runs of the same."""
-    each = len(records) // RUNS
-    if not each or len(records) % RUNS:
-        raise UserError(f"{title}: the runs are not alike: {len(records)} records of {RUNS} runs")
-    times = np.array([record[:2] for record in records], np.int64).reshape(RUNS, each, 2) / 1000
+    runs = alike(records)
+    records, each = runs[0], len(runs[0])
+    times = np.array([[record[:2] for record in run] for run in runs], np.int64) / 1000
     took = np.median(times[..., 1] - times[..., 0], axis=0)
     since = np.median(times[:, 1:, 0] - times[:, :-1, 1], axis=0)
-    span = np.median(times[:, -1, 1] - times[:, 0, 0])
+    span = np.median(times[..., 1].max(axis=1) - times[..., 0].min(axis=1))
     print(f"\n{title}: {each} kernels, {took.sum():.1f} us of {span:.1f} us")
-    for i, (_, _, grid, block, name) in enumerate(records[:each]):
+    for i, (_, _, grid, block, name) in enumerate(records):
         print(f"{i:4} {took[i]:8.2f} {since[i - 1] if i else 0:7.2f}  {grid} {block} {name[:150]}")
 
 
@@ -135,6 +152,8 @@ def main(argv=None):
                         stream.synchronize()
 
                 repeat()
+                if cuda_graph and not detector._cuda_graphs[0, size]:
+                    continue  # it could not be captured
                 show(f"batch {size}, {'as a CUDA graph' if cuda_graph else 'one by one'}", trace.of(repeat))
     print("\nNext: python benchmarks/bench_gpu.py --help")
 

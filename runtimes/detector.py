@@ -46,6 +46,10 @@ class Detections:
         """The detections for which `kept` [D] (bool, or a slice) holds."""
         return Detections(**{name: None if part is None else part[kept] for name, part in vars(self).items()})
 
+    def alone(self):
+        """The same in memory of their own: as a detector gives them, they hold all that it found in their batch, masks included."""
+        return Detections(**{name: None if part is None else part.copy() for name, part in vars(self).items()})
+
     def points(self, size, least):
         """The keypoints [D, K, 2] y, x in pixels of an image of `size` (height, width), NaN where they score less than `least`,
         or 0: the object's class has none; None where the model gives none."""

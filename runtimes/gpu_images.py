@@ -398,7 +398,8 @@ class GpuBatcher:
             jpeg = read_jpeg(path)
             if jpeg and jpeg[1].sampling in self._decoder.samplings:
                 data, (height, width, _) = jpeg
-                check_jpeg(width, height, data, scans_once=True)  # see baseline_frame; to count them took half of the time
+                # By baseline_frame its first scan is the last that libjpeg reads. To count them took half of this thread's time.
+                check_jpeg(width, height, data, scans_once=True)
                 if height * width <= self._max_pixels:
                     return jpeg, placement_of(height, width, self._resizer)
         except (OSError, ImageError):

@@ -18,13 +18,13 @@ import numpy as np
 
 from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, replace_tensor
 from runtimes.precision import WEIGHTED, export, typed_graph
-from runtimes.trt_graph import images_of_classes
+from runtimes.trt_graph import images_of_classes, top_ks
 
 TINY = np.finfo(np.float32).tiny
 # For so many images at a time it was measured to be faster than the plugin, of which more cost less; and so many were tried.
 FEW_IMAGES, MOST_IMAGES = 8, 32
-# A TopK of so many values takes hardly longer than one of fewer (BENCHMARKS.md).
-SHORT = 2048
+# A TopK of rows of so many values takes hardly longer than one of shorter rows (BENCHMARKS.md).
+SHORT_ROW = 2048
 # Of so many boxes a part, twice as many is margin enough.
 LEAST_OF_A_PART = 40
 MOST_LEFT = 768  # `left`, at most; no model at hand needs more
@@ -51,16 +51,21 @@ class Sizes:
 
     def each(self, parts, available):
         """How many pairs each part gives."""
-        return min(_with_margin(self.pairs, parts), available, TENSORRT_MAX_TOP_K)
+        return min(_twice_its_share(self.pairs, parts), available, TENSORRT_MAX_TOP_K)
 
 
 def replace(model, sizes=None):
-    """Returns a copy of a converted model with rounds in the place of its plugins, where they suit: the same results."""
+    """Returns a copy of a converted model with rounds in the place of its plugins, where they suit: the same results, but that of
+    equal scores others may come first."""
     graph, sizes = typed_graph(model), sizes or Sizes()
     for number, node in enumerate([node for node in graph.nodes if node.op == "EfficientNMS_TRT"]):
         if suits(node, sizes):
-            _choose_boxes_in_parts(graph, node)
-            results = _suppress(OpBuilder(graph, f"rounds_{number}"), node, sizes.fitted(node))
+            choice = _choice(graph, node.inputs[1])
+            if choice:
+                _choose_in_parts(graph, choice)
+            results = _suppress(
+                OpBuilder(graph, f"rounds_{number}"), node, sizes.fitted(node), in_order=choice is not None
+            )
             for old, new in zip(list(node.outputs), results, strict=True):
                 new.shape = old.shape
                 replace_tensor(graph, old, new)
@@ -74,20 +79,23 @@ def suits(node, sizes):
     return fitted.left <= min(fitted.first, MOST_LEFT) and images_of_classes(node) == 1
 
 
-def _suppress(ops, node, sizes):
-    """What EfficientNMS_TRT gives: number [B, 1] int32, boxes [B, M, 4], scores [B, M], classes [B, M] int32."""
+def _suppress(ops, node, sizes, in_order):
+    """What EfficientNMS_TRT gives: number [B, 1] int32, boxes [B, M, 4], scores [B, M], classes [B, M] int32. in_order: see
+    _best_pairs."""
     attrs, most = node.attrs, node.attrs["max_output_boxes"]
     one_class = node.inputs[1].shape[2] == 1
 
     def suppressing(these, others):
         return _suppressing(ops, these, others, attrs["iou_threshold"], one_class)
 
-    pool = _pool(ops, _best_pairs(ops, *node.inputs, sizes), sizes.pairs)
+    columns = _best_pairs(ops, *node.inputs, sizes, in_order)
+    pool = _pool(ops, columns, columns[1], sizes.pairs)
     alive = _above(ops, ops.slice(pool, 2, 4, 5), np.nextafter(np.float32(attrs["score_threshold"]), np.float32(-1)))
     head, head_alive = (ops.slice(x, 1, 0, sizes.first) for x in (pool, alive))
     sure = _rounds(ops, suppressing(head, head), head_alive, sizes.sure)
     rows, alive = _first(ops, _round(ops, suppressing(pool, head), alive, sure), sizes.pairs, sizes.left)
-    pool = _pool(ops, [ops.gather_rows(ops.slice(pool, 2, 0, 6), rows)], sizes.left)
+    pairs = ops.gather_rows(ops.slice(pool, 2, 0, 6), rows)
+    pool = _pool(ops, [pairs], ops.slice(pairs, 2, 4, 5), sizes.left)
     kept = _rounds(ops, suppressing(pool, pool), alive, sizes.rounds)
     rows, used = _first(ops, kept, sizes.left, most)
     used = ops.add("Greater", used, np.float32(0), dtype=bool)
@@ -97,12 +105,12 @@ def _suppress(ops, node, sizes):
     return number, ops.slice(found, 2, 0, 4), scores, ops.cast(labels, np.int32)
 
 
-def _best_pairs(ops, boxes, scores, sizes):
+def _best_pairs(ops, boxes, scores, sizes, in_order):
     """The best pairs, best first, of boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C]: boxes [B, K, 4], scores and classes
-    [B, K, 1]."""
+    [B, K, 1]. in_order: whether the boxes come best first."""
     count, classes = scores.shape[1:]
     each = sizes.each(sizes.parts, count // sizes.parts * classes)
-    best, row, label = _largest(ops, scores, sizes.parts, each, sizes.pairs)
+    best, row, label = _largest(ops, scores, sizes.parts, each, sizes.pairs, in_order)
     if len(boxes.shape) == 4:
         boxes = ops.reshape(boxes, [0, count * classes, 4])
         row = ops.add("Add", ops.add("Mul", row, np.int64([classes])), label)
@@ -110,75 +118,70 @@ def _best_pairs(ops, boxes, scores, sizes):
     return ops.gather_rows(boxes, row), *columns
 
 
-def _largest(ops, values, parts, each, number):
+def _largest(ops, values, parts, each, number, in_order):
     """The `number` largest of values [B, N, C], in falling order: (values, their first and their second index), each [B, number].
 
-    By TopKs of parts, each of every so many-th row, `each` of every part, which TensorRT runs side by side, and one of what
-    they find: what it takes goes by the values that one TopK looks at.
+    By TopKs of parts, `each` of every part, which TensorRT runs side by side, and one of what they find: what it takes goes by
+    the values that one TopK looks at. Of rows that come best first, in_order, each part has every so many-th. Others are drawn
+    by lot: whatever a picture shows, and however anchors lie, none has many more of the best.
     """
     count, columns = values.shape[1:]
     size = count // parts
+    lots = None if in_order else np.random.default_rng(count).permutation(count)
+    if lots is not None:
+        values = ops.add("Gather", values, lots, axis=1)
     values = ops.add("Transpose", ops.reshape(values, [0, size, parts, columns]), perm=[0, 2, 3, 1])
     best, index = ops.top_k(ops.reshape(values, [0, parts, columns * size]), each)
     best, place = ops.top_k(ops.reshape(best, [0, parts * each]), number)
     index = ops.gather_rows(ops.reshape(index, [0, parts * each]), place)  # in its part, column by column [B, number]
     column = ops.add("Div", index, np.int64([size]))
     row = ops.add("Sub", index, ops.add("Mul", column, np.int64([size])))
-    return best, ops.add("Add", ops.add("Mul", row, np.int64([parts])), ops.add("Div", place, np.int64([each]))), column
+    row = ops.add("Add", ops.add("Mul", row, np.int64([parts])), ops.add("Div", place, np.int64([each])))
+    return best, row if lots is None else ops.add("Gather", lots, row, dtype=np.int64, axis=0), column
 
 
-def _choose_boxes_in_parts(graph, node):
-    """Has the boxes of an EfficientNMS_TRT node, where a TopK chose them of many more (tfod.ssd), chosen by TopKs of parts."""
-    top_k, chosen = _choice(node.inputs[1]), node.inputs[1].shape[1]
-    count = top_k.inputs[0].shape[1] if top_k else 0
-    if count <= max(SHORT, 2 * chosen):
-        return
-    # Anchors lie by twos, threes, sixes or nines at each place: such parts would have more of the good ones than others.
-    divisors = (
-        parts for parts in range(5, chosen // LEAST_OF_A_PART + 1) if count % parts == 0 and parts % 2 and parts % 3
-    )
-    parts = next((parts for parts in divisors if count // parts <= SHORT), None)
-    if not parts:
+def _choose_in_parts(graph, top_k):
+    """Has boxes that a TopK [B, N] chose of many more (tfod.ssd) chosen by TopKs of parts."""
+    count, chosen = top_k.inputs[0].shape[1], int(top_k.inputs[1].values[0])
+    divisors = (parts for parts in range(2, chosen // LEAST_OF_A_PART + 1) if count % parts == 0)
+    parts = next((parts for parts in divisors if count // parts <= SHORT_ROW), None)
+    if not parts or count <= max(SHORT_ROW, 2 * chosen):
         return
     ops = OpBuilder(graph, f"{top_k.name}/parts")
     values = ops.add("Unsqueeze", top_k.inputs[0], np.int64([2]))
     values.shape = [None, count, 1]
-    best, rows, _ = _largest(ops, values, parts, _with_margin(chosen, parts), chosen)
+    best, rows, _ = _largest(ops, values, parts, _twice_its_share(chosen, parts), chosen, in_order=False)
     for old, new in zip(list(top_k.outputs), (best, rows), strict=True):
         new.shape = old.shape
         replace_tensor(graph, old, new)
     top_k.outputs.clear()
 
 
-def _choice(scores):
-    """The TopK [B, N] that chose the boxes of scores [B, K, C]; None where none did."""
+def _choice(graph, scores):
+    """The TopK [B, N] that chose the boxes of scores [B, K, C], best first; None where none did."""
+    known = {id(node) for node in top_ks(graph) if len(node.inputs[0].shape or []) == 2}
     todo, seen = list(scores.inputs), set()
     for node in todo:
-        if (
-            node.op == "TopK"
-            and len(node.inputs[0].shape or []) == 2
-            and int(node.inputs[1].values[0]) == scores.shape[1]
-        ):
-            return node
+        if id(node) in known and int(node.inputs[1].values[0]) == scores.shape[1]:
+            return node if isinstance(node.inputs[0].shape[1], int) else None
         if node.op not in WEIGHTED and id(node) not in seen:
             seen.add(id(node))
             todo += [before for tensor in node.inputs for before in tensor.inputs]
     return None
 
 
-def _with_margin(number, parts):
+def _twice_its_share(number, parts):
     """How many each part gives of a number in all: twice what it were if all had as many of the best."""
     return 2 * number // parts
 
 
-def _pool(ops, columns, count):
-    """A pool [B, K, 7] of K = count pairs, in their order, of their columns [B, K, ...], the boxes' first.
+def _pool(ops, columns, scores, count):
+    """A pool [B, K, 7] of K = count pairs, in their order, of their boxes, scores [B, K, 1] and classes, in `columns` [B, K, ...].
 
     In one Concat: so TensorRT 8.6 has it in memory. Of pairs that it only gathers, or puts together in two steps, it makes each
     anew for each element of a matrix.
     """
-    rank = np.arange(count, dtype=np.float32)[None, :, None]
-    rank = ops.add("Add", ops.add("Mul", ops.slice(columns[0], 2, 0, 1), np.float32(0)), rank)
+    rank = ops.add("Add", ops.add("Mul", scores, np.float32(0)), np.arange(count, dtype=np.float32)[None, :, None])
     return ops.add("Concat", *columns, rank, axis=2)
 
 

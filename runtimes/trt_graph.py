@@ -103,18 +103,21 @@ def _in_parts(ops, node, together):
     node.outputs.clear()
 
 
-def _top_ks(graph):
+def top_ks(graph):
     """The TopKs of OpBuilder.top_k: the largest along the last axis. A network may have others."""
     return [
         node
         for node in graph.nodes
-        if node.op == "TopK" and node.attrs.get("axis", -1) == -1 and node.attrs.get("largest", 1)
+        if node.op == "TopK"
+        and node.attrs.get("axis", -1) == -1
+        and node.attrs.get("largest", 1)
+        and isinstance(node.inputs[1], gs.Constant)
     ]
 
 
 def _shorten_top_ks(graph):
     """TopKs of more than TensorRT takes: what they leave out has the value 0, by which nms knows that nothing is there."""
-    for node in _top_ks(graph):
+    for node in top_ks(graph):
         missing = int(node.inputs[1].values[0]) - TENSORRT_MAX_TOP_K
         if missing > 0:
             ops = OpBuilder(graph, f"{node.name}/shortened")
@@ -133,7 +136,7 @@ def _split_top_ks(graph):
     and the best of these. The same, in the same order. So it is for the 51,150 anchors of an SSD ResNet50, for a second stage's pairs
     of box and class, and for the places and pairs of a CenterNet.
     """
-    for node in _top_ks(graph):
+    for node in top_ks(graph):
         shape, count = node.inputs[0].shape or [], int(node.inputs[1].values[0])
         if len(shape) != 2 or not isinstance(shape[1], int):
             continue
@@ -171,12 +174,9 @@ def _upsample_at_once(graph):
         source = node.inputs[0]
         if len(source.shape or []) != 4 or not all(isinstance(size, int) for size in source.shape[1:]):
             continue
-        _, height, width = source.shape[1:]
         values = np.arange(np.prod(source.shape[1:]), dtype=np.int32).reshape(1, *source.shape[1:])
         for tensor, moved in _moves(node, values):
-            factors = moved.shape[2] // height, moved.shape[-1] // width
-            wanted = values.repeat(factors[0], axis=2).repeat(factors[1], axis=3)
-            if max(factors) > 1 and np.array_equal(moved, wanted):
+            if factors := _upsampled(values, moved):
                 attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
                 ops = OpBuilder(graph, f"{node.name}/upsampled")
                 larger = ops.add("Resize", source, np.float32([]), np.float32([1, 1, *factors]), **attrs)
@@ -186,17 +186,17 @@ def _upsample_at_once(graph):
 
 
 def _moves(node, values):
-    """(tensor, what it holds) of `node` and those behind it, each read by the next alone, that repeat values and put them in other
-    places; values: what the first reads, one image."""
+    """(tensor, what it holds) of `node` and those behind it, each read by the next alone, that repeat the values of one image and put
+    them in other places; values: what the first reads."""
     while True:
-        constant = node.inputs[-1].values if isinstance(node.inputs[-1], gs.Constant) else None
-        if node.op == "Concat" and all(tensor is node.inputs[0] for tensor in node.inputs):
+        constant = node.inputs[-1].values.ravel().tolist() if isinstance(node.inputs[-1], gs.Constant) else []
+        if node.op == "Concat" and node.attrs["axis"] and all(tensor is node.inputs[0] for tensor in node.inputs):
             values = np.concatenate([values] * len(node.inputs), axis=node.attrs["axis"])
         elif node.op == "Transpose":
             values = values.transpose(node.attrs["perm"])
-        elif node.op == "Unsqueeze" and constant is not None:
-            values = np.expand_dims(values, tuple(constant.tolist()))
-        elif node.op == "Reshape" and constant is not None and constant[0] in (0, -1):
+        elif node.op == "Unsqueeze" and constant:
+            values = np.expand_dims(values, tuple(constant))
+        elif node.op == "Reshape" and constant[:1] in ([0], [-1]) and np.prod(constant[1:]) == values.size:
             values = values.reshape(1, *constant[1:])
         else:
             return
@@ -205,3 +205,13 @@ def _moves(node, values):
         if not readers or any(reader is not readers[0] for reader in readers):
             return
         node = readers[0]
+
+
+def _upsampled(values, moved):
+    """How many times as high and as wide an image [1, C, H, W] has become by repeating its values; None where it is anything else."""
+    if moved.ndim != 4 or moved.size == values.size:
+        return None
+    factors = [new // old for old, new in zip(values.shape[2:], moved.shape[2:], strict=True)]
+    if moved.shape[2:] != tuple(old * factor for old, factor in zip(values.shape[2:], factors, strict=True)):
+        return None
+    return factors if np.array_equal(moved, values.repeat(factors[0], axis=2).repeat(factors[1], axis=3)) else None

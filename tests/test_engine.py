@@ -448,6 +448,17 @@ def test_upsampling_is_one_op(turns, replaced):
         np.testing.assert_array_equal(a, -given["maps"].repeat(2, axis=2).repeat(2, axis=3))
 
 
+@pytest.mark.parametrize("shape", [[0, -1], [-1, 60], [0, 0, 0, -1], [0, 5, 4, 3], [0, 3, 20]], ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_is_no_upsampling_is_left(axis, shape):
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("maps", np.float32, ["b", 3, 4, 5])])
+    ops = onnx_utils.OpBuilder(graph, "test")
+    maps = ops.add("Unsqueeze", graph.inputs[0], np.int64([1]))
+    graph.outputs = [ops.add("Neg", ops.reshape(ops.add("Concat", maps, maps, axis=axis), shape))]
+    prepared = trt_graph.prepare(gs.export_onnx(graph), 1)
+    assert [node.op_type for node in prepared.graph.node] == ["Unsqueeze", "Concat", "Reshape", "Neg"]
+
+
 def test_the_quantized_form_builds_strongly_typed(int8_demo):
     _, model, ranges, _, _ = int8_demo
     model = trt_graph.prepare(model, BATCH)

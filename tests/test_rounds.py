@@ -171,41 +171,61 @@ def chosen_boxes(count, chosen, values):
 @pytest.mark.parametrize(
     ("count", "chosen", "width"),
     [
-        (4400, 400, (5, 880)),
-        (5001, 400, 5001),
-        (4096, 400, 4096),
-        (4400, 199, 4400),
+        (4400, 400, (4, 1100)),
+        (4999, 400, 4999),
+        (4400, 80, 4400),
         (2000, 400, 2000),
         (4400, 2200, 4400),
     ],
-    ids=["parts", "no even parts", "only by twos", "few of each part", "few", "half of them"],
+    ids=["parts", "no even parts", "few of each part", "few", "half of them"],
 )
 def test_boxes_that_were_chosen_are_chosen_in_parts(count, chosen, width):
-    """Where that looks at less, the parts have enough of them each, and none falls together with how anchors lie."""
+    """Where that looks at less, and the parts have enough of them each."""
     values = np.random.default_rng(chosen).permuted(np.linspace(0.95, 0.05, 2 * count).reshape(2, count, 1), axis=1)
     boxes, scores, found, widths = chosen_boxes(count, chosen, values.astype(np.float32))
     assert (tuple(widths[0][1:]) if isinstance(width, tuple) else widths[0][1]) == width
     same_as_plugin(found, boxes, scores)
 
 
-@pytest.mark.parametrize("together", [160, 161])
-def test_a_part_gives_twice_its_share(together):
-    """Of 400 in 5 parts 160 each: of more that lie in one part, the weakest are lost."""
+@pytest.mark.parametrize(
+    ("together", "in_order", "lost"),
+    [(160, True, 0), (161, True, 1), (400, False, 0)],
+    ids=["so many", "one more", "by lot"],
+)
+def test_a_part_gives_twice_its_share(together, in_order, lost):
+    """Of 400 in 5 parts 160 each. Where every fifth row is one of the best, as of one shape of anchor, parts drawn by lot have all."""
     values = np.linspace(0.3, 0.1, 4400, dtype=np.float32)[None, :, None]
     values[:, : 5 * together : 5] += 0.5
     graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("values", np.float32, [1, 4400, 1])])
     ops = onnx_utils.OpBuilder(graph, "test")
-    each = nms_by_rounds._with_margin(400, 5)
-    graph.outputs = list(nms_by_rounds._largest(ops, graph.inputs[0], 5, each, 400))
+    each = nms_by_rounds._twice_its_share(400, 5)
+    graph.outputs = list(nms_by_rounds._largest(ops, graph.inputs[0], 5, each, 400, in_order))
     session = onnxruntime.InferenceSession(
         gs.export_onnx(graph).SerializeToString(), providers=["CPUExecutionProvider"]
     )
     best, rows, columns = session.run(None, {"values": values})
     wanted = np.argsort(-values[0, :, 0], kind="stable")
-    wanted = wanted[wanted != 5 * 160]  # the 161st of that part
+    wanted = wanted[wanted != 5 * 160] if lost else wanted  # the 161st of its part
     np.testing.assert_array_equal(rows[0], wanted[:400])
     np.testing.assert_array_equal(best[0], values[0, rows[0], 0])
     assert not columns.any()
+
+
+@pytest.mark.parametrize("shape", ["unknown", "computed"])
+def test_a_choice_that_is_not_known_beforehand_is_left(shape):
+    """Of a number of boxes that the file does not say, or of so many as are computed."""
+    graph = gs.Graph(opset=onnx_utils.OPSET)
+    boxes = gs.Variable("boxes", np.float32, ["B", 900, 4])
+    scores = gs.Variable("scores", np.float32, ["B", "N" if shape == "unknown" else 9000])
+    number = gs.Variable("number", np.int64, [1])
+    ops = onnx_utils.OpBuilder(graph, "test")
+    best = ops.add("TopK", scores, number if shape == "computed" else np.int64([900]), outputs=2, axis=-1, sorted=1)[0]
+    best = ops.add("Unsqueeze", best, np.int64([2]))
+    best.shape = ["B", 900, 1]
+    graph.inputs = [boxes, scores, *([number] if shape == "computed" else [])]
+    graph.outputs = onnx_utils.efficient_nms(ops, boxes, best, **SETTINGS)
+    model = nms_by_rounds.replace(gs.export_onnx(graph), SMALL)
+    assert [node.op_type for node in model.graph.node].count("TopK") == 5  # that one, and four of the rounds
 
 
 def test_a_form_that_would_measure_another_is_refused(convert):

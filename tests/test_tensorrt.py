@@ -12,6 +12,7 @@ import trt_bindings
 from conftest import MODELS, ROOT
 
 import build_engine
+from benchmarks import kernels
 from runtimes import trt_detector
 
 BINDINGS = MODELS.parent / "bindings"
@@ -155,3 +156,23 @@ def test_execution_contexts_are_as_many_as_memory_and_engine_allow(each, sharing
     detector._engine.create_execution_context = lambda: None
     with pytest.raises(UserError, match="too little GPU memory"):
         detector._open_contexts()
+
+
+def test_kernels_that_run_side_by_side_are_told_apart(capsys):
+    """benchmarks/kernels.py: in every other run one begins before its neighbour."""
+    records = []
+    for run in range(kernels.RUNS):
+        begin = 100_000 * run
+        records += [(begin + 2000 + run % 2 * 2, begin + 52_000, (8, 1, 1), (32, 1, 1), "long")]
+        records += [(begin + at, begin + at + 1000, (1, 1, 1), (32, 1, 1), "short") for at in (0, 2001)]
+    kernels.show("batch 1", sorted(records))
+    title, *lines = capsys.readouterr().out.strip().splitlines()
+    assert title == "batch 1: 3 kernels, 52.0 us of 52.0 us"
+    assert [(line.split()[1], line.split()[-1]) for line in lines] == [
+        ("1.00", "short"),
+        ("50.00", "long"),
+        ("1.00", "short"),
+    ]
+    for some in (records[:-1], [], [*records[:-1], (*records[-1][:-1], "other")]):
+        with pytest.raises(UserError, match="not alike"):
+            kernels.show("batch 1", sorted(some))
