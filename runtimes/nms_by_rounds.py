@@ -127,7 +127,7 @@ def _largest(ops, values, parts, each, number, in_order):
     """
     count, columns = values.shape[1:]
     size = count // parts
-    lots = None if in_order else np.random.default_rng(count).permutation(count)
+    lots = None if in_order or parts == 1 else np.random.default_rng(count).permutation(count)
     if lots is not None:
         values = ops.add("Gather", values, lots, axis=1)
     values = ops.add("Transpose", ops.reshape(values, [0, size, parts, columns]), perm=[0, 2, 3, 1])
@@ -143,9 +143,11 @@ def _largest(ops, values, parts, each, number, in_order):
 def _choose_in_parts(graph, top_k):
     """Has boxes that a TopK [B, N] chose of many more (tfod.ssd) chosen by TopKs of parts."""
     count, chosen = top_k.inputs[0].shape[1], int(top_k.inputs[1].values[0])
+    if count <= max(SHORT_ROW, 2 * chosen):
+        return
     divisors = (parts for parts in range(2, chosen // LEAST_OF_A_PART + 1) if count % parts == 0)
     parts = next((parts for parts in divisors if count // parts <= SHORT_ROW), None)
-    if not parts or count <= max(SHORT_ROW, 2 * chosen):
+    if not parts:
         return
     ops = OpBuilder(graph, f"{top_k.name}/parts")
     values = ops.add("Unsqueeze", top_k.inputs[0], np.int64([2]))
