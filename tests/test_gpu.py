@@ -519,3 +519,28 @@ def test_any_thread_may_ask(engine, batch):
 def test_a_gpu_that_is_not_there(engine):
     with pytest.raises(UserError, match="--gpus 63: there are"):
         open_detector(engine("fp32")[0], 63)
+
+
+def test_scans_behind_the_last_that_libjpeg_reads_cost_nothing():
+    """baseline_frame does not count them: they are not decoded, or the file is left to processors."""
+    import pycuda.driver as cuda
+
+    cuda.init()
+    gpu = GpuContext(cuda)
+    decoder, buffer = GpuDecoder(gpu), io.BytesIO()
+    Image.new("RGB", (3900, 3900), (200, 30, 90)).save(buffer, "JPEG", quality=60)
+    plain = buffer.getvalue()
+    scan = plain[plain.index(b"\xff\xda") : -2]
+    trap = plain[:-2] + (14_000_000 - len(plain)) // len(scan) * scan + plain[-2:]
+    seconds = []
+    for data in (plain, plain, trap):
+        begun = time.perf_counter()
+        (image,) = decoder.decode([(data, baseline_frame(data))])
+        seconds.append(time.perf_counter() - begun)
+        if image is not None:
+            difference = np.abs(image.download(gpu) - decode_image(plain).astype(int)).max()
+            assert difference <= (0 if decoder.name == "the JPEG hardware" else 6)
+    assert seconds[2] < 5 * seconds[1] + 0.1
+    del image
+    with gpu:
+        decoder.close()
