@@ -14,6 +14,4 @@ mkdir -p $D/engines
 (time $T python build_engine.py --onnx $D/model.onnx --typed_onnx $D/int8.onnx --precision int8 --calib_input $D/calibration/images --calib_cache $D/engines/model.calib) > $O/calibration.log 2>&1; say calibrated
 timeout 900 $T python benchmarks/bench_gpu.py --onnx $D/model.onnx --output $D/engines $H --batch 1 8 32 --precision fp32 int8 fp16 > $O/bench.log 2>&1; say "INT8"
 timeout 90 python $HERE/side_by_side.py $D/held_out/images $D/engines/model.int8.trt 1,8,32 >> $O/side_by_side 2>&1
-timeout 200 $T python benchmarks/bench_rounds.py part --onnx $M/fpn.onnx --input $V --output $E/parts --profile 6 > $O/part.log 2>&1
-grep '^| \|against' $O/part.log | tail -n 8 >> $O/parts
 CORES="$T" bash $HERE/tests.sh jpeg base limits stages int8
