@@ -16,7 +16,7 @@ import dataclasses
 
 import numpy as np
 
-from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, replace_tensor
+from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, replace_outputs
 from runtimes.precision import WEIGHTED, export, typed_graph
 from runtimes.trt_graph import images_of_classes, top_ks
 
@@ -66,10 +66,7 @@ def replace(model, sizes=None):
             results = _suppress(
                 OpBuilder(graph, f"rounds_{number}"), node, sizes.fitted(node), in_order=choice is not None
             )
-            for old, new in zip(list(node.outputs), results, strict=True):
-                new.shape = old.shape
-                replace_tensor(graph, old, new)
-            node.outputs.clear()
+            replace_outputs(graph, node, results)
     return export(graph, model)
 
 
@@ -153,10 +150,7 @@ def _choose_in_parts(graph, top_k):
     values = ops.add("Unsqueeze", top_k.inputs[0], np.int64([2]))
     values.shape = [None, count, 1]
     best, rows, _ = _largest(ops, values, parts, _twice_its_share(chosen, parts), chosen, in_order=False)
-    for old, new in zip(list(top_k.outputs), (best, rows), strict=True):
-        new.shape = old.shape
-        replace_tensor(graph, old, new)
-    top_k.outputs.clear()
+    replace_outputs(graph, top_k, (best, rows))
 
 
 def _choice(graph, scores):

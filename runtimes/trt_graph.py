@@ -6,7 +6,7 @@ Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. B
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, efficient_nms, nms_of_each_class, replace_tensor
+from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, efficient_nms, nms_of_each_class, replace_outputs, replace_tensor
 from runtimes import trt_crops
 from runtimes.precision import export, typed_graph
 
@@ -30,11 +30,7 @@ def prepare(model, most):
         if images_of_classes(node) > together:
             _in_parts(ops, node, together)
         elif size < classes:
-            results = _in_groups(ops, node, count, classes, size)
-            for old, new in zip(list(node.outputs), results, strict=True):
-                new.shape = old.shape
-                replace_tensor(graph, old, new)
-            node.outputs.clear()
+            replace_outputs(graph, node, _in_groups(ops, node, count, classes, size))
     _shorten_top_ks(graph)
     _split_top_ks(graph)
     _average_as_it_lies(graph)
@@ -150,10 +146,7 @@ def _split_top_ks(graph):
         places = ops.add("Add", places, np.arange(parts, dtype=np.int64)[None, :, None] * size)
         best, order = ops.top_k(ops.reshape(best, [0, parts * count]), count)
         rows = ops.reshape(ops.gather_rows(ops.reshape(places, [0, parts * count]), order), [0, count])
-        for old, new in zip(list(node.outputs), (best, rows), strict=True):
-            new.shape = old.shape
-            replace_tensor(graph, old, new)
-        node.outputs.clear()
+        replace_outputs(graph, node, (best, rows))
 
 
 def _average_as_it_lies(graph):
@@ -211,7 +204,8 @@ def _upsampled(values, moved):
     """How many times as high and as wide an image [1, C, H, W] has become by repeating its values; None where it is anything else."""
     if moved.ndim != 4 or moved.size == values.size:
         return None
-    factors = [new // old for old, new in zip(values.shape[2:], moved.shape[2:], strict=True)]
-    if moved.shape[2:] != tuple(old * factor for old, factor in zip(values.shape[2:], factors, strict=True)):
+    _, channels, height, width = values.shape
+    factors = moved.shape[2] // height, moved.shape[3] // width
+    if moved.shape != (1, channels, height * factors[0], width * factors[1]):
         return None
     return factors if np.array_equal(moved, values.repeat(factors[0], axis=2).repeat(factors[1], axis=3)) else None

@@ -153,6 +153,18 @@ def test_a_crowd_is_neither_missed_nor_a_false_alarm(tmp_path):
     assert [row[2] for row in evaluation.classes] == [0, 1]
 
 
+def test_detections_that_are_kept_hold_nothing_of_their_batch():
+    """eval_coco.py keeps all of them until the end; a detector gives views of what its network gave for a batch."""
+    batch = np.arange(4000, dtype=np.float32)
+    views = Detections(batch[:8].reshape(2, 4), batch[8:10], np.int32([0, 1]))
+    kept = views.alone()
+    assert not any(
+        np.shares_memory(batch, part) or part.base is not None for part in (kept.boxes, kept.scores, kept.classes)
+    )
+    np.testing.assert_array_equal(kept.boxes, views.boxes)
+    assert kept.masks is None
+
+
 def test_a_miss_says_what_is_there_instead(tmp_path):
     """Another class, the right one with a low score, or nothing."""
     path = write_annotations(
