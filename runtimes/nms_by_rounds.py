@@ -13,6 +13,8 @@ plugin.
 """
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 
@@ -23,10 +25,8 @@ from runtimes.trt_graph import images_of_classes, top_ks
 TINY = np.finfo(np.float32).tiny
 # For so many images at a time it was measured to be faster than the plugin, of which more cost less; and so many were tried.
 FEW_IMAGES, MOST_IMAGES = 8, 32
-# A TopK of rows of so many values takes hardly longer than one of shorter rows (BENCHMARKS.md).
-SHORT_ROW = 2048
-# Of so many boxes a part, twice as many is margin enough.
-LEAST_OF_A_PART = 40
+# Of so many of the best a part, twice as many is margin enough.
+LEAST_OF_A_PART = 25
 MOST_LEFT = 768  # `left`, at most; no model at hand needs more
 
 
@@ -34,8 +34,8 @@ MOST_LEFT = 768  # `left`, at most; no model at hand needs more
 class Sizes:
     """How much is computed. How much was ever needed: BENCHMARKS.md."""
 
-    parts: int = 20  # of the boxes, at most, whose best pairs are found side by side
-    pairs: int = 2048  # K, the best of those
+    row: int = 2048  # values that a TopK looks at where it can be so few: of fewer it is no faster
+    pairs: int = 2048  # K, the best
     first: int = 512  # of them, those that tell which are suppressed for sure; at least as many as `left`
     sure: int = 3  # rounds for that; odd
     left: int = 512  # the first of the others, at least, among which the kept are found
@@ -44,14 +44,9 @@ class Sizes:
     def fitted(self, node):
         """For an EfficientNMS_TRT node. `left` is at least twice the boxes to be kept."""
         _, count, classes = node.inputs[1].shape
-        parts = max(number for number in range(1, self.parts + 1) if count % number == 0)
-        pairs = min(self.pairs, parts * self.each(parts, count // parts * classes))
         left = max(self.left, 2 * node.attrs["max_output_boxes"])
-        return dataclasses.replace(self, parts=parts, pairs=pairs, first=min(max(self.first, left), pairs), left=left)
-
-    def each(self, parts, available):
-        """How many pairs each part gives."""
-        return min(_twice_its_share(self.pairs, parts), available, TENSORRT_MAX_TOP_K)
+        pairs = min(self.pairs, count * classes, TENSORRT_MAX_TOP_K)
+        return dataclasses.replace(self, pairs=pairs, first=min(max(self.first, left), pairs), left=left)
 
 
 def replace(model, sizes=None):
@@ -62,7 +57,7 @@ def replace(model, sizes=None):
         if suits(node, sizes):
             choice = _choice(graph, node.inputs[1])
             if choice:
-                _choose_in_parts(graph, choice)
+                _choose_in_parts(graph, choice, sizes.row)
             results = _suppress(
                 OpBuilder(graph, f"rounds_{number}"), node, sizes.fitted(node), in_order=choice is not None
             )
@@ -106,8 +101,7 @@ def _best_pairs(ops, boxes, scores, sizes, in_order):
     """The best pairs, best first, of boxes [B, N, 4] or [B, N, C, 4] and scores [B, N, C]: boxes [B, K, 4], scores and classes
     [B, K, 1]. in_order: whether the boxes come best first."""
     count, classes = scores.shape[1:]
-    each = sizes.each(sizes.parts, count // sizes.parts * classes)
-    best, row, label = _largest(ops, scores, sizes.parts, each, sizes.pairs, in_order)
+    best, row, label = _largest(ops, scores, sizes.pairs, sizes.row, in_order)
     if len(boxes.shape) == 4:
         boxes = ops.reshape(boxes, [0, count * classes, 4])
         row = ops.add("Add", ops.add("Mul", row, np.int64([classes])), label)
@@ -115,41 +109,60 @@ def _best_pairs(ops, boxes, scores, sizes, in_order):
     return ops.gather_rows(boxes, row), *columns
 
 
-def _largest(ops, values, parts, each, number, in_order):
+def _largest(ops, values, number, row, in_order):
     """The `number` largest of values [B, N, C], in falling order: (values, their first and their second index), each [B, number].
 
-    By TopKs of parts, `each` of every part, which TensorRT runs side by side, and one of what they find: what it takes goes by
-    the values that one TopK looks at. Of rows that come best first, in_order, each part has every so many-th. Others are drawn
-    by lot: whatever a picture shows, and however anchors lie, none has many more of the best.
+    By TopKs of parts, which TensorRT runs side by side, twice its share of every part, and one of what they find: what a TopK takes
+    goes by the values of a row. A part has every so many-th value. With columns added until their number has no factor in
+    common with that of parts, each row of values is spread over all parts, and each column. Of rows that come best first,
+    in_order, that is enough. Others are drawn by lot: whatever a picture shows, and however anchors lie, no part has many
+    more of the best.
     """
     count, columns = values.shape[1:]
-    size = count // parts
+    parts = parts_of(count, columns, number, row)
     lots = None if in_order or parts == 1 else np.random.default_rng(count).permutation(count)
     if lots is not None:
         values = ops.add("Gather", values, lots, axis=1)
-    values = ops.add("Transpose", ops.reshape(values, [0, size, parts, columns]), perm=[0, 2, 3, 1])
-    best, index = ops.top_k(ops.reshape(values, [0, parts, columns * size]), each)
-    best, place = ops.top_k(ops.reshape(best, [0, parts * each]), number)
-    index = ops.gather_rows(ops.reshape(index, [0, parts * each]), place)  # in its part, column by column [B, number]
-    column = ops.add("Div", index, np.int64([size]))
-    row = ops.add("Sub", index, ops.add("Mul", column, np.int64([size])))
-    row = ops.add("Add", ops.add("Mul", row, np.int64([parts])), ops.add("Div", place, np.int64([each])))
-    return best, row if lots is None else ops.add("Gather", lots, row, dtype=np.int64, axis=0), column
+    wide = _prime_to(parts, columns)
+    if wide > columns:
+        values = ops.add("Pad", values, np.int64([0] * 5 + [wide - columns]), np.finfo(np.float32).min)
+    best, each = ops.reshape(values, [0, count * wide]), min(2 * number // parts, count // parts * columns)
+    if parts > 1:
+        best = ops.add("Transpose", ops.reshape(best, [0, count * wide // parts, parts]), perm=[0, 2, 1])
+        best, place = (ops.reshape(x, [0, parts * each]) for x in ops.top_k(best, each))
+    best, index = ops.top_k(best, number)
+    if parts > 1:
+        part = ops.add("Div", index, np.int64([each]))
+        index = ops.add("Add", ops.add("Mul", ops.gather_rows(place, index), np.int64([parts])), part)
+    first = ops.add("Div", index, np.int64([wide]))
+    second = ops.add("Sub", index, ops.add("Mul", first, np.int64([wide])))
+    return best, first if lots is None else ops.add("Gather", lots, first, dtype=np.int64, axis=0), second
 
 
-def _choose_in_parts(graph, top_k):
+def parts_of(count, columns, number, row):
+    """In how many parts the `number` largest of values [B, count, columns] are looked for: as few as have rows of at most `row`
+    values, and no more than have enough of the best each. 1 where they had to give all that there is."""
+    if 2 * number >= count * columns:
+        return 1
+    able = [parts for parts in range(1, number // LEAST_OF_A_PART + 1) if count % parts == 0]
+    short = (parts for parts in able if count // parts * _prime_to(parts, columns) <= row)
+    return next(short, max(able, default=1))
+
+
+def _prime_to(parts, columns):
+    """The least number, of columns or more, that has no factor in common with parts."""
+    return next(wide for wide in itertools.count(columns) if math.gcd(wide, parts) == 1)
+
+
+def _choose_in_parts(graph, top_k, row):
     """Has boxes that a TopK [B, N] chose of many more (tfod.ssd) chosen by TopKs of parts."""
     count, chosen = top_k.inputs[0].shape[1], int(top_k.inputs[1].values[0])
-    if count <= max(SHORT_ROW, 2 * chosen):
-        return
-    divisors = (parts for parts in range(2, chosen // LEAST_OF_A_PART + 1) if count % parts == 0)
-    parts = next((parts for parts in divisors if count // parts <= SHORT_ROW), None)
-    if not parts:
+    if parts_of(count, 1, chosen, row) == 1:
         return
     ops = OpBuilder(graph, f"{top_k.name}/parts")
     values = ops.add("Unsqueeze", top_k.inputs[0], np.int64([2]))
     values.shape = [None, count, 1]
-    best, rows, _ = _largest(ops, values, parts, _twice_its_share(chosen, parts), chosen, in_order=False)
+    best, rows, _ = _largest(ops, values, chosen, row, in_order=False)
     replace_outputs(graph, top_k, (best, rows))
 
 
@@ -164,11 +177,6 @@ def _choice(graph, scores):
             seen.add(id(node))
             todo += [before for tensor in node.inputs for before in tensor.inputs]
     return None
-
-
-def _twice_its_share(number, parts):
-    """How many each part gives of a number in all: twice what it were if all had as many of the best."""
-    return 2 * number // parts
 
 
 def _pool(ops, columns, scores, count):

@@ -1,4 +1,4 @@
-"""The graph that TensorRT gets: suppression of many classes side by side, crops pooled before they are put in order.
+"""The graph that TensorRT gets: suppression of many classes side by side, maps, logits and crops as TensorRT takes them fast.
 
 Shapes: B batch, K boxes, C classes, G groups of S classes, M detections kept. Boxes are [ymin, xmin, ymax, xmax].
 """
@@ -7,7 +7,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_utils import TENSORRT_MAX_TOP_K, OpBuilder, efficient_nms, nms_of_each_class, replace_outputs, replace_tensor
-from runtimes import trt_crops
+from runtimes import trt_crops, trt_logits
 from runtimes.precision import export, typed_graph
 
 # EfficientNMS_TRT takes so many images (tests/test_gpu.py) and fails at 2,880, both measured with TensorRT 8.6.
@@ -35,6 +35,7 @@ def prepare(model, most):
     _split_top_ks(graph)
     _average_as_it_lies(graph)
     _upsample_at_once(graph)
+    trt_logits.choose_as_they_lie(graph)
     trt_crops.drop_idle_pools(graph)
     trt_crops.pool_first(graph)
     return export(graph, model)

@@ -22,7 +22,7 @@ from runtimes import nms_by_rounds, open_detector, precision, trt_graph
 from runtimes.detector import detect_image, input_spec, network_inputs
 
 SIZES = nms_by_rounds.Sizes()
-SMALL = nms_by_rounds.Sizes(parts=4, pairs=160, first=96, left=80, rounds=24)
+SMALL = nms_by_rounds.Sizes(row=64, pairs=160, first=96, left=80, rounds=24)
 SETTINGS = {"score_threshold": 0.05, "iou_threshold": 0.5, "max_output_boxes": 40}
 
 
@@ -160,7 +160,7 @@ def chosen_boxes(count, chosen, values):
     for x, tail in zip(few, ([4], [3]), strict=True):
         x.shape = ["B", chosen, *tail]
     graph.inputs, graph.outputs = [a, b], onnx_utils.efficient_nms(ops, *few, **SETTINGS)
-    model = nms_by_rounds.replace(gs.export_onnx(graph), SMALL)
+    model = nms_by_rounds.replace(gs.export_onnx(graph), dataclasses.replace(SMALL, row=2048))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     widths = [node.inputs[0].shape for node in precision.typed_graph(model).nodes if node.op == "TopK"]
     best = np.argsort(-scores.max(axis=2), axis=1, kind="stable")[:, :chosen, None]
@@ -173,7 +173,7 @@ def chosen_boxes(count, chosen, values):
     [
         (4400, 400, (4, 1100)),
         (4999, 400, 4999),
-        (4400, 80, 4400),
+        (4400, 80, (2, 2200)),
         (2000, 400, 2000),
         (4400, 2200, 4400),
     ],
@@ -198,8 +198,7 @@ def test_a_part_gives_twice_its_share(together, in_order, lost):
     values[:, : 5 * together : 5] += 0.5
     graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("values", np.float32, [1, 4400, 1])])
     ops = onnx_utils.OpBuilder(graph, "test")
-    each = nms_by_rounds._twice_its_share(400, 5)
-    graph.outputs = list(nms_by_rounds._largest(ops, graph.inputs[0], 5, each, 400, in_order))
+    graph.outputs = list(nms_by_rounds._largest(ops, graph.inputs[0], 400, 1000, in_order))
     session = onnxruntime.InferenceSession(
         gs.export_onnx(graph).SerializeToString(), providers=["CPUExecutionProvider"]
     )
@@ -209,6 +208,44 @@ def test_a_part_gives_twice_its_share(together, in_order, lost):
     np.testing.assert_array_equal(rows[0], wanted[:400])
     np.testing.assert_array_equal(best[0], values[0, rows[0], 0])
     assert not columns.any()
+
+
+@pytest.mark.parametrize("much", ["of a few boxes", "of one class"])
+def test_every_box_and_every_class_is_in_all_parts(much):
+    """Where nearly all pairs of a few boxes are the best, as in dull pictures, or nearly all boxes of one class."""
+    values = np.random.default_rng(0).uniform(0.1, 0.4, (1, 1500, 90)).astype(np.float32)
+    best = values[:, 300:322] if much == "of a few boxes" else values[:, :, 7]
+    best += 0.5
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("values", np.float32, list(values.shape))])
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.outputs = list(nms_by_rounds._largest(ops, graph.inputs[0], SIZES.pairs, SIZES.row, in_order=True))
+    assert [x.inputs[0].shape for x in precision.typed_graph(gs.export_onnx(graph)).nodes if x.op == "TopK"] == [
+        [1, 75, 1820],
+        [1, 4050],
+    ]
+    session = onnxruntime.InferenceSession(
+        gs.export_onnx(graph).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    found, boxes, classes = session.run(None, {"values": values})
+    np.testing.assert_array_equal(found[0], -np.sort(-values[0].ravel())[: SIZES.pairs])
+    np.testing.assert_array_equal(values[0, boxes[0], classes[0]], found[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "number", "parts"),
+    [
+        (1500, 90, 2048, 75),
+        (300, 90, 2048, 15),
+        (1500, 7, 2048, 6),
+        (4096, 1, 2048, 1),  # each of them had to give all it has
+        (1499, 90, 2048, 1),
+        (1500, 600, 2048, 75),  # as short as can be
+        (12804, 1, 1500, 11),
+        (51150, 1, 1500, 25),
+    ],
+)
+def test_as_few_parts_as_have_short_rows(count, columns, number, parts):
+    assert nms_by_rounds.parts_of(count, columns, number, SIZES.row) == parts
 
 
 @pytest.mark.parametrize("shape", ["unknown", "computed"])

@@ -1,0 +1,110 @@
+"""runtimes/trt_logits.py: the best class of each anchor, and the logits of the best anchors, are what they were."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+from conftest import need_shared
+
+import onnx_utils
+from images.decoding import load_image
+from images.resizing import preprocess
+from runtimes import standard_graph, trt_graph, trt_logits
+from runtimes.detector import input_spec, network_inputs
+
+ANCHORS, SIZES = (3, 2), ((4, 5), (2, 3))  # of two maps
+COLUMNS = 21
+
+
+def ssd_tail(columns=COLUMNS, first=1, **changed):
+    """(model, feeds) of what an SSD does with its maps of logits: the best class of each anchor, and the logits of the best
+    7 anchors. changed: what is other than tfod.ssd does it."""
+    how = SimpleNamespace(**{"turn": [0, 2, 3, 1], "also": None, "axis": 2, "width": None, "last": None} | changed)
+    shapes = [[2, anchors * columns, *size] for anchors, size in zip(ANCHORS, SIZES, strict=True)]
+    maps = [gs.Variable(f"map_{i}", np.float32, ["b", *shape[1:]]) for i, shape in enumerate(shapes)]
+    maps[0].shape[3] = how.width or maps[0].shape[3]
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=maps)
+    ops, rows = onnx_utils.OpBuilder(graph, "test"), []
+    for tensor, (_, channels, height, width) in zip(maps, shapes, strict=True):
+        turned = ops.add("Transpose", tensor, perm=how.turn)
+        rows.append(ops.reshape(turned, [0, height * width * channels // columns, columns]))
+    logits = ops.add("Concat", *rows, axis=1)
+    if first:
+        logits = ops.slice(logits, how.axis, first, how.last or columns)
+    best = ops.add("ReduceMax", logits, axes=[2], keepdims=0)
+    values, index = ops.top_k(best, 7)
+    graph.outputs = [best, values, ops.gather_rows(logits, index)]
+    if how.also:
+        graph.outputs.append(ops.add(how.also, logits))
+    model = gs.export_onnx(graph)
+    model.ir_version = 8
+    rng = np.random.default_rng(columns)
+    return model, {
+        f"map_{i}": rng.normal(size=shape).round(1).astype(np.float32) for i, shape in enumerate(shapes)
+    }  # some are equal
+
+
+def same(model, prepared, feeds):
+    onnx.checker.check_model(prepared)
+    for a, b in zip(
+        *(onnxruntime.InferenceSession(x.SerializeToString()).run(None, feeds) for x in (model, prepared)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def ops_of(model):
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["classes", "with background"])
+@pytest.mark.parametrize("columns", [2, 3, 16, 17, 21, 92, 301])
+def test_maps_of_logits_stay_as_they_lie(columns, first):
+    model, feeds = ssd_tail(columns, first)
+    prepared = trt_graph.prepare(model, 1)
+    assert "ReduceMax" not in ops_of(prepared)
+    same(model, prepared, feeds)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"turn": [0, 3, 2, 1]}, {"also": "Neg"}, {"axis": 1, "last": 30}, {"width": "w"}, {"last": COLUMNS - 1}],
+    ids=["by columns", "read by others", "some anchors", "a size not known", "not the last class"],
+)
+def test_anything_else_is_left(changed):
+    model, feeds = ssd_tail(**changed)
+    prepared = trt_graph.prepare(model, 1)
+    assert "ReduceMax" in ops_of(prepared)
+    same(model, prepared, feeds)
+
+
+def test_a_model_finds_the_same(convert):
+    path, _ = convert("fpnlite", "--batch_size", "dynamic")
+    model = onnx_utils.load(path)
+    metadata = onnx_utils.read_metadata(model, path)
+    prepared = trt_graph.prepare(model, 2)
+    assert "ReduceMax" in ops_of(model)
+    assert "ReduceMax" not in ops_of(prepared)
+    pictures = [preprocess(load_image(x), metadata["resizer"]) for x in sorted(need_shared("coco", "val2017").glob("*.jpg"))[:2]]
+    shapes = [placement.true_shape for _, placement in pictures]
+    feeds = network_inputs(np.stack([x for x, _ in pictures]), shapes, input_spec(metadata))
+    theirs, ours = (
+        onnxruntime.InferenceSession(standard_graph.prepare(x, onnx_utils.PLUGIN_MAX_PAIRS).SerializeToString())
+        for x in (model, prepared)
+    )
+    theirs, ours = theirs.run(None, feeds), ours.run(None, feeds)
+    assert max(x.max() for x in theirs) > 0
+    for a, b in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)
+
+
+def test_the_largest_of_any_number_of_columns():
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("x", np.float32, ["b", 2, 300, 6])])
+    ops, spans = onnx_utils.OpBuilder(graph, "test"), [(0, n) for n in range(1, 60)] + [(1, 92), (7, 300), (299, 300)]
+    graph.outputs = [trt_logits._largest(ops, graph.inputs[0], *span) for span in spans]
+    values = np.random.default_rng(0).normal(size=(1, 2, 300, 6)).astype(np.float32)
+    session = onnxruntime.InferenceSession(gs.export_onnx(graph).SerializeToString())
+    for found, (start, end) in zip(session.run(None, {"x": values}), spans, strict=True):
+        np.testing.assert_array_equal(found, values[:, :, start:end].max(axis=2, keepdims=True))
