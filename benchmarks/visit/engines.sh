@@ -1,7 +1,8 @@
-# GPU 0: engines of each model, built side by side. When the small ones are there all else stands still, and they and files are timed.
+# GPU 0: engines of each model, built side by side; when the SSDs' are there, they and files are timed. Two-stage models are built, and
+# tests run, on the other GPU, where there is one that does not train. What would disturb stands still meanwhile.
 . "$(dirname "$0")/env.sh"
+GPUS=$(nvidia-smi -L | wc -l); BESIDE=$([ $GPUS -gt 1 ] && [ -z "$TRAIN" ] && echo 1 || echo 0)
 export CUDA_VISIBLE_DEVICES=0; mkdir -p $O/caches
-GPUS=$(env -u CUDA_VISIBLE_DEVICES nvidia-smi -L | wc -l)
 VARIANTS=$(cd $WORK; ls -d variant-* 2> /dev/null)
 # convert MODEL PACKED CORES
 convert() {
@@ -17,6 +18,7 @@ build() {
   cp $E/$name.cache $O/caches/$2.cache; say "built $name: $(tail -n 1 $O/build.$name.log | cut -c1-60)"
 }
 # clock TREE ENGINE BATCH,BATCH,...: by the code of that tree
+for tree in old $VARIANTS; do cp $HERE/side_by_side.py $WORK/$tree/benchmarks/visit/; done
 clock() { timeout 90 $CORES python $WORK/$1/benchmarks/visit/side_by_side.py $V $E/$2.trt $3 >> $O/side_by_side 2>&1; }
 kernels() { timeout 60 $CORES python benchmarks/kernels.py --engine $E/$1.trt --input $V --batch $2 > $O/kernels.$1.log 2>&1; }
 
@@ -26,16 +28,21 @@ kernels() { timeout 60 $CORES python benchmarks/kernels.py --engine $E/$1.trt --
 (convert r50 ssd_resnet50_v1_fpn_640x640_coco17_tpu-8 4-7
  build tree r50 rounds "1 8 8" 4,5 & build old r50 plugin "1 8 8" 6,7
  for v in $VARIANTS; do build $v r50 rounds "1 8 8" 4-7 & done; wait) & larger=$!
-(convert mask mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8 8-11
- build tree mask rounds "1 1 2" 8,9 & build old mask plugin "1 1 2" 10,11; wait) & mask=$!
-(convert frcnn faster_rcnn_resnet50_v1_640x640_coco17_tpu-8 12,13
- build tree frcnn rounds "1 8 8" 12 & build old frcnn plugin "1 8 8" 13; wait) & two_stage=$!
-[ $GPUS -gt 1 ] || (CORES="taskset -c 14,15" bash $HERE/tests.sh stages limits base int8 jpeg) & tests=$!
+beside() { CUDA_VISIBLE_DEVICES=$BESIDE "$@"; }
+[ $BESIDE = 1 ] && MASK=16-19 FRCNN=20-23 TESTS=24-31 || MASK=8-11 FRCNN=12,13 TESTS=14,15
+(beside convert mask mask_rcnn_inception_resnet_v2_1024x1024_coco17_gpu-8 $MASK
+ beside build tree mask rounds "1 1 2" $MASK & beside build old mask plugin "1 1 2" $MASK; wait) & mask=$!
+(beside convert frcnn faster_rcnn_resnet50_v1_640x640_coco17_tpu-8 $FRCNN
+ beside build tree frcnn rounds "1 8 8" $FRCNN & beside build old frcnn plugin "1 8 8" $FRCNN; wait) & two_stage=$!
+if [ -z "$TRAIN" ]; then
+  for group in jpeg limits base int8 stages; do CORES="taskset -c $TESTS" beside bash $HERE/tests.sh $group & tests="$tests $!"; done
+fi
 
 wait $small $larger; say "quiet"
 # What converts and builds larger models, trains and tests, by command lines.
 OTHERS="/mask|/frcnn|/shapes|pytest"
-pkill -STOP -f "$OTHERS"
+stop() { pkill -STOP -f "$OTHERS"; }
+[ $BESIDE = 1 ] || stop
 cd $WORK/tree
 clock old fpn.old.plugin 1,8,32
 clock tree fpn.tree.plugin 1,8,32
@@ -46,10 +53,6 @@ for v in $VARIANTS; do clock $v fpn.$v.rounds 1,8,32; clock $v r50.$v.rounds 1,8
 say "times"
 kernels fpn.tree.rounds "1 8 32"
 kernels r50.tree.rounds "1 8"
-if [ $GPUS -gt 1 ]; then
-  CORES="env -u CUDA_VISIBLE_DEVICES" rates two-tree $WORK/tree $E/fpn.tree.rounds.trt 8 40000 gpu 0,1
-  for form in rounds plugin; do CORES="env -u CUDA_VISIBLE_DEVICES" rates two-tree $WORK/tree $E/fpn.tree.$form.trt 32 60000 gpu 0,1; done
-fi
 for d in cpu gpu; do rates tree $WORK/tree $E/fpn.tree.rounds.trt 1 6000 $d; done
 rates tree $WORK/tree $E/fpn.tree.rounds.trt 8 20000 gpu
 for form in rounds plugin; do rates $form $WORK/tree $E/fpn.tree.$form.trt 32 30000 gpu; done
@@ -62,14 +65,19 @@ for d in gpu cpu; do
   rm -rf $WORK/drawn
 done
 say "files, pictures"
+if [ $GPUS -gt 1 ]; then
+  stop
+  CORES="env -u CUDA_VISIBLE_DEVICES" rates two-tree $WORK/tree $E/fpn.tree.rounds.trt 8 40000 gpu 0,1
+  for form in rounds plugin; do CORES="env -u CUDA_VISIBLE_DEVICES" rates two-tree $WORK/tree $E/fpn.tree.$form.trt 32 60000 gpu 0,1; done
+fi
 pkill -CONT -f "$OTHERS"
 wait $mask $two_stage
-pkill -STOP -f "$OTHERS"
+[ $BESIDE = 1 ] || stop
 clock tree frcnn.tree.rounds 1,8
 clock old frcnn.old.plugin 1,8
 clock tree mask.tree.rounds 1,2
 clock old mask.old.plugin 1,2
 rates frcnn $WORK/tree $E/frcnn.tree.rounds.trt 8 4000 gpu
 pkill -CONT -f "$OTHERS"; say "two-stage models"
-[ $GPUS -gt 1 ] || wait $tests
+wait $tests
 touch $O/engines.done

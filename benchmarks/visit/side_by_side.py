@@ -23,8 +23,9 @@ def main(folder, engine, sizes):
             count = len({id(slot.context) for slot in detector._slots})
             for size in map(int, sizes.split(",")):
                 images = [preprocess(load_image(x), detector.metadata["resizer"])[0] for x in files[:size]]
-                together = detector.images_per_second(np.stack(images), images=4000)
                 median, worst, _ = detector.benchmark(np.stack(images))
+                in_a_second = int(1000 / median * size)
+                together = detector.images_per_second(np.stack(images), images=in_a_second)
                 print(
                     f"{Path(engine).name}, {count} contexts, batch {size}: {together:.0f} images/s, one batch at a time"
                     f" {median:.3f} ms (p99 {worst:.3f})",

@@ -12,4 +12,3 @@ for group; do
   timeout 900 $CORES python -m pytest -q --no-header -p no:cacheprovider -m gpu tests/test_gpu.py -k "${groups[$group]}" > $O/test.$group.log 2>&1
   say "tests $group: $(tail -n 1 $O/test.$group.log)"
 done
-[[ $* == *jpeg* ]] && touch $O/training.done

@@ -1,4 +1,4 @@
-# GPU 1, where there is one: INT8 on weights that were trained; then the tests.
+# GPU 1: INT8 on weights that were trained; then the tests.
 . "$(dirname "$0")/env.sh"
 export CUDA_VISIBLE_DEVICES=1; cd $WORK/tree
 D=$WORK/shapes R50=$WORK/resnet50 T="taskset -c 16-31"
@@ -15,3 +15,4 @@ mkdir -p $D/engines
 timeout 900 $T python benchmarks/bench_gpu.py --onnx $D/model.onnx --output $D/engines $H --batch 1 8 32 --precision fp32 int8 fp16 > $O/bench.log 2>&1; say "INT8"
 timeout 90 python $HERE/side_by_side.py $D/held_out/images $D/engines/model.int8.trt 1,8,32 >> $O/side_by_side 2>&1
 CORES="$T" bash $HERE/tests.sh jpeg base limits stages int8
+touch $O/training.done
