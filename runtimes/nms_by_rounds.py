@@ -27,6 +27,7 @@ TINY = np.finfo(np.float32).tiny
 FEW_IMAGES, MOST_IMAGES = 8, 32
 # Of so many of the best a part, twice as many is margin enough.
 LEAST_OF_A_PART = 25
+FEWEST_LONG = 4  # parts, where their rows are long
 MOST_LEFT = 768  # `left`, at most; no model at hand needs more
 
 
@@ -114,9 +115,9 @@ def _largest(ops, values, number, row, in_order):
 
     By TopKs of parts, which TensorRT runs side by side, twice its share of every part, and one of what they find: what a TopK takes
     goes by the values of a row. A part has every so many-th value. With columns added until their number has no factor in
-    common with that of parts, each row of values is spread over all parts, and each column. Of rows that come best first,
-    in_order, that is enough. Others are drawn by lot: whatever a picture shows, and however anchors lie, no part has many
-    more of the best.
+    common with that of parts, each row of values is spread over as many parts as it can be, and each column over all. Of rows
+    that come best first, in_order, that is enough. Others are drawn by lot: whatever a picture shows, and however anchors
+    lie, no part has many more of the best.
     """
     count, columns = values.shape[1:]
     parts = parts_of(count, columns, number, row)
@@ -125,6 +126,7 @@ def _largest(ops, values, number, row, in_order):
         values = ops.add("Gather", values, lots, axis=1)
     wide = _prime_to(parts, columns)
     if wide > columns:
+        # Never among those that a part gives: each part has as many others, and gives no more than these.
         values = ops.add("Pad", values, np.int64([0] * 5 + [wide - columns]), np.finfo(np.float32).min)
     best, each = ops.reshape(values, [0, count * wide]), min(2 * number // parts, count // parts * columns)
     if parts > 1:
@@ -141,12 +143,13 @@ def _largest(ops, values, number, row, in_order):
 
 def parts_of(count, columns, number, row):
     """In how many parts the `number` largest of values [B, count, columns] are looked for: as few as have rows of at most `row`
-    values, and no more than have enough of the best each. 1 where they had to give all that there is."""
+    values, and no more than have enough of the best each. 1 where they had to give all that there is, or would be few and long."""
     if 2 * number >= count * columns:
         return 1
     able = [parts for parts in range(1, number // LEAST_OF_A_PART + 1) if count % parts == 0]
+    most = max(able, default=1)
     short = (parts for parts in able if count // parts * _prime_to(parts, columns) <= row)
-    return next(short, max(able, default=1))
+    return next(short, most if most >= FEWEST_LONG else 1)
 
 
 def _prime_to(parts, columns):

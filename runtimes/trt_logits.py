@@ -11,10 +11,11 @@ K anchors chosen.
 import math
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_utils import OpBuilder, replace_outputs
 
-# Of so many values the largest is found at once, of more in two steps.
+# Of so many values the largest is found at once, of more in steps.
 AT_ONCE = 16
 
 
@@ -25,7 +26,7 @@ def choose_as_they_lie(graph):
         scores = node.inputs[0]
         gathers = [reader for reader in scores.outputs if reader is not node]
         logits, first = _with_background(scores)
-        maps = _maps(logits)
+        maps = [] if _read_by_others(logits, scores, graph) else _maps(logits)
         if not maps or node.attrs.get("keepdims") != 0 or not all(_takes_rows(gather) for gather in gathers):
             continue
         ops, columns = OpBuilder(graph, f"{node.name}/maps"), logits.shape[2]
@@ -44,23 +45,34 @@ def choose_as_they_lie(graph):
 def _with_background(scores):
     """(logits [B, N, C], first): scores are their columns from `first` on."""
     node = scores.inputs[0] if scores.inputs else None
-    if node is not None and node.op == "Slice" and all(hasattr(x, "values") for x in node.inputs[1:]):
-        logits, (starts, _, axes, *steps) = node.inputs[0], [x.values.tolist() for x in node.inputs[1:]]
-        first = starts[0]
-        whole = len(logits.shape or []) == 3 and scores.shape[2] == logits.shape[2] - first
-        if len(starts) == 1 and axes == [2] and steps in ([], [[1]]) and first >= 0 and whole:
-            return logits, first
+    if node is not None and node.op == "Slice" and all(isinstance(x, gs.Constant) for x in node.inputs[1:]):
+        logits, (starts, _, *others) = node.inputs[0], [x.values.tolist() for x in node.inputs[1:]]
+        whole = _is_known(scores) and _is_known(logits) and scores.shape[2] == logits.shape[2] - starts[0]
+        if others in ([[2]], [[2], [1]]) and starts[0] >= 0 and whole:
+            return logits, starts[0]
     return scores, 0
+
+
+def _is_known(tensor):
+    """Whether it is [B, N, C] with N and C known."""
+    return len(tensor.shape or []) == 3 and all(isinstance(size, int) for size in tensor.shape[1:])
+
+
+def _read_by_others(logits, scores, graph):
+    """Whether the ordered logits are needed for anything but the scores."""
+    given = any(tensor is logits or tensor is scores for tensor in graph.outputs)
+    return given or (logits is not scores and len(logits.outputs) > 1)
 
 
 def _takes_rows(node):
     """Whether a node gathers whole rows [B, K, C] of [B, N, C]."""
-    return node.op == "GatherND" and node.attrs.get("batch_dims") == 1 and len(node.outputs[0].shape or []) == 3
+    by_image = node.op == "GatherND" and node.attrs.get("batch_dims") == 1
+    return by_image and list(node.inputs[1].shape or [])[2:] == [1]
 
 
 def _maps(logits):
     """The maps [B, A * C, H, W] that logits [B, N, C] are put together of, place by place; [] where they are anything else."""
-    if len(logits.shape or []) != 3 or not logits.inputs:
+    if not _is_known(logits) or not logits.inputs:
         return []
     joined = logits.inputs[0]
     while (
@@ -77,17 +89,18 @@ def _maps(logits):
 
 def _map(part, columns):
     """The map [B, A * C, H, W] that [B, H * W * A, C] is; None where it is of anything else."""
-    for op in ("Reshape", "Transpose"):
-        if not part.inputs or part.inputs[0].op != op:
-            return None
-        node, shape = part.inputs[0], part.shape
-        if op == "Reshape":
-            rows = list(shape or [])[1:]
-        part = node.inputs[0]
-    known = len(part.shape or []) == 4 and all(isinstance(size, int) for size in part.shape[1:])
-    if not known or node.attrs["perm"] != [0, 2, 3, 1] or part.shape[1] % columns:
+    if not part.inputs or part.inputs[0].op != "Reshape":
         return None
-    return part if rows == [math.prod(part.shape[1:]) // columns, columns] else None
+    rows, tensor = list(part.shape or [])[1:], part.inputs[0].inputs[0]
+    turned = tensor.inputs[0] if tensor.inputs and tensor.inputs[0].op == "Transpose" else None
+    if turned is not None and turned.attrs.get("perm") == [0, 2, 3, 1]:
+        tensor = turned.inputs[0]
+    elif list(tensor.shape or [])[2:] != [1, 1]:  # of one place: nothing to turn
+        return None
+    if len(tensor.shape or []) != 4 or not all(isinstance(size, int) for size in tensor.shape[1:]):
+        return None
+    anchors, rest = divmod(tensor.shape[1], columns)
+    return tensor if not rest and rows == [math.prod(tensor.shape[2:]) * anchors, columns] else None
 
 
 def _best_class(ops, tensor, columns, first):

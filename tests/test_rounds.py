@@ -173,7 +173,7 @@ def chosen_boxes(count, chosen, values):
     [
         (4400, 400, (4, 1100)),
         (4999, 400, 4999),
-        (4400, 80, (2, 2200)),
+        (4400, 80, 4400),
         (2000, 400, 2000),
         (4400, 2200, 4400),
     ],
@@ -240,6 +240,7 @@ def test_every_box_and_every_class_is_in_all_parts(much):
         (4096, 1, 2048, 1),  # each of them had to give all it has
         (1499, 90, 2048, 1),
         (1500, 600, 2048, 75),  # as short as can be
+        (2998, 90, 2048, 1),  # in two they were long
         (12804, 1, 1500, 11),
         (51150, 1, 1500, 25),
     ],

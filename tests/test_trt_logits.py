@@ -15,36 +15,53 @@ from images.resizing import preprocess
 from runtimes import standard_graph, trt_graph, trt_logits
 from runtimes.detector import input_spec, network_inputs
 
-ANCHORS, SIZES = (3, 2), ((4, 5), (2, 3))  # of two maps
+ANCHORS, SIZES = (3, 2, 4), ((4, 5), (2, 3), (1, 1))  # of three maps
 COLUMNS = 21
 
 
 def ssd_tail(columns=COLUMNS, first=1, **changed):
     """(model, feeds) of what an SSD does with its maps of logits: the best class of each anchor, and the logits of the best
     7 anchors. changed: what is other than tfod.ssd does it."""
-    how = SimpleNamespace(**{"turn": [0, 2, 3, 1], "also": None, "axis": 2, "width": None, "last": None} | changed)
+    usual = {"turn": [0, 2, 3, 1], "axis": 2, "last": None, "width": None, "fold": 1, "keep": 0, "take": "rows"}
+    how = SimpleNamespace(**usual | {"of_rows": None, "of_scores": None, "given": None} | changed)
     shapes = [[2, anchors * columns, *size] for anchors, size in zip(ANCHORS, SIZES, strict=True)]
     maps = [gs.Variable(f"map_{i}", np.float32, ["b", *shape[1:]]) for i, shape in enumerate(shapes)]
     maps[0].shape[3] = how.width or maps[0].shape[3]
     graph = gs.Graph(opset=onnx_utils.OPSET, inputs=maps)
     ops, rows = onnx_utils.OpBuilder(graph, "test"), []
     for tensor, (_, channels, height, width) in zip(maps, shapes, strict=True):
-        turned = ops.add("Transpose", tensor, perm=how.turn)
-        rows.append(ops.reshape(turned, [0, height * width * channels // columns, columns]))
+        if (height, width) != (1, 1):  # where tf2onnx drops the Transpose
+            tensor = ops.add("Transpose", tensor, perm=how.turn)
+        places = height * width * channels // columns
+        rows.append(ops.reshape(tensor, [0 if how.fold == 1 else -1, places // how.fold, columns]))
     logits = ops.add("Concat", *rows, axis=1)
-    if first:
+    others = [ops.add(how.of_rows, logits)] if how.of_rows else []
+    everything = logits
+    if first or how.axis != 2:
         logits = ops.slice(logits, how.axis, first, how.last or columns)
-    best = ops.add("ReduceMax", logits, axes=[2], keepdims=0)
-    values, index = ops.top_k(best, 7)
-    graph.outputs = [best, values, ops.gather_rows(logits, index)]
-    if how.also:
-        graph.outputs.append(ops.add(how.also, logits))
+        if not how.axis:  # which is what ONNX takes where axes are not given
+            logits.inputs[0].inputs = list(logits.inputs[0].inputs)[:3]
+    best = ops.add("ReduceMax", logits, axes=[2], keepdims=how.keep)
+    _, index = ops.top_k(ops.reshape(best, [0, -1]), 7)
+    if how.take == "rows":
+        taken = ops.gather_rows(logits, index)
+    elif how.take == "images":
+        images = ops.add("Unsqueeze", ops.add("Mul", index, np.int64([0])), np.int64([2]))
+        taken = ops.add("GatherND", logits, images, batch_dims=0)
+    else:  # an element of each row
+        places = ops.add("Concat", *[ops.add("Unsqueeze", index, np.int64([1, 3]))] * 2, axis=3)
+        places = ops.add("Mul", places, np.int64([1, 0]))
+        taken = ops.add("GatherND", logits, places, batch_dims=1)
+    graph.outputs = [best, taken, *others]
+    if how.of_scores:
+        graph.outputs.append(ops.add(how.of_scores, logits))
+    if how.given:
+        graph.outputs.append({"logits": everything, "scores": logits}[how.given])
     model = gs.export_onnx(graph)
     model.ir_version = 8
     rng = np.random.default_rng(columns)
-    return model, {
-        f"map_{i}": rng.normal(size=shape).round(1).astype(np.float32) for i, shape in enumerate(shapes)
-    }  # some are equal
+    # To one digit: some are equal.
+    return model, {f"map_{i}": rng.normal(size=shape).round(1).astype(np.float32) for i, shape in enumerate(shapes)}
 
 
 def same(model, prepared, feeds):
@@ -59,25 +76,70 @@ def ops_of(model):
     return [node.op_type for node in model.graph.node]
 
 
+def turned(model):
+    return [
+        node for node in model.graph.node if node.op_type == "Transpose" and node.attribute[0].ints[:] == [0, 2, 3, 1]
+    ]
+
+
 @pytest.mark.parametrize("first", [0, 1], ids=["classes", "with background"])
 @pytest.mark.parametrize("columns", [2, 3, 16, 17, 21, 92, 301])
 def test_maps_of_logits_stay_as_they_lie(columns, first):
     model, feeds = ssd_tail(columns, first)
     prepared = trt_graph.prepare(model, 1)
     assert "ReduceMax" not in ops_of(prepared)
+    assert len(turned(model)) == 2
+    assert not turned(prepared)
     same(model, prepared, feeds)
 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"turn": [0, 3, 2, 1]}, {"also": "Neg"}, {"axis": 1, "last": 30}, {"width": "w"}, {"last": COLUMNS - 1}],
-    ids=["by columns", "read by others", "some anchors", "a size not known", "not the last class"],
+    [
+        {"turn": [0, 3, 2, 1]},
+        {"of_scores": "Neg"},
+        {"of_rows": "Neg"},
+        {"given": "logits"},
+        {"given": "scores"},
+        {"axis": 1, "last": 30},
+        {"axis": 1, "first": 0, "last": 30},
+        {"axis": 0, "last": 2, "first": 0},
+        {"width": "w"},
+        {"last": COLUMNS - 1},
+        {"fold": 2},
+        {"keep": 1},
+        {"take": "elements"},
+        {"take": "images"},
+    ],
+    ids=str,
 )
 def test_anything_else_is_left(changed):
     model, feeds = ssd_tail(**changed)
     prepared = trt_graph.prepare(model, 1)
     assert "ReduceMax" in ops_of(prepared)
     same(model, prepared, feeds)
+
+
+def test_a_transpose_of_all_axes_is_left():
+    """ONNX takes them in reverse where none are given."""
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("x", np.float32, [3, 4, 2 * COLUMNS, 2])])
+    ops = onnx_utils.OpBuilder(graph, "test")
+    rows = ops.reshape(ops.add("Transpose", graph.inputs[0]), [0, 24, COLUMNS])
+    graph.outputs = [ops.add("ReduceMax", ops.add("Concat", rows, rows, axis=1), axes=[2], keepdims=0)]
+    model = gs.export_onnx(graph)
+    prepared = trt_graph.prepare(model, 1)
+    assert "ReduceMax" in ops_of(prepared)
+    assert ops_of(prepared).count("Max") == 0
+
+
+@pytest.mark.parametrize("shape", [None, ["b", "n", "c"], ["b", 7]], ids=str)
+def test_logits_of_unknown_shape_are_left(shape):
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("x", np.float32, shape)])
+    ops = onnx_utils.OpBuilder(graph, "test")
+    graph.outputs = [ops.add("ReduceMax", ops.slice(graph.inputs[0], 2, 1, 5), axes=[2], keepdims=0)]
+    before = [node.op for node in graph.nodes]
+    trt_logits.choose_as_they_lie(graph)
+    assert [node.op for node in graph.nodes] == before
 
 
 def test_a_model_finds_the_same(convert):
@@ -87,7 +149,9 @@ def test_a_model_finds_the_same(convert):
     prepared = trt_graph.prepare(model, 2)
     assert "ReduceMax" in ops_of(model)
     assert "ReduceMax" not in ops_of(prepared)
-    pictures = [preprocess(load_image(x), metadata["resizer"]) for x in sorted(need_shared("coco", "val2017").glob("*.jpg"))[:2]]
+    pictures = [
+        preprocess(load_image(x), metadata["resizer"]) for x in sorted(need_shared("coco", "val2017").glob("*.jpg"))[:2]
+    ]
     shapes = [placement.true_shape for _, placement in pictures]
     feeds = network_inputs(np.stack([x for x, _ in pictures]), shapes, input_spec(metadata))
     theirs, ours = (

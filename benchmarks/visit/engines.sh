@@ -18,7 +18,7 @@ build() {
   cp $E/$name.cache $O/caches/$2.cache; say "built $name: $(tail -n 1 $O/build.$name.log | cut -c1-60)"
 }
 # clock TREE ENGINE BATCH,BATCH,...: by the code of that tree
-for tree in old $VARIANTS; do cp $HERE/side_by_side.py $WORK/$tree/benchmarks/visit/; done
+for tree in old $VARIANTS; do mkdir -p $WORK/$tree/benchmarks/visit; cp $HERE/side_by_side.py $WORK/$tree/benchmarks/visit/; done
 clock() { timeout 90 $CORES python $WORK/$1/benchmarks/visit/side_by_side.py $V $E/$2.trt $3 >> $O/side_by_side 2>&1; }
 kernels() { timeout 60 $CORES python benchmarks/kernels.py --engine $E/$1.trt --input $V --batch $2 > $O/kernels.$1.log 2>&1; }
 
@@ -34,8 +34,11 @@ beside() { CUDA_VISIBLE_DEVICES=$BESIDE "$@"; }
  beside build tree mask rounds "1 1 2" $MASK & beside build old mask plugin "1 1 2" $MASK; wait) & mask=$!
 (beside convert frcnn faster_rcnn_resnet50_v1_640x640_coco17_tpu-8 $FRCNN
  beside build tree frcnn rounds "1 8 8" $FRCNN & beside build old frcnn plugin "1 8 8" $FRCNN; wait) & two_stage=$!
-if [ -z "$TRAIN" ]; then
-  for group in jpeg limits base int8 stages; do CORES="taskset -c $TESTS" beside bash $HERE/tests.sh $group & tests="$tests $!"; done
+groups="jpeg limits base int8 stages"  # side by side, or one after the other beside everything else
+if [ $BESIDE = 1 ]; then
+  for group in $groups; do CORES="taskset -c $TESTS" beside bash $HERE/tests.sh $group & tests="$tests $!"; done
+elif [ -z "$TRAIN" ]; then
+  CORES="taskset -c $TESTS" beside bash $HERE/tests.sh $groups & tests=$!
 fi
 
 wait $small $larger; say "quiet"
@@ -59,9 +62,9 @@ for form in rounds plugin; do rates $form $WORK/tree $E/fpn.tree.$form.trt 32 30
 rates tree $WORK/tree $E/fpn.tree.plugin.trt 32 6000 cpu
 rates r50 $WORK/tree $E/r50.tree.rounds.trt 8 4000 gpu
 python $HERE/links.py $V $A $WORK/five $WORK/five.json 27
-for form in rounds plugin; do $CORES python eval_coco.py --engine $E/fpn.tree.$form.trt --input $WORK/five --annotations $WORK/five.json --batch_size 32 > $O/eval.$form.log 2>&1; done
+for form in rounds plugin; do timeout 60 $CORES python eval_coco.py --engine $E/fpn.tree.$form.trt --input $WORK/five --annotations $WORK/five.json --batch_size 32 > $O/eval.$form.log 2>&1; done
 for d in gpu cpu; do
-  $CORES python infer.py --engine $E/fpn.tree.rounds.trt --input $WORK/five --benchmark --benchmark_images 5640 --batch_size 8 --decoder $d --output $WORK/drawn > $O/pictures.$d.log 2>&1
+  timeout 60 $CORES python infer.py --engine $E/fpn.tree.rounds.trt --input $WORK/five --benchmark --benchmark_images 5640 --batch_size 8 --decoder $d --output $WORK/drawn > $O/pictures.$d.log 2>&1
   rm -rf $WORK/drawn
 done
 say "files, pictures"

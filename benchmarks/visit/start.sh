@@ -7,6 +7,7 @@ rm -rf $WORK/out $WORK/tree; mkdir -p $WORK/tree $WORK/out $WORK/models $WORK/en
 tar --exclude=./.[a-z]* --exclude=./build -cf - . | tar -C $WORK/tree -xf -
 . $WORK/tree/benchmarks/visit/env.sh
 nvidia-smi --query-gpu=name,driver_version --format=csv > $O/gpus
+[ $(nvidia-smi -L | wc -l) -gt 1 ] || set -- $1 $2  # one GPU has no time to train
 TRAIN=$3 setsid nohup bash $HERE/engines.sh > $O/engines.log 2>&1 &
 if [ -n "$3" ]; then setsid nohup bash $HERE/training.sh > $O/training.log 2>&1 & else touch $O/training.done; fi
 bash $HERE/wait.sh $2

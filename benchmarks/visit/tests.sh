@@ -9,6 +9,6 @@ declare -A groups=(
   [int8]="int8_detections or int8_uses or no_engines"
 )
 for group; do
-  timeout 900 $CORES python -m pytest -q --no-header -p no:cacheprovider -m gpu tests/test_gpu.py -k "${groups[$group]}" > $O/test.$group.log 2>&1
+  timeout 1500 $CORES python -m pytest -q --no-header -p no:cacheprovider -m gpu tests/test_gpu.py -k "${groups[$group]}" > $O/test.$group.log 2>&1
   say "tests $group: $(tail -n 1 $O/test.$group.log)"
 done
