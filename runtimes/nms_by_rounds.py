@@ -128,12 +128,14 @@ def _largest(ops, values, number, row, in_order):
     if wide > columns:
         # Never among those that a part gives: each part has as many others, and gives no more than these.
         values = ops.add("Pad", values, np.int64([0] * 5 + [wide - columns]), np.finfo(np.float32).min)
-    best, each = ops.reshape(values, [0, count * wide]), min(2 * number // parts, count // parts * columns)
-    if parts > 1:
-        best = ops.add("Transpose", ops.reshape(best, [0, count * wide // parts, parts]), perm=[0, 2, 1])
-        best, place = (ops.reshape(x, [0, parts * each]) for x in ops.top_k(best, each))
-    best, index = ops.top_k(best, number)
-    if parts > 1:
+    values = ops.reshape(values, [0, count * wide])
+    if parts == 1:
+        best, index = ops.top_k(values, number)
+    else:
+        each = min(2 * number // parts, count // parts * columns)
+        values = ops.add("Transpose", ops.reshape(values, [0, count * wide // parts, parts]), perm=[0, 2, 1])
+        best, place = (ops.reshape(x, [0, parts * each]) for x in ops.top_k(values, each))
+        best, index = ops.top_k(best, number)
         part = ops.add("Div", index, np.int64([each]))
         index = ops.add("Add", ops.add("Mul", ops.gather_rows(place, index), np.int64([parts])), part)
     first = ops.add("Div", index, np.int64([wide]))

@@ -75,12 +75,12 @@ def _maps(logits):
     if not _is_known(logits) or not logits.inputs:
         return []
     joined = logits.inputs[0]
-    while (
+    if (
         joined.op == "Reshape"
         and joined.inputs[0].inputs
         and list(joined.inputs[0].shape or [])[1:] == logits.shape[1:]
     ):
-        joined = joined.inputs[0].inputs[0]
+        joined = joined.inputs[0].inputs[0]  # TFOD's, to the shape that they have
     if joined.op != "Concat" or joined.attrs["axis"] != 1:
         return []
     maps = [_map(part, logits.shape[2]) for part in joined.inputs]

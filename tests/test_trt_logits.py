@@ -133,10 +133,15 @@ def test_a_transpose_of_all_axes_is_left():
 
 
 @pytest.mark.parametrize("shape", [None, ["b", "n", "c"], ["b", 7]], ids=str)
-def test_logits_of_unknown_shape_are_left(shape):
-    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("x", np.float32, shape)])
+@pytest.mark.parametrize("background", [False, True])
+def test_logits_of_unknown_shape_are_left(background, shape):
+    graph = gs.Graph(opset=onnx_utils.OPSET, inputs=[gs.Variable("x", np.float32, ["b", 6, 4, 5])])
     ops = onnx_utils.OpBuilder(graph, "test")
-    graph.outputs = [ops.add("ReduceMax", ops.slice(graph.inputs[0], 2, 1, 5), axes=[2], keepdims=0)]
+    rows = ops.reshape(ops.add("Transpose", graph.inputs[0], perm=[0, 2, 3, 1]), [0, -1, 3])
+    logits = ops.add("Concat", rows, axis=1)
+    rows.shape = logits.shape = shape
+    scores = ops.slice(logits, 2, 1, 3) if background else logits
+    graph.outputs = [ops.add("ReduceMax", scores, axes=[2], keepdims=0)]
     before = [node.op for node in graph.nodes]
     trt_logits.choose_as_they_lie(graph)
     assert [node.op for node in graph.nodes] == before
