@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -50,6 +49,7 @@ from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import choose_batch_size, detect_files, open_workers
+from runtimes.processes import processor_count
 from runtimes.workers import PROCESSES_FROM_CORES, PROCESSES_FROM_IMAGES, Workers
 from tfod.labels import LABELS_HELP, labels_of
 from visualize import mark_box
@@ -133,23 +133,22 @@ def main(argv=None):
         output = make_folder(args.output) if args.output else None
         usual = 1 if metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
         images = choose_batch_size(detector, args.batch_size, usual)
-        decoder = choose_decoder(args.decoder, detector, list(known), images, args.exif_rotate)
-        with open_workers(detector, len(known), images) as workers:
+        decoder = choose_decoder(args.decoder, detector, list(known), args.exif_rotate)
+        # Processes that have nothing to decode would take processors, as they start, from the threads that feed the GPU.
+        with open_workers(detector, 0 if decoder else len(known), images) as workers:
             try:
                 results, evaluated, seconds = detect(detector, known, images, workers, args, decoder)
             except KeyboardInterrupt:
                 print("stopped: nothing was evaluated, nothing was written", file=sys.stderr)
                 return 130
-            if not evaluated:
-                raise UserError(
-                    f"--input {show_inputs(args.input)}: none of the {len(known)} annotated images could be read"
-                )
-            begun = time.perf_counter()
-            with coco.without_garbage_collection():
-                results = coco.in_categories(results, categories)
-            kind = args.detection_type
-            evaluation = coco.evaluate(truth, results, evaluated.values(), kind, workers=workers, sigmas=sigmas)
-            measuring = time.perf_counter() - begun
+    if not evaluated:
+        raise UserError(f"--input {show_inputs(args.input)}: none of the {len(known)} annotated images could be read")
+    begun = time.perf_counter()
+    with coco.without_garbage_collection():
+        results = coco.in_categories(results, categories)
+    kind = args.detection_type
+    evaluation = coco.evaluate(truth, results, evaluated.values(), kind, sigmas=sigmas)
+    measuring = time.perf_counter() - begun
     print(
         f"{len(evaluated)} images in {seconds:.1f} s: {len(evaluated) / seconds:.1f} images/s;"
         f" the metric took {measuring:.1f} s"
@@ -195,8 +194,9 @@ def check_model(metadata, args):
 def detect(detector, known, batch_size, workers, args, decoder=None):
     """Runs the detector on the files of `known` {path: image id}, batch_size at a time. decoder: a GpuDecoder, or None.
 
-    Returns (COCO results, to be read once, those of `known` that could be read, seconds). Workers decode ahead of the network,
-    masks are pasted in processes behind it; boxes and keypoints become COCO's results when these are read.
+    Returns (COCO results, to be read once, those of `known` that could be read, seconds). Without a decoder the workers decode
+    ahead of the network, with one they do nothing; masks are pasted in processes of their own behind it; boxes and keypoints
+    become COCO's results when these are read.
     """
     masks = args.detection_type == "segmentation"
     idle = {} if masks else {"masks": None}
@@ -210,9 +210,9 @@ def detect(detector, known, batch_size, workers, args, decoder=None):
     found, evaluated, started = [], {}, time.perf_counter()
     load = functools.partial(load_image, **image_options(args))
     # To paste masks holds Python's lock: processes do it, on however few cores.
-    pasting = Workers(PROCESSES_FROM_IMAGES, cores=max(PROCESSES_FROM_CORES, os.cpu_count() or 1)) if masks else workers
+    cores = max(PROCESSES_FROM_CORES, processor_count())
     with (
-        pasting if masks else contextlib.nullcontext(),
+        Workers(PROCESSES_FROM_IMAGES, cores=cores) if masks else contextlib.nullcontext() as pasting,
         progress(known, unit="image") as bar,
         coco.without_garbage_collection(),
     ):

@@ -309,7 +309,7 @@ class Source:
 @contextlib.contextmanager
 def open_source(detector, gpus, files, size, options, args):
     """Yields the Source for files, `size` at a time."""
-    decoder = choose_decoder(args.decoder, detector, files, size, args.exif_rotate)
+    decoder = choose_decoder(args.decoder, detector, files, args.exif_rotate)
     several = None
     with contextlib.ExitStack() as stack:
         if len(gpus) > 1:

@@ -18,6 +18,7 @@ from pycocotools.cocoeval import Params
 from checks.annotations import load_annotations
 from checks.matching import match_images
 from images.decoding import load_image
+from runtimes.workers import Workers
 from visualize import paste_mask
 
 PYCOCOTOOLS = COCO, PycocotoolsEvaluation
@@ -62,7 +63,7 @@ KINDS = {"bbox": ("bbox", "bbox"), "segmentation": ("segm", "segmentation"), "ke
 USUAL_SIGMA = 0.05
 # From this score on a detection is one that a user would see: an object that only weaker ones find counts as missed.
 SEEN = 0.3
-# From so many results on, the time to hand them to other processes is little against what it saves.
+# From so many results on, the time to start other processes and hand them over is little against what it saves.
 SHARED_OUT_FROM = 50_000
 
 
@@ -146,24 +147,26 @@ def sigmas_of(count, given=None):
     return usual if len(usual) == count else np.full(count, USUAL_SIGMA)
 
 
-def evaluate(truth, results, image_ids, detection_type="bbox", library=None, workers=None, sigmas=None):
+def evaluate(truth, results, image_ids, detection_type="bbox", library=None, sigmas=None):
     """COCO's numbers of `results` (of in_categories) on those images. detection_type: of KINDS; sigmas: of keypoints (see
     sigmas_of), which pycocotools measures.
 
     library: of the evaluation's COCO and COCOeval; default: faster-coco-eval where it is installed (five times as fast on
-    5,000 images, BENCHMARKS.md), else pycocotools. Their numbers are the same. workers: a workers.Workers of processes to
-    share the classes out to, which have no say in one another's numbers.
+    5,000 images, BENCHMARKS.md), else pycocotools. Their numbers are the same. From SHARED_OUT_FROM results on, classes,
+    which have no say in one another's numbers, are shared out to processes, where Workers are such.
     """
     kind, _ = KINDS[detection_type]
     image_ids = set(image_ids)
     library = library or (PYCOCOTOOLS if kind == "keypoints" else LIBRARY)
-    dataset, results = _numbered(truth, results, image_ids, detection_type)
-    if workers and workers.processes and len(results) >= SHARED_OUT_FROM:
-        parts = _share_out(dataset, results, workers.count)
-        measured = [workers.submit(_measure, *part, kind, library, sigmas) for part in parts]
-        measured = [future.result() for future in measured]
-    else:
-        measured = [_measure(dataset, results, kind, library, sigmas)]
+    shared_out = len(results) >= SHARED_OUT_FROM and len(truth.cats) > 1
+    with Workers(len(results) if shared_out else 0) as workers:
+        dataset, results = _numbered(truth, results, image_ids, detection_type)  # while they start
+        if workers.processes:
+            parts = _share_out(dataset, results, workers.count)
+            measured = [workers.submit(_measure, *part, kind, library, sigmas) for part in parts]
+            measured = [future.result() for future in measured]
+        else:
+            measured = [_measure(dataset, results, kind, library, sigmas)]
     keys, precision, recall = zip(*measured, strict=True)
     order = np.argsort(np.concatenate(keys))
     precision = np.concatenate(precision, axis=2)[:, :, order]  # [IoU, recall, class, size, most]

@@ -129,7 +129,7 @@ def add_decoder(parser):
         "--decoder",
         choices=["auto", "cpu", "gpu"],
         default="auto",
-        help="what decodes and resizes images for an engine; default: the GPU where it can and pays, with the same results",
+        help="what decodes and resizes images for an engine; default: the GPU where it can, with the same results",
     )
 
 

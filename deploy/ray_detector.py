@@ -110,7 +110,7 @@ class RayDetector:
         def skip(number, path, why):
             rows[number] = {"path": path, "error": why}
 
-        decoder = choose_decoder(self._job.decoder, self._detector, paths, self._batch_size, self._job.exif_rotate)
+        decoder = choose_decoder(self._job.decoder, self._detector, paths, self._job.exif_rotate)
         options = {"keep_images": bool(self._pictures), "load": self._load, "decoder": decoder, "skip": skip}
         detected = detect_files(self._detector, paths, self._batch_size, self._workers, **options)
         chosen = (dataclasses.replace(item, found=item.found.above(self._job.threshold)) for item in detected)

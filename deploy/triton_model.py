@@ -8,7 +8,6 @@ model of the same server, by its name, or the file `network_file` in this proces
 
 import concurrent.futures
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from images.decoding import ImageError, decode_image
 from images.resizing import preprocess
 from runtimes import open_detector
 from runtimes.detector import input_spec, network_inputs, output_names, split_detections
+from runtimes.processes import processor_count
 from tfod.labels import read_labels
 
 MAX_THREADS = 8
@@ -37,7 +37,7 @@ class TritonPythonModel:
         self._batch = metadata["batch_size"] or int(config["max_batch_size"])
         self._resizer = {**metadata["resizer"], "fit": parameters["fit"] == "true"}
         self._names = class_names(folder.parent / "labels.txt", metadata["num_classes"])
-        self._pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS))
+        self._pool = concurrent.futures.ThreadPoolExecutor(min(processor_count(), MAX_THREADS))
 
     def execute(self, requests):
         """A response for each request. Their images go through the network together, in batches that it can take."""

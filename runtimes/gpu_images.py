@@ -26,6 +26,7 @@ from images.decoding import ImageError, check_jpeg, decode_image, load_image, or
 from images.resizing import placement_of
 from runtimes import nvjpeg
 from runtimes.device_images import ALIGNMENT, PLANES, DeviceImage, MemoryPool, join_planes
+from runtimes.processes import processor_count
 from runtimes.workers import MAX_THREADS, in_order
 
 # Batches decoded at a time, and images, at least and at most: far fewer a second one by one (BENCHMARKS.md).
@@ -34,8 +35,6 @@ DECODERS = 2  # threads that decode
 READY_AHEAD = 4  # such chunks of files, being decoded or waiting for the network
 READ_AHEAD = 1  # being read
 PIXELS_TOGETHER = 100_000_000  # from so many on no more are decoded at a time
-# So many processors keep up with the fastest engine on one image at a time about as well (BENCHMARKS.md).
-CORES_FOR_ONE_BY_ONE = 8
 # By how many bits the colours' planes are narrower and lower; a grey image has none. Of any other kind few JPEGs are.
 SAMPLINGS = {"grey": None, "4:4:4": (0, 0), "4:2:2": (1, 0), "4:2:0": (1, 1)}
 NAMES = {b"\x11\x11\x11": "4:4:4", b"\x21\x11\x11": "4:2:2", b"\x22\x11\x11": "4:2:0"}
@@ -267,15 +266,14 @@ def sample_picture(sampling):
     return buffer.getvalue()
 
 
-def choose_decoder(choice, detector, files, batch_size, exif_rotate=False):
+def choose_decoder(choice, detector, files, exif_rotate=False):
     """The GpuDecoder for an open detector and image files, or None where processors are to decode. It closes with the detector.
 
     choice: "auto", "cpu" or "gpu", of --decoder. Where "gpu" cannot be, raises UserError. With "auto" warns where nvJPEG, CUDA
     or nvcc fail.
     """
     reason = _why_not(detector, files)
-    processors_suffice = batch_size == 1 and (os.cpu_count() or 1) >= CORES_FOR_ONE_BY_ONE
-    if choice == "cpu" or (choice == "auto" and (reason or processors_suffice)):
+    if choice == "cpu" or (choice == "auto" and reason):
         return None
     if reason:
         raise UserError(f"--decoder gpu: {reason}; use --decoder cpu")
@@ -351,7 +349,7 @@ class GpuBatcher:
         """Yields Batch after Batch, each but the last of batch_size images."""
         batch, numbers = [], itertools.count()
         with (
-            concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as processors,
+            concurrent.futures.ThreadPoolExecutor(min(processor_count(), MAX_THREADS)) as processors,
             concurrent.futures.ThreadPoolExecutor(1) as reader,
             concurrent.futures.ThreadPoolExecutor(DECODERS) as decoders,
         ):

@@ -5,7 +5,6 @@ OrtDetector and OpenVinoDetector say how the file is loaded there.
 
 import concurrent.futures
 import contextlib
-import os
 import time
 
 from commandline import UserError
@@ -13,6 +12,7 @@ from commandline import UserError
 import onnx_utils
 from runtimes import standard_graph
 from runtimes.detector import STAGES, input_spec, network_inputs, output_names, split_detections
+from runtimes.processes import processor_count
 
 # Batches that are computed at the same time, at most.
 MOST_SIDE_BY_SIDE = 4
@@ -38,7 +38,7 @@ class OnnxDetector:
         self._outputs = output_names(self.metadata)
         # The intermediate results of a two-stage model take gigabytes.
         self._cores = cores
-        most = min(MOST_SIDE_BY_SIDE, cores or os.cpu_count() or 1)
+        most = min(MOST_SIDE_BY_SIDE, cores or processor_count())
         self._callers = {"infer": 1, "start": 1 if self.metadata["meta_architecture"] == "faster_rcnn" else most}
         self.batches_ahead = self._callers["start"] + 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._callers["start"])
@@ -59,7 +59,7 @@ class OnnxDetector:
 
     def _threads(self, callers):
         """Threads for each of `callers`; 0: as many as the runtime thinks best."""
-        return (self._cores or os.cpu_count() or 1) // callers if callers > 1 else self._cores or 0
+        return (self._cores or processor_count()) // callers if callers > 1 else self._cores or 0
 
     @contextlib.contextmanager
     def _naming_file(self):

@@ -1,4 +1,4 @@
-"""Processes that this one starts: how they begin, how they end, how arrays reach them."""
+"""Processes that this one starts: how many there is room for, how they begin, how they end, how arrays reach them."""
 
 import concurrent.futures
 import contextlib
@@ -9,6 +9,13 @@ import signal
 import threading
 
 import numpy as np
+
+
+def processor_count():
+    """How many processors this process may use: taskset, a container's cpuset or Slurm may leave it fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def end_with_parent():

@@ -22,7 +22,7 @@ from runtimes import open_detector
 from runtimes.detector import Detections
 from runtimes.gpu_images import choose_decoder
 from runtimes.pipeline import Detected, Times, detect_files, open_workers
-from runtimes.processes import end_with_parent, interrupts_ignored
+from runtimes.processes import end_with_parent, interrupts_ignored, processor_count
 
 # Files that a GPU is dealt at a time; results that it tells of at a time; results of one that wait for those of another.
 DEALT, TOLD, WAITING = 64, 64, 1024
@@ -178,7 +178,7 @@ def _serve(connection, job, gpu):
 
 def _detect(connection, job, detector):
     detector.metadata["resizer"] = job.resizer
-    decoder = choose_decoder(job.decoder, detector, [], job.batch_size, job.exif_rotate)
+    decoder = choose_decoder(job.decoder, detector, [], job.exif_rotate)
     with open_workers(detector, job.images, job.batch_size, 1 if decoder else job.cores) as workers:
         connection.send(None)
         mine, times = connection.recv(), Times()
@@ -202,7 +202,7 @@ def job_for(model, detector, files, gpus, batch_size, load, decoder, exif_rotate
         detector.metadata["resizer"],
         batch_size,
         len(files) // len(gpus),
-        max(1, (os.cpu_count() or 1) // len(gpus)),
+        max(1, processor_count() // len(gpus)),
         load,
         decoder,
         exif_rotate,

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import itertools
 import multiprocessing
-import os
 import shutil
 import time
 from multiprocessing.heap import Arena
@@ -19,7 +18,7 @@ from commandline import UserError
 
 import image_batcher
 from images import shared_memory
-from runtimes.processes import pack, process_pool, unpack
+from runtimes.processes import pack, process_pool, processor_count, unpack
 
 # From this many cores on, and for this many images, it pays to start processes: each takes a second.
 PROCESSES_FROM_CORES = 4
@@ -38,7 +37,7 @@ class Workers:
 
     def __init__(self, images, image_bytes=0, batch_size=1, cores=None):
         """images: how many there will be; image_bytes: of one in the network's input; cores: default, all."""
-        cores = cores or os.cpu_count() or 1
+        cores = cores or processor_count()
         self.processes = cores >= PROCESSES_FROM_CORES and images >= PROCESSES_FROM_IMAGES
         self.count = cores - 1 if self.processes else min(cores, MAX_THREADS)  # this process needs a core
         self.together = max(1, min(TOGETHER, int(TOGETHER_BYTES / max(1, image_bytes)))) if self.processes else 1

@@ -16,7 +16,6 @@ import onnx_utils
 from demo import tiny_centernet, tiny_keypoints
 from demo import tiny_mask_rcnn as tiny
 from runtimes import open_detector
-from runtimes.workers import Workers
 from tfod.config import read_pipeline_config
 from tfod.convert import Options, read_model
 from tfod.saved_model import SavedModel, find_saved_model
@@ -253,14 +252,6 @@ def turned_demo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def coco_images():
     return sorted(need_shared("coco", "val2017").glob("*.jpg"))
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """Workers that are processes, on however few cores."""
-    with Workers(10_000, cores=4) as workers:
-        assert workers.processes
-        yield workers
 
 
 # Rows of the table at the end of `make test-zoo`, {model: values of COLUMNS}.

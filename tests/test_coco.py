@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import os
 import shutil
 
 from commandline import UserError
@@ -21,6 +22,7 @@ from demo import tiny_mask_rcnn as tiny
 from images.decoding import load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
+from runtimes.workers import PROCESSES_FROM_IMAGES
 from tfod.saved_model import SavedModel, find_saved_model
 
 LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
@@ -95,7 +97,7 @@ def test_a_perfect_detector_scores_one(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bbox", "segmentation"])
 @pytest.mark.parametrize("classes", [1, 2, 7])
-def test_classes_shared_out_to_processes_give_the_same(kind, classes, tmp_path, processes, monkeypatch):
+def test_classes_shared_out_to_processes_give_the_same(kind, classes, tmp_path, monkeypatch):
     """Detections of which some are right, in one class or in more than there are processes."""
     path, images, found = perfect_case(tmp_path)
     content = json.loads(path.read_text())
@@ -109,11 +111,14 @@ def test_classes_shared_out_to_processes_give_the_same(kind, classes, tmp_path, 
     for key, (_, height, width) in images.items():
         results += coco.results_of(found[key], key, (height, width), 1, 0.5 if kind == "segmentation" else None)
     results = [
-        {**entry, "category_id": int(rng.integers(1, classes + 2)), "score": rng.random()} for entry in results * 9
+        {**entry, "category_id": int(rng.integers(1, classes + 2)), "score": rng.random()} for entry in results * 18
     ]
     alone = coco.evaluate(truth, results, images, kind)
-    monkeypatch.setattr(coco, "SHARED_OUT_FROM", 1)
-    shared = coco.evaluate(truth, results, images, kind, workers=processes)
+    assert len(results) >= PROCESSES_FROM_IMAGES
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(coco, "SHARED_OUT_FROM", len(results))
+    monkeypatch.setattr(coco, "_indexed", lambda *_: pytest.fail("it is measured in this process"))
+    shared = coco.evaluate(truth, results, images, kind)
     assert 0.1 < alone.numbers["AP"] < 0.9
     assert shared.numbers == alone.numbers
     assert shared.classes == alone.classes

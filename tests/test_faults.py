@@ -21,11 +21,11 @@ from PIL import Image
 from test_pipeline import PICTURES, many
 
 MODEL = DEMO / "ssd_mobilenet_v1_shapes"
-# Runs a script as `python SCRIPT ...` on a machine of so many cores, and says when it begins.
+# Runs a script as `python SCRIPT ...` with so many processors, and says when it begins.
 RUN = """
 import os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
-os.cpu_count = lambda: int(sys.argv.pop(1))
+os.sched_getaffinity = lambda _: range(CORES)
 sys.argv.pop(0)
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 print("begun", flush=True)
@@ -38,7 +38,7 @@ def start(script, *options, cores=2, limit=None, before=""):
 
     before: Python code that runs ahead of it.
     """
-    code = before + RUN.replace("sys.argv.pop(1)", str(cores), 1)
+    code = before + RUN.replace("CORES", str(cores))
     command = [sys.executable, "-c", code, ROOT / script, *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, preexec_fn=limit, **pipes)

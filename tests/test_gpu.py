@@ -466,7 +466,7 @@ def test_decoding_on_the_gpu_gives_the_same(engine, size, tmp_path):
             target.symlink_to(source)
     files = sorted(tmp_path.iterdir())
     with open_detector(engine("fp32")[0]) as detector, open_workers(detector, 0, size) as workers:
-        decoder = choose_decoder("gpu", detector, files, size)
+        decoder = choose_decoder("gpu", detector, files)
         batcher = batcher_for(detector, files, size, workers, decoder=decoder)
         for batch in batcher:
             for path, image in zip(batch.paths, batch.tensors, strict=True):

@@ -248,19 +248,19 @@ def detector(**changes):
 )
 def test_where_processors_decode(changes, files, said, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
-    assert choose_decoder("auto", detector(**changes), files, 8) is None
-    assert choose_decoder("cpu", detector(**changes), files, 8) is None
+    assert choose_decoder("auto", detector(**changes), files) is None
+    assert choose_decoder("cpu", detector(**changes), files) is None
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=said):
-        choose_decoder("gpu", detector(**changes), files, 8)
+        choose_decoder("gpu", detector(**changes), files)
 
 
 def test_without_the_packages_it_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: "nvcc")
     monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
-    assert choose_decoder("auto", detector(), PICTURES, 8) is None
+    assert choose_decoder("auto", detector(), PICTURES) is None
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert "requirements-gpu.txt" in said
     with pytest.raises(UserError, match="--decoder gpu: nvJPEG cannot be loaded"):
-        choose_decoder("gpu", detector(), PICTURES, 8)
+        choose_decoder("gpu", detector(), PICTURES)

@@ -227,14 +227,14 @@ def detector(gpu):
 
 def test_what_decodes_otherwise_is_not_used_unasked(gpu, library, capsys):
     """By default the pixels are those of processors; who asks for the GPU is told how far they are not."""
-    assert choose_decoder("auto", detector(gpu), PICTURES, 8).samplings == {"grey", *SHIFTS}
+    assert choose_decoder("auto", detector(gpu), PICTURES).samplings == {"grey", *SHIFTS}
     gpu.decoders.clear()
     library.beside, library.working = 2, [2]
     library.made.clear()
-    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert choose_decoder("auto", detector(gpu), PICTURES) is None
     assert capsys.readouterr().err == ""
     assert not library.made  # it takes no memory
-    decoder = choose_decoder("gpu", detector(gpu), PICTURES, 8)
+    decoder = choose_decoder("gpu", detector(gpu), PICTURES)
     said = capsys.readouterr().err
     assert "nvJPEG (the GPU and processors)" in said and "4:2:0" in said and "up to 6 of 255" in said
     image = decoder.decode([(JPEGS[0][0], baseline_frame(JPEGS[0][0]))])[0].download(gpu)
@@ -245,7 +245,7 @@ def test_what_it_cannot_decode_is_left_to_processors(gpu, library):
     colours = [data for data, planes in library.planes.items() if len(planes) == 3]
     for data in colours:
         del library.planes[data]
-    decoder = choose_decoder("gpu", detector(gpu), PICTURES, 8)
+    decoder = choose_decoder("gpu", detector(gpu), PICTURES)
     assert decoder.samplings == {"grey"}
     (grey,) = decoder.decode([(JPEGS[0][0], baseline_frame(JPEGS[0][0]))])
     assert grey.width == IMAGES[0].shape[1]
@@ -253,15 +253,15 @@ def test_what_it_cannot_decode_is_left_to_processors(gpu, library):
     gpu.decoders.clear()
     library.planes.clear()
     with pytest.raises(UserError, match="decodes nothing on this GPU"):
-        choose_decoder("gpu", detector(gpu), PICTURES, 8)
+        choose_decoder("gpu", detector(gpu), PICTURES)
 
 
 def test_that_nothing_is_exact_is_not_asked_again(gpu, library, monkeypatch):
     """As for each table of Ray's."""
     library.beside = 1
-    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert choose_decoder("auto", detector(gpu), PICTURES) is None
     monkeypatch.setattr(gpu_images, "GpuDecoder", None)
-    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert choose_decoder("auto", detector(gpu), PICTURES) is None
 
 
 @pytest.mark.parametrize(
@@ -272,19 +272,16 @@ def test_what_fails_is_one_line_and_left_to_processors(gpu, error, monkeypatch, 
         raise error
 
     monkeypatch.setattr(gpu_images, "join_planes", fail)
-    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert choose_decoder("auto", detector(gpu), PICTURES) is None
     assert capsys.readouterr().err == f"warning: processors decode the images: {str(error).splitlines()[0]}\n"
-    assert choose_decoder("auto", detector(gpu), PICTURES, 8) is None
+    assert choose_decoder("auto", detector(gpu), PICTURES) is None
     assert capsys.readouterr().err == ""  # once is enough
     with pytest.raises(UserError, match=r"--decoder gpu: nv.*; or use --decoder cpu"):
-        choose_decoder("gpu", detector(gpu), PICTURES, 8)
+        choose_decoder("gpu", detector(gpu), PICTURES)
 
 
-@pytest.mark.parametrize(("cores", "size", "decodes"), [(16, 1, False), (16, 8, True), (4, 1, True)])
-def test_one_image_at_a_time_is_the_processors_where_there_are_many(gpu, cores, size, decodes, monkeypatch):
-    """The choice of "auto"; "gpu" has its way. The decoder stays, for the next files."""
-    monkeypatch.setattr(gpu_images.os, "cpu_count", lambda: cores)
+def test_the_decoder_stays_for_the_next_files(gpu):
     opened = detector(gpu)
-    assert (choose_decoder("auto", opened, PICTURES, size) is not None) == decodes
-    decoder = choose_decoder("gpu", opened, PICTURES, size)
-    assert choose_decoder("gpu", opened, PICTURES, size) is decoder
+    decoder = choose_decoder("auto", opened, PICTURES)
+    assert decoder is not None
+    assert choose_decoder("gpu", opened, PICTURES[:1]) is decoder

@@ -29,6 +29,7 @@ from runtimes import open_detector
 from runtimes.detector import detect_image
 from runtimes.onnx_detector import MOST_SIDE_BY_SIDE
 from runtimes.pipeline import Times, choose_batch_size, detect_files, naming_results_of
+from runtimes.processes import processor_count
 from runtimes.workers import Workers, in_order
 
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
@@ -170,12 +171,23 @@ def test_batches_side_by_side_are_those_one_after_another(model):
                 assert (report.unmatched, report.compared) == (0, len(a.scores))
                 assert max(report.box_difference, report.score_difference) < 1e-5
         assert all(detector.spent[stage] > before[stage] for stage in ("network", "postprocess"))
-        assert detector.batches_ahead == 1 + min(os.cpu_count(), MOST_SIDE_BY_SIDE)
-        meeting, run = threading.Barrier(min(os.cpu_count(), 2)), detector._run
+        assert detector.batches_ahead == 1 + min(processor_count(), MOST_SIDE_BY_SIDE)
+        meeting, run = threading.Barrier(min(processor_count(), 2)), detector._run
         with pytest.MonkeyPatch.context() as patch:  # each of two waits until the other is computed too
             patch.setattr(detector, "_run", lambda *x: (meeting.wait(20), run(*x))[1])
             for ticket in [detector.start(batch) for batch in batches]:
                 detector.finish(ticket)
+
+
+def test_workers_are_as_many_as_processors_that_may_be_used():
+    """taskset, a container's cpuset and Slurm leave fewer than the machine has."""
+    script = "from runtimes.workers import Workers; print(Workers(1).count)"
+    mine = sorted(os.sched_getaffinity(0))[:8]  # threads are no more
+    for allowed in (mine[:1], mine):
+        restrict = functools.partial(os.sched_setaffinity, 0, allowed)
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, preexec_fn=restrict, capture_output=True, text=True, cwd=ROOT, timeout=50)
+        assert (done.stdout, done.stderr) == (f"{len(allowed)}\n", "")
 
 
 def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
@@ -330,7 +342,8 @@ def many(folder, count):
 def test_ctrl_c_keeps_what_is_finished(model, tmp_path, cores):
     """In threads, and in processes, which infer.py starts from four cores on."""
     source = many(tmp_path / "in", 3000)
-    script = f"import os, commandline; os.cpu_count = lambda: {cores}; import infer; commandline.run(infer.main)"
+    affinity = f"os.sched_getaffinity = lambda _: range({cores})"
+    script = f"import os, commandline; {affinity}; import infer; commandline.run(infer.main)"
     command = [sys.executable, "-c", script, "--engine", model, "--input", source, "--output", tmp_path / "out"]
     # A test run in the background of a shell ignores Ctrl-C, and so would what it starts.
     restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
