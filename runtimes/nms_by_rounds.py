@@ -82,14 +82,15 @@ def _suppress(ops, node, sizes, in_order):
         return _suppressing(ops, these, others, attrs["iou_threshold"], one_class)
 
     columns = _best_pairs(ops, *node.inputs, sizes, in_order)
-    pool = _pool(ops, columns, columns[1], sizes.pairs)
+    pool, turned = _pool(ops, columns, columns[1], sizes.pairs)
     alive = _above(ops, ops.slice(pool, 2, 4, 5), np.nextafter(np.float32(attrs["score_threshold"]), np.float32(-1)))
     head, head_alive = (ops.slice(x, 1, 0, sizes.first) for x in (pool, alive))
-    sure = _rounds(ops, suppressing(head, head), head_alive, sizes.sure)
-    rows, alive = _first(ops, _round(ops, suppressing(pool, head), alive, sure), sizes.pairs, sizes.left)
+    others = ops.slice(turned, 2, 0, sizes.first)
+    sure = _rounds(ops, suppressing(head, others), head_alive, sizes.sure)
+    rows, alive = _first(ops, _round(ops, suppressing(pool, others), alive, sure), sizes.pairs, sizes.left)
     pairs = ops.gather_rows(ops.slice(pool, 2, 0, 6), rows)
-    pool = _pool(ops, [pairs], ops.slice(pairs, 2, 4, 5), sizes.left)
-    kept = _rounds(ops, suppressing(pool, pool), alive, sizes.rounds)
+    pool, turned = _pool(ops, [pairs], ops.slice(pairs, 2, 4, 5), sizes.left)
+    kept = _rounds(ops, suppressing(pool, turned), alive, sizes.rounds)
     rows, used = _first(ops, kept, sizes.left, most)
     used = ops.add("Greater", used, np.float32(0), dtype=bool)
     found = ops.add("Where", used, ops.gather_rows(pool, rows), np.float32(0), dtype=np.float32)
@@ -126,8 +127,11 @@ def _largest(ops, values, number, row, in_order):
         values = ops.add("Gather", values, lots, axis=1)
     wide = _prime_to(parts, columns)
     if wide > columns:
-        # Never among those that a part gives: each part has as many others, and gives no more than these.
-        values = ops.add("Pad", values, np.int64([0] * 5 + [wide - columns]), np.finfo(np.float32).min)
+        # Never among those that a part gives: each part has as many others, and gives no more than these. By a Concat, as TensorRT 8.6
+        # copies all values for a Pad.
+        none = ops.add("Mul", ops.slice(values, 2, 0, 1), np.float32(0))
+        none = ops.add("Add", none, np.full(wide - columns, np.finfo(np.float32).min))
+        values = ops.add("Concat", values, none, axis=2)
     values = ops.reshape(values, [0, count * wide])
     if parts == 1:
         best, index = ops.top_k(values, number)
@@ -185,18 +189,19 @@ def _choice(graph, scores):
 
 
 def _pool(ops, columns, scores, count):
-    """A pool [B, K, 7] of K = count pairs, in their order, of their boxes, scores [B, K, 1] and classes, in `columns` [B, K, ...].
+    """Pools [B, K, 7] and [B, 7, K] of K = count pairs, in their order, of their boxes, scores [B, K, 1] and classes, in `columns`
+    [B, K, ...].
 
-    In one Concat: so TensorRT 8.6 has it in memory. Of pairs that it only gathers, or puts together in two steps, it makes each
-    anew for each element of a matrix.
+    Each in one Concat: so TensorRT 8.6 has it in memory. Of pairs that it only gathers, or puts together in two steps, it makes each
+    anew for each element of a matrix, and of those that it turns there it reads each where it lay.
     """
     rank = ops.add("Add", ops.add("Mul", scores, np.float32(0)), np.arange(count, dtype=np.float32)[None, :, None])
-    return ops.add("Concat", *columns, rank, axis=2)
+    rows = [ops.add("Transpose", x, perm=[0, 2, 1]) for x in (*columns, rank)]
+    return ops.add("Concat", *columns, rank, axis=2), ops.add("Concat", *rows, axis=1)
 
 
 def _suppressing(ops, these, others, threshold, one_class):
-    """Of two pools [B, P, 7] and [B, Q, 7], [B, P, Q]: 1 where one of the others would suppress one of these, else 0."""
-    others = ops.add("Transpose", others, perm=[0, 2, 1])
+    """Of two pools [B, P, 7] and [B, 7, Q], [B, P, Q]: 1 where one of the others would suppress one of these, else 0."""
     this = [ops.slice(these, 2, i, i + 1) for i in range(7)]  # [B, P, 1]
     other = [ops.slice(others, 1, i, i + 1) for i in range(7)]  # [B, 1, Q]
 

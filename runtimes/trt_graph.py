@@ -161,8 +161,9 @@ def _average_as_it_lies(graph):
 
 
 def _upsample_at_once(graph):
-    """Nearest-neighbour upsampling as a Resize. TFOD puts it together of Concats and Reshapes (ops.nearest_neighbor_upsampling), for
-    which TensorRT 8.6 copies a map four times.
+    """Nearest-neighbour upsampling as two Gathers. TFOD puts it together of Concats and Reshapes (ops.nearest_neighbor_upsampling),
+    for which TensorRT 8.6 copies a map four times. A Resize it computes in FP32, with copies before and behind it; Gathers in FP16, in
+    one kernel with the Add behind them (BENCHMARKS.md, "Kernel by kernel").
     """
     for node in [node for node in graph.nodes if node.op == "Unsqueeze"]:
         source = node.inputs[0]
@@ -171,9 +172,11 @@ def _upsample_at_once(graph):
         values = np.arange(np.prod(source.shape[1:]), dtype=np.int32).reshape(1, *source.shape[1:])
         for tensor, moved in _moves(node, values):
             if factors := _upsampled(values, moved):
-                attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
                 ops = OpBuilder(graph, f"{node.name}/upsampled")
-                larger = ops.add("Resize", source, np.float32([]), np.float32([1, 1, *factors]), **attrs)
+                rows, columns = (
+                    np.arange(n).repeat(factor) for n, factor in zip(source.shape[2:], factors, strict=True)
+                )
+                larger = ops.add("Gather", ops.add("Gather", source, rows, axis=2), columns, axis=3)
                 larger.shape = tensor.shape
                 trt_crops.take_place(graph, tensor, larger)
                 break

@@ -30,8 +30,7 @@ def choose_as_they_lie(graph):
         if not maps or node.attrs.get("keepdims") != 0 or not all(_takes_rows(gather) for gather in gathers):
             continue
         ops, columns = OpBuilder(graph, f"{node.name}/maps"), logits.shape[2]
-        best = [_best_class(ops, tensor, columns, first) for tensor in maps]
-        replace_outputs(graph, node, [ops.add("Concat", *best, axis=1)])
+        replace_outputs(graph, node, [_best_class(ops, maps, columns, first)])
         values = ops.add("Concat", *(ops.reshape(x, [0, math.prod(x.shape[1:])]) for x in maps), axis=1)
         places = _places(maps, columns)
         for gather in gathers:
@@ -103,16 +102,27 @@ def _map(part, columns):
     return tensor if not rest and rows == [math.prod(tensor.shape[2:]) * anchors, columns] else None
 
 
-def _best_class(ops, tensor, columns, first):
-    """The largest logit from column `first` on of each anchor of a map, [B, H * W * A]."""
-    _, channels, height, width = tensor.shape
-    anchors, places = channels // columns, height * width
-    best = _largest(ops, ops.reshape(tensor, [0, anchors, columns, places]), first, columns)
-    return ops.reshape(ops.add("Transpose", best, perm=[0, 3, 1, 2]), [0, places * anchors])
+def _best_class(ops, maps, columns, first):
+    """The largest logit from column `first` on of each anchor of all maps, [B, N].
+
+    Map by map TensorRT 8.6 runs a kernel after another, of which each waits for one value at a time: so only the first step goes map
+    by map, the others, of few values, go over all anchors at once (BENCHMARKS.md).
+    """
+    parts, count = [], 0
+    for tensor in maps:
+        _, channels, height, width = tensor.shape
+        anchors, places = channels // columns, height * width
+        values, left = _fewer(ops, ops.reshape(tensor, [0, anchors, columns, places]), 2, first, columns)
+        parts.append(ops.reshape(ops.add("Transpose", values, perm=[0, 2, 3, 1]), [0, left, places * anchors]))
+        count += places * anchors
+    values = ops.add("Concat", *parts, axis=2)
+    while left > 1:
+        values, left = _fewer(ops, values, 1, 0, left)
+    return ops.reshape(values, [0, count])
 
 
-def _largest(ops, values, start, end):
-    """The largest of values [B, A, C, P] from column `start` to before `end`, [B, A, 1, P].
+def _fewer(ops, values, axis, start, end):
+    """(fewer columns, of which each is the largest of some from `start` to before `end` along the axis, their number).
 
     By Max of slices, which TensorRT 8.6 reads place by place, side by side. Its ReduceMax reads column by column, as far apart as a
     map is large: 0.1 ms more for FPNLite at batch 32 (BENCHMARKS.md).
@@ -121,9 +131,8 @@ def _largest(ops, values, start, end):
     parts = count if count <= AT_ONCE else math.isqrt(count - 1) + 1
     width = -(-count // parts)
     starts = [min(start + i * width, end - width) for i in range(parts)]  # the last ones may overlap
-    slices = [ops.slice(values, 2, at, at + width) for at in starts]
-    values = ops.add("Max", *slices) if len(slices) > 1 else slices[0]
-    return values if width == 1 else _largest(ops, values, 0, width)
+    slices = [ops.slice(values, axis, at, at + width) for at in starts]
+    return ops.add("Max", *slices) if len(slices) > 1 else slices[0], width
 
 
 def _places(maps, columns):
