@@ -6,6 +6,7 @@ Boxes are [ymin, xmin, ymax, xmax] in Detections and [x, y, width, height] in pi
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import io
 
@@ -18,6 +19,7 @@ from pycocotools.cocoeval import Params
 from checks.annotations import load_annotations
 from checks.matching import match_images
 from images.decoding import load_image
+from runtimes.processes import processor_count
 from runtimes.workers import Workers
 from visualize import paste_mask
 
@@ -63,8 +65,8 @@ KINDS = {"bbox": ("bbox", "bbox"), "segmentation": ("segm", "segmentation"), "ke
 USUAL_SIGMA = 0.05
 # From this score on a detection is one that a user would see: an object that only weaker ones find counts as missed.
 SEEN = 0.3
-# From so many results on, the time to start other processes and hand them over is little against what it saves.
-SHARED_OUT_FROM = 50_000
+# From so many results on they are shared out to processes. Fewer take one process two seconds, and to start others takes one.
+SHARED_OUT_FROM = 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,18 +155,19 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None, sig
 
     library: of the evaluation's COCO and COCOeval; default: faster-coco-eval where it is installed (five times as fast on
     5,000 images, BENCHMARKS.md), else pycocotools. Their numbers are the same. From SHARED_OUT_FROM results on, classes,
-    which have no say in one another's numbers, are shared out to processes, where Workers are such.
+    which have no say in one another's numbers, are shared out to processes, where Workers are such. Raises UserError where one
+    of these ends.
     """
     kind, _ = KINDS[detection_type]
     image_ids = set(image_ids)
     library = library or (PYCOCOTOOLS if kind == "keypoints" else LIBRARY)
-    shared_out = len(results) >= SHARED_OUT_FROM and len(truth.cats) > 1
-    with Workers(len(results) if shared_out else 0) as workers:
+    cores = min(processor_count(), len(truth.cats) + 1)  # one process more than there are classes would have none
+    with Workers(len(results) if len(results) >= SHARED_OUT_FROM else 0, cores=cores) as workers:
         dataset, results = _numbered(truth, results, image_ids, detection_type)  # while they start
         if workers.processes:
             parts = _share_out(dataset, results, workers.count)
-            measured = [workers.submit(_measure, *part, kind, library, sigmas) for part in parts]
-            measured = [future.result() for future in measured]
+            begin = functools.partial(workers.submit, _measure)
+            measured = list(workers.in_order(lambda part: begin(*part, kind, library, sigmas), parts))
         else:
             measured = [_measure(dataset, results, kind, library, sigmas)]
     keys, precision, recall = zip(*measured, strict=True)

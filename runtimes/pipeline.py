@@ -64,7 +64,8 @@ def choose_batch_size(detector, asked, usual):
 
 
 def open_workers(detector, images, batch_size, cores=None):
-    """The Workers for `images` images: to decode, and for whatever is done with the detections. cores: default, all."""
+    """The Workers for `images` images: to decode, and for whatever is done with the detections. cores: default, all that
+    may be used."""
     spec = detector.input
     return Workers(images, 3 * spec.height * spec.width * spec.dtype.itemsize, batch_size, cores)
 

@@ -16,13 +16,7 @@ import onnx_utils
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # Ops that move values and compute none: no precision is lost in them, so they take whatever type is at hand.
 MOVING = {"Concat", "Expand", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-MOVING |= {
-    "Max",
-    "MaxPool",
-    "Relu",
-    "QuantizeLinear",
-    "DequantizeLinear",
-}  # choices among values; what INT8 itself costs
+MOVING |= {"MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}  # choices among values; what INT8 itself costs
 # Ops that choose by values that may be close: in FP16 many are equal.
 CHOOSING = {"TopK", "ArgMax", "ArgMin"}
 # Inputs in float32 whatever the type of the op: the region and scales of Resize, which ONNX wants so; the places of GridSample,
@@ -93,7 +87,7 @@ def half_convolutions(model):
 
 def _moved(node):
     """The tensors whose values a node of MOVING hands on."""
-    return node.inputs if node.op in ("Concat", "Max") else node.inputs[:1]
+    return node.inputs if node.op == "Concat" else node.inputs[:1]
 
 
 def _readers(node):

@@ -12,7 +12,8 @@ import numpy as np
 
 
 def processor_count():
-    """How many processors this process may use: taskset, a container's cpuset or Slurm may leave it fewer than there are."""
+    """How many processors this process may use: taskset, a cpuset or Slurm may leave it fewer than there are. Quotas (`docker --cpus`)
+    are not seen."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -161,9 +161,9 @@ def _average_as_it_lies(graph):
 
 
 def _upsample_at_once(graph):
-    """Nearest-neighbour upsampling as two Gathers. TFOD puts it together of Concats and Reshapes (ops.nearest_neighbor_upsampling),
+    """Nearest-neighbour upsampling of an FPN as two Gathers. TFOD puts it together of Concats and Reshapes (ops.nearest_neighbor_upsampling),
     for which TensorRT 8.6 copies a map four times. A Resize it computes in FP32, with copies before and behind it; Gathers in FP16, in
-    one kernel with the Add behind them (BENCHMARKS.md, "Kernel by kernel").
+    one kernel with the Add behind them (BENCHMARKS.md, "Kernel by kernel"). Resizes that a model has itself are left: not measured.
     """
     for node in [node for node in graph.nodes if node.op == "Unsqueeze"]:
         source = node.inputs[0]

@@ -36,7 +36,7 @@ class Workers:
     """An executor (`submit`) of processes or threads, and what keeps the order of their results. A context manager."""
 
     def __init__(self, images, image_bytes=0, batch_size=1, cores=None):
-        """images: how many there will be; image_bytes: of one in the network's input; cores: default, all."""
+        """images: how many there will be; image_bytes: of one in the network's input; cores: default, all that may be used."""
         cores = cores or processor_count()
         self.processes = cores >= PROCESSES_FROM_CORES and images >= PROCESSES_FROM_IMAGES
         self.count = cores - 1 if self.processes else min(cores, MAX_THREADS)  # this process needs a core

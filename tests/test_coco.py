@@ -96,9 +96,9 @@ def test_a_perfect_detector_scores_one(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segmentation"])
-@pytest.mark.parametrize("classes", [1, 2, 7])
+@pytest.mark.parametrize("classes", [2, 7])
 def test_classes_shared_out_to_processes_give_the_same(kind, classes, tmp_path, monkeypatch):
-    """Detections of which some are right, in one class or in more than there are processes."""
+    """Detections of which some are right, in as many classes as there are processes or in more."""
     path, images, found = perfect_case(tmp_path)
     content = json.loads(path.read_text())
     rng = np.random.default_rng(4)
@@ -126,6 +126,22 @@ def test_classes_shared_out_to_processes_give_the_same(kind, classes, tmp_path, 
         assert list(one) == list(other)
         for key in one:
             np.testing.assert_array_equal(one[key], other[key])
+
+
+@pytest.mark.parametrize(("more", "categories"), [(1, 8), (0, 2)], ids=["few results", "few classes"])
+def test_few_are_measured_in_this_process(more, categories, tmp_path, monkeypatch):
+    path, images, found = perfect_case(tmp_path)
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": key} for key in range(1, categories + 1)]
+    content["annotations"] = [{**note, "category_id": 1} for note in content["annotations"]]
+    path.write_text(json.dumps(content))
+    truth = coco.load_annotations(path)
+    results = [entry for key, (_, *size) in images.items() for entry in coco.results_of(found[key], key, size, 1)]
+    results = [{**entry, "category_id": 1} for entry in results] * 18
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr(coco, "SHARED_OUT_FROM", len(results) + more)
+    monkeypatch.setattr(coco, "_share_out", lambda *_: pytest.fail("processes were started"))
+    assert coco.evaluate(truth, results, images).numbers["AR_100"] == 1
 
 
 def test_nothing_found_scores_zero(tmp_path):
@@ -242,6 +258,22 @@ def test_the_demo_in_numbers_and_files(demo_model, tmp_path, capsys):
     assert f"{datetime.date.today()}" in text
     _, _, _, outside, wide = open_page(tmp_path / "out" / "report.html", width=500)  # a phone
     assert (outside, wide) == (0, False)
+
+
+@pytest.mark.parametrize(("decoder", "images"), [(None, 8), ("the GPU's", 0)])
+def test_no_process_starts_to_decode_where_the_gpu_does(decoder, images, demo_model, monkeypatch):
+    """It would take processors from the threads that feed the GPU. (Ctrl-C before the first image: here no GPU decodes.)"""
+    asked, opened = [], eval_coco.open_workers
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_coco, "choose_decoder", lambda *_: decoder)
+    monkeypatch.setattr(eval_coco, "open_workers", lambda *given: asked.append(given[1]) or opened(*given))
+    monkeypatch.setattr(eval_coco, "detect", stop)
+    options = ["--engine", str(demo_model), "--input", str(DEMO / "images"), "--annotations", str(TRUTH)]
+    assert eval_coco.main(options) == 130
+    assert asked == [images]
 
 
 def test_turned_photos_in_several_folders(demo_model, turned_demo, tmp_path, capsys):

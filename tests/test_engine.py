@@ -432,8 +432,8 @@ def test_upsampling_is_two_gathers(turns, replaced):
     ops = onnx_utils.OpBuilder(graph, "test")
     maps = ops.add("Unsqueeze", graph.inputs[0], np.int64([1]))
     maps = ops.add("Unsqueeze", ops.add("Concat", maps, maps, axis=1), np.int64([4]))
-    maps = ops.add("Transpose", ops.add("Concat", maps, maps, axis=4), perm=list(turns))  # [b, 2, 3, 4, 2, 5]
-    maps = ops.add("Transpose", ops.reshape(maps, [0, 8, 10, 3]), perm=[0, 3, 1, 2])
+    maps = ops.add("Transpose", ops.add("Concat", maps, maps, maps, axis=4), perm=list(turns))  # [b, 2, 3, 4, 3, 5]
+    maps = ops.add("Transpose", ops.reshape(maps, [0, 12, 10, 3]), perm=[0, 3, 1, 2])
     graph.outputs = [ops.add("Neg", maps)]
     model = gs.export_onnx(graph)
     model.ir_version = 8
@@ -444,7 +444,7 @@ def test_upsampling_is_two_gathers(turns, replaced):
     a, b = (onnxruntime.InferenceSession(x.SerializeToString()).run(None, given)[0] for x in (model, prepared))
     np.testing.assert_array_equal(a, b)
     if replaced:
-        np.testing.assert_array_equal(a, -given["maps"].repeat(2, axis=2).repeat(2, axis=3))
+        np.testing.assert_array_equal(a, -given["maps"].repeat(3, axis=2).repeat(2, axis=3))
 
 
 @pytest.mark.parametrize("shape", [[0, -1], [-1, 60], [0, 0, 0, -1], [0, 5, 4, 3], [0, 3, 20]], ids=str)

@@ -332,26 +332,6 @@ def test_where_all_suppress_all_suppression_sees_one_class():
     np.testing.assert_array_equal(seen[..., 0], values.max(axis=2))
 
 
-@pytest.mark.parametrize("scored", [False, True], ids=["logits", "scores"])
-def test_the_largest_of_what_layers_give_takes_its_type(scored):
-    """A choice among FP16 logits loses nothing, and needs no copies of them in FP32; of scores it is FP32's."""
-    graph = gs.Graph(opset=onnx_utils.OPSET)
-    images = gs.Variable("images", np.float32, ["B", 3, 50, 1])
-    ops = onnx_utils.OpBuilder(graph, "test")
-    found = ops.add("Conv", images, np.ones((8, 3, 1, 1), np.float32))
-    found = ops.add("Transpose", ops.reshape(found, [0, 8, 50]), perm=[0, 2, 1])
-    boxes, *scores = (ops.slice(found, 2, i, i + 4) for i in (0, 0, 4))
-    if scored:
-        scores[1] = ops.add("Sigmoid", scores[1])
-    scores = ops.add("Max", *scores)
-    boxes.shape, scores.shape = [None, 50, 4], [None, 50, 4]
-    result = nms.add_nms(ops, boxes, scores, nms.NmsSettings(1e-8, 0.6, 9, 9))
-    graph.inputs, graph.outputs = [images], [result.boxes, result.scores, result.classes]
-    wide = precision.float32_nodes(graph)
-    (largest,) = (node for node in graph.nodes if node.op == "Max")
-    assert (id(largest) in wide) == scored
-
-
 def test_the_class_of_a_box_is_found_in_float32():
     """Behind a convolution, as in a model: in FP16 classes that score about the same would be one."""
     graph = gs.Graph(opset=onnx_utils.OPSET)
