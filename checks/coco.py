@@ -161,7 +161,7 @@ def evaluate(truth, results, image_ids, detection_type="bbox", library=None, sig
     kind, _ = KINDS[detection_type]
     image_ids = set(image_ids)
     library = library or (PYCOCOTOOLS if kind == "keypoints" else LIBRARY)
-    cores = min(processor_count(), 1 + len(truth.cats))  # for this process, and for no more than have a class to measure
+    cores = min(processor_count(), 1 + len(truth.cats))  # for this process, and for those with a class to measure
     with Workers(len(results) if len(results) >= SHARED_OUT_FROM else 0, cores=cores) as workers:
         dataset, results = _numbered(truth, results, image_ids, detection_type)  # while they start
         if workers.processes:
