@@ -135,7 +135,7 @@ def main(argv=None):
         images = choose_batch_size(detector, args.batch_size, usual)
         decoder = choose_decoder(args.decoder, detector, list(known), args.exif_rotate)
         # Processes that have nothing to decode would take processors, as they start, from the threads that feed the GPU.
-        with open_workers(detector, 0 if decoder else len(known), images) as workers:
+        with open_workers(detector, len(known), images, cores=1 if decoder else None) as workers:
             try:
                 results, evaluated, seconds = detect(detector, known, images, workers, args, decoder)
             except KeyboardInterrupt:

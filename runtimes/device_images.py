@@ -209,7 +209,10 @@ def _grid(height, width, images):
 
 @functools.cache
 def _kernels(dtype="float32", layout="NHWC"):
-    """{name: kernel} for an engine's input of a type and a layout, compiled by nvcc, kept by pycuda in the user's cache."""
+    """{name: kernel} for an engine's input of a type and a layout, compiled by nvcc, kept by pycuda in the user's cache.
+
+    Who has pycuda mostly has nvcc: pip compiles pycuda with the CUDA toolkit. NVRTC would be one more package.
+    """
     from pycuda.compiler import SourceModule
 
     module = SourceModule(KERNELS, options=compiler_options(dtype, layout), no_extern_c=True)

@@ -29,7 +29,7 @@ class OnnxDetector:
 
     def __init__(self, path, model=None, cores=None):
         """model: the contents of the file, or what is to run in its place; None: read it. cores: that it may use; None:
-        all. Raises UserError."""
+        all that this process may. Raises UserError."""
         model = model or onnx_utils.load(path)
         self.metadata = onnx_utils.read_metadata(model, path)
         self.input = input_spec(self.metadata)

@@ -1,4 +1,4 @@
-"""The best anchors of an SSD (tfod.ssd) for TensorRT: their best class is found map by map, and few of the logits are put in order.
+"""The best anchors of an SSD (tfod.ssd) for TensorRT: their best class is found where logits lie, and few of these are put in order.
 
 A layer gives its logits class by class, [B, A * C, H, W]; the model puts all maps of them in the order of anchors, [B, N, C], for
 the best class of each, and gathers the best anchors' again. TensorRT 8.6 puts them in order element by element (BENCHMARKS.md,
@@ -29,8 +29,8 @@ def choose_as_they_lie(graph):
         maps = [] if _read_by_others(logits, scores, graph) else _maps(logits)
         if not maps or node.attrs.get("keepdims") != 0 or not all(_takes_rows(gather) for gather in gathers):
             continue
-        ops, columns = OpBuilder(graph, f"{node.name}/maps"), logits.shape[2]
-        replace_outputs(graph, node, [_best_class(ops, maps, columns, first)])
+        ops, (_, count, columns) = OpBuilder(graph, f"{node.name}/maps"), logits.shape
+        replace_outputs(graph, node, [ops.reshape(_best_class(ops, maps, columns, first), [0, count])])
         values = ops.add("Concat", *(ops.reshape(x, [0, math.prod(x.shape[1:])]) for x in maps), axis=1)
         places = _places(maps, columns)
         for gather in gathers:
@@ -103,22 +103,21 @@ def _map(part, columns):
 
 
 def _best_class(ops, maps, columns, first):
-    """The largest logit from column `first` on of each anchor of all maps, [B, N].
+    """The largest logit from column `first` on of each anchor of all maps, [B, 1, N].
 
     Map by map TensorRT 8.6 runs a kernel after another, of which each waits for one value at a time: so only the first step goes map
     by map, the others, of few values, go over all anchors at once (BENCHMARKS.md).
     """
-    parts, count = [], 0
+    parts = []
     for tensor in maps:
         _, channels, height, width = tensor.shape
         anchors, places = channels // columns, height * width
         values, left = _fewer(ops, ops.reshape(tensor, [0, anchors, columns, places]), 2, first, columns)
         parts.append(ops.reshape(ops.add("Transpose", values, perm=[0, 2, 3, 1]), [0, left, places * anchors]))
-        count += places * anchors
     values = ops.add("Concat", *parts, axis=2)
     while left > 1:
         values, left = _fewer(ops, values, 1, 0, left)
-    return ops.reshape(values, [0, count])
+    return values
 
 
 def _fewer(ops, values, axis, start, end):

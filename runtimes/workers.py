@@ -132,7 +132,7 @@ def in_order(submit, items, ahead):
         while begun:
             yield _first(begun)
     except concurrent.futures.BrokenExecutor as error:
-        why = "the system ended a process of this one; if memory is short, --batch_size 1 takes less"
+        why = "the system ended a process of this one; if memory is short, free some, or decode and draw with --batch_size 1"
         raise UserError(why) from error
     finally:  # What runs may read memory that goes. None is cancelled: should the pool's processes end meanwhile, it trips.
         concurrent.futures.wait([future for future, _ in begun])

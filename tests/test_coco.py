@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import multiprocessing
 import os
 import shutil
 
@@ -20,9 +21,8 @@ import eval_coco
 from checks import coco, parity
 from demo import tiny_mask_rcnn as tiny
 from images.decoding import load_image
-from runtimes import open_detector
+from runtimes import open_detector, workers
 from runtimes.detector import Detections, detect_image
-from runtimes.workers import PROCESSES_FROM_IMAGES
 from tfod.saved_model import SavedModel, find_saved_model
 
 LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
@@ -114,7 +114,7 @@ def test_classes_shared_out_to_processes_give_the_same(kind, classes, tmp_path, 
         {**entry, "category_id": int(rng.integers(1, classes + 2)), "score": rng.random()} for entry in results * 18
     ]
     alone = coco.evaluate(truth, results, images, kind)
-    assert len(results) >= PROCESSES_FROM_IMAGES
+    assert len(results) >= workers.PROCESSES_FROM_IMAGES
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     monkeypatch.setattr(coco, "SHARED_OUT_FROM", len(results))
     monkeypatch.setattr(coco, "_indexed", lambda *_: pytest.fail("it is measured in this process"))
@@ -260,20 +260,41 @@ def test_the_demo_in_numbers_and_files(demo_model, tmp_path, capsys):
     assert (outside, wide) == (0, False)
 
 
-@pytest.mark.parametrize(("decoder", "images"), [(None, 8), ("the GPU's", 0)])
-def test_no_process_starts_to_decode_where_the_gpu_does(decoder, images, demo_model, monkeypatch):
-    """It would take processors from the threads that feed the GPU. (Ctrl-C before the first image: here no GPU decodes.)"""
-    asked, opened = [], eval_coco.open_workers
+def end(*_):
+    assert multiprocessing.parent_process(), "it is measured in this process"
+    os._exit(1)
 
-    def stop(*_):
+
+def test_a_process_that_ends_while_it_measures_is_one_line(tmp_path, monkeypatch):
+    path, images, found = perfect_case(tmp_path)
+    content = json.loads(path.read_text())
+    content["categories"] += [{"id": key} for key in (98, 99)]
+    path.write_text(json.dumps(content))
+    truth = coco.load_annotations(path)
+    results = [entry for key, (_, *size) in images.items() for entry in coco.results_of(found[key], key, size, 1)] * 18
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(coco, "SHARED_OUT_FROM", len(results))
+    monkeypatch.setattr(coco, "_measure", end)
+    with pytest.raises(UserError, match="the system ended a process of this one; if memory is short, free some"):
+        coco.evaluate(truth, results, images)
+
+
+@pytest.mark.parametrize(("decoder", "processes"), [(None, True), ("the GPU's", False)])
+def test_no_process_starts_to_decode_where_the_gpu_does(decoder, processes, demo_model, monkeypatch):
+    """It would take processors from the threads that feed the GPU. (Ctrl-C before the first image: here no GPU decodes.)"""
+    seen = []
+
+    def stop(*given):
+        seen.append(given[3].processes)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(workers, "PROCESSES_FROM_IMAGES", 8)
     monkeypatch.setattr(eval_coco, "choose_decoder", lambda *_: decoder)
-    monkeypatch.setattr(eval_coco, "open_workers", lambda *given: asked.append(given[1]) or opened(*given))
     monkeypatch.setattr(eval_coco, "detect", stop)
     options = ["--engine", str(demo_model), "--input", str(DEMO / "images"), "--annotations", str(TRUTH)]
     assert eval_coco.main(options) == 130
-    assert asked == [images]
+    assert seen == [processes]
 
 
 def test_turned_photos_in_several_folders(demo_model, turned_demo, tmp_path, capsys):

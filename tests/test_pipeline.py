@@ -25,7 +25,7 @@ from checks import parity
 from images import decoding, shared_memory
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import open_detector
+from runtimes import open_detector, several_gpus
 from runtimes.detector import detect_image
 from runtimes.onnx_detector import MOST_SIDE_BY_SIDE
 from runtimes.pipeline import Times, choose_batch_size, detect_files, naming_results_of
@@ -188,6 +188,14 @@ def test_workers_are_as_many_as_processors_that_may_be_used():
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, preexec_fn=restrict, capture_output=True, text=True, cwd=ROOT, timeout=50)
         assert (done.stdout, done.stderr) == (f"{len(allowed)}\n", "")
+
+
+def test_networks_and_gpus_share_the_processors_that_may_be_used(model, monkeypatch):
+    for allowed in (1, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: range(allowed))
+        with open_detector(model) as detector:
+            assert detector.batches_ahead == 1 + allowed
+            assert several_gpus.job_for(model, detector, PICTURES, [0], 1, load_image, "cpu").cores == allowed
 
 
 def test_few_images_are_in_memory_at_a_time(demo_detector, threads):
