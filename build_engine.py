@@ -94,7 +94,10 @@ def main(argv=None):
     trt, cuda = find_tensorrt(args)
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
-    prepared = trt_graph.prepare(suppressed(args.suppression, model, batch if trt else None), batch[-1])
+    built = batch if trt else None
+    # Maps that lie side by side have no range: their layers would be in FP16.
+    few_images = for_few_images(built) and args.precision != "int8"
+    prepared = trt_graph.prepare(suppressed(args.suppression, model, built), batch[-1], few_images)
     metadata = {**metadata, "precision": args.precision}
     told = layer_types(args.precision, prepared, calibration) if trt and not is_strongly_typed(trt) else None
     by_ranges = bool(told and told.ranges)
@@ -165,13 +168,14 @@ def batch_range(args, metadata):
     return least, best, most
 
 
-def suppressed(wanted, model, batch):
-    """The model with its suppression as --suppression says; prints where it is in standard ops.
+def for_few_images(batch):
+    """Whether an engine for (least, best, most) images at a time is for few: NMS and heads have other forms then. None: none is built."""
+    return batch is not None and batch[1] <= nms_by_rounds.FEW_IMAGES and batch[2] <= nms_by_rounds.MOST_IMAGES
 
-    batch: least, best and most images at a time, of an engine; None: none is built.
-    """
-    few = batch and batch[1] <= nms_by_rounds.FEW_IMAGES and batch[2] <= nms_by_rounds.MOST_IMAGES
-    if wanted == "plugin" or (wanted == "auto" and not few):
+
+def suppressed(wanted, model, batch):
+    """The model with its suppression as --suppression says; prints where it is in standard ops. batch: as for_few_images."""
+    if wanted == "plugin" or (wanted == "auto" and not for_few_images(batch)):
         return model
     changed = nms_by_rounds.replace(model)
     before, after = (sum(node.op_type == "EfficientNMS_TRT" for node in x.graph.node) for x in (model, changed))

@@ -82,10 +82,11 @@ def _suppress(ops, node, sizes, in_order):
         return _suppressing(ops, these, others, attrs["iou_threshold"], one_class)
 
     columns = _best_pairs(ops, *node.inputs, sizes, in_order)
-    pool, turned = _pool(ops, columns, columns[1], sizes.pairs)
+    pool, _ = _pool(ops, columns, columns[1], sizes.pairs)
     alive = _above(ops, ops.slice(pool, 2, 4, 5), np.nextafter(np.float32(attrs["score_threshold"]), np.float32(-1)))
-    head, head_alive = (ops.slice(x, 1, 0, sizes.first) for x in (pool, alive))
-    others = ops.slice(turned, 2, 0, sizes.first)
+    columns = [ops.slice(x, 1, 0, sizes.first) for x in columns]
+    head, others = _pool(ops, columns, columns[1], sizes.first)
+    head_alive = ops.slice(alive, 1, 0, sizes.first)
     sure = _rounds(ops, suppressing(head, others), head_alive, sizes.sure)
     rows, alive = _first(ops, _round(ops, suppressing(pool, others), alive, sure), sizes.pairs, sizes.left)
     pairs = ops.gather_rows(ops.slice(pool, 2, 0, 6), rows)
@@ -137,6 +138,8 @@ def _largest(ops, values, number, row, in_order):
         best, index = ops.top_k(values, number)
     else:
         each = min(2 * number // parts, count // parts * columns)
+        if lots is not None and number / parts + 4 * math.sqrt(number / parts) <= row // parts:
+            each = row // parts
         values = ops.add("Transpose", ops.reshape(values, [0, count * wide // parts, parts]), perm=[0, 2, 1])
         best, place = (ops.reshape(x, [0, parts * each]) for x in ops.top_k(values, each))
         best, index = ops.top_k(best, number)

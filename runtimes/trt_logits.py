@@ -19,26 +19,40 @@ from onnx_utils import OpBuilder, replace_outputs
 AT_ONCE = 16
 
 
-def choose_as_they_lie(graph):
-    """Finds the best class of each anchor where its logits lie, and gathers the chosen anchors' logits there: the same values. Only
-    where nothing else reads them."""
+def choose_as_they_lie(graph, parts):
+    """Finds the best class of each anchor where its logits lie, and gathers the chosen anchors' logits and boxes there: the same values.
+    Only where nothing else reads them. parts: of maps that lie side by side (trt_levels.lay_side_by_side)."""
     for node in [node for node in graph.nodes if node.op == "ReduceMax" and node.attrs.get("axes") == [2]]:
         scores = node.inputs[0]
-        gathers = [reader for reader in scores.outputs if reader is not node]
         logits, first = _with_background(scores)
-        maps = [] if _read_by_others(logits, scores, graph) else _maps(logits)
-        if not maps or node.attrs.get("keepdims") != 0 or not all(_takes_rows(gather) for gather in gathers):
-            continue
-        ops, (_, count, columns) = OpBuilder(graph, f"{node.name}/maps"), logits.shape
-        replace_outputs(graph, node, [ops.reshape(_best_class(ops, maps, columns, first), [0, count])])
-        values = ops.add("Concat", *(ops.reshape(x, [0, math.prod(x.shape[1:])]) for x in maps), axis=1)
-        places = _places(maps, columns)
-        for gather in gathers:
-            # Column c of anchor i is value places[0][i] + c * places[1][i].
-            start, step = (ops.add("Gather", place, gather.inputs[1], dtype=np.int64, axis=0) for place in places)
-            index = ops.add("Add", start, ops.add("Mul", step, np.arange(first, columns)))  # [B, K, C]
-            index = ops.add("Unsqueeze", index, np.int64([3]))
-            replace_outputs(graph, gather, [ops.add("GatherND", values, index, batch_dims=1)])
+        maps = _maps_of(scores, graph, parts, besides=node)
+        if maps and node.attrs.get("keepdims") == 0:
+            ops = OpBuilder(graph, f"{node.name}/maps")
+            best = _best_class(ops, maps, logits.shape[2], first)
+            replace_outputs(graph, node, [ops.reshape(best, [0, logits.shape[1]])])
+            node.inputs.clear()  # it reads the scores no more
+    for node in [node for node in graph.nodes if _takes_rows(node)]:
+        scores = node.inputs[0]
+        logits, first = _with_background(scores)
+        if maps := _maps_of(scores, graph, parts):
+            _gather(OpBuilder(graph, f"{node.name}/maps"), node, maps, first, logits.shape[2])
+
+
+def _maps_of(scores, graph, parts, besides=None):
+    """The maps (_maps) that scores are of, where nothing but gathers of whole rows, and the node `besides`, reads them; else []."""
+    logits, _ = _with_background(scores)
+    readers = [reader for reader in scores.outputs if reader is not besides]
+    return _maps(logits, parts) if not _read_by_others(logits, scores, graph) and all(map(_takes_rows, readers)) else []
+
+
+def _gather(ops, node, maps, first, columns):
+    """Replaces a GatherND of rows, from column `first` on, by one of the values where they lie."""
+    start, step = (ops.add("Gather", x, node.inputs[1], dtype=np.int64, axis=0) for x in _lie(maps, columns)[1:])
+    # Column c of anchor i is value start[i] + c * step[i].
+    index = ops.add("Add", start, ops.add("Mul", step, np.arange(first, columns)))  # [B, K, C]
+    values = ops.add("Concat", *(ops.reshape(x, [0, math.prod(x.shape[1:])]) for x in _tensors(maps)), axis=1)
+    found = ops.add("GatherND", values, ops.add("Unsqueeze", index, np.int64([3])), batch_dims=1)
+    replace_outputs(ops.graph, node, [found])
 
 
 def _with_background(scores):
@@ -69,7 +83,7 @@ def _takes_rows(node):
     return by_image and list(node.inputs[1].shape or [])[2:] == [1]
 
 
-def _maps(logits):
+def _maps(logits, parts):
     """The maps [B, A * C, H, W] that logits [B, N, C] are put together of, place by place; [] where they are anything else."""
     if not _is_known(logits) or not logits.inputs:
         return []
@@ -83,7 +97,14 @@ def _maps(logits):
     if joined.op != "Concat" or joined.attrs["axis"] != 1:
         return []
     maps = [_map(part, logits.shape[2]) for part in joined.inputs]
-    return [] if any(tensor is None for tensor in maps) else maps
+    if any(tensor is None for tensor in maps):
+        return []
+    return [parts.get(id(x)) or (x, np.arange(math.prod(x.shape[2:]))) for x in maps]
+
+
+def _tensors(maps):
+    """The tensors that maps are in, each once."""
+    return list({id(tensor): tensor for tensor, _ in maps}.values())
 
 
 def _map(part, columns):
@@ -108,13 +129,16 @@ def _best_class(ops, maps, columns, first):
     Map by map TensorRT 8.6 runs a kernel after another, of which each waits for one value at a time: so only the first step goes map
     by map, the others, of few values, go over all anchors at once (BENCHMARKS.md).
     """
-    parts = []
-    for tensor in maps:
+    found = []
+    for tensor in _tensors(maps):
         _, channels, height, width = tensor.shape
         anchors, places = channels // columns, height * width
         values, left = _fewer(ops, ops.reshape(tensor, [0, anchors, columns, places]), 2, first, columns)
-        parts.append(ops.reshape(ops.add("Transpose", values, perm=[0, 2, 3, 1]), [0, left, places * anchors]))
-    values = ops.add("Concat", *parts, axis=2)
+        found.append(ops.reshape(ops.add("Transpose", values, perm=[0, 2, 3, 1]), [0, left, places * anchors]))
+    values = ops.add("Concat", *found, axis=2)
+    numbers, _, _ = _lie(maps, columns)
+    if not np.array_equal(numbers, np.arange(len(numbers))):  # some lie side by side
+        values = ops.add("Gather", values, numbers, axis=2)
     while left > 1:
         values, left = _fewer(ops, values, 1, 0, left)
     return values
@@ -134,13 +158,18 @@ def _fewer(ops, values, axis, start, end):
     return ops.add("Max", *slices) if len(slices) > 1 else slices[0], width
 
 
-def _places(maps, columns):
-    """Where the logits of each anchor lie in all maps one behind the other: (of its first column [N], from one to the next [N])."""
-    starts, steps, begun = [], [], 0
-    for _, channels, height, width in (tensor.shape for tensor in maps):
-        anchors, places = channels // columns, height * width
-        place, anchor = np.divmod(np.arange(places * anchors), anchors)
-        starts.append(begun + anchor * columns * places + place)
-        steps.append(np.full(places * anchors, places))
-        begun += channels * places
-    return np.concatenate(starts), np.concatenate(steps)
+def _lie(maps, columns):
+    """Where each anchor lies in all tensors one behind the other: (its number there [N], its first column's [N], from one column to
+    the next [N])."""
+    begins, begun = {}, 0
+    for tensor in _tensors(maps):
+        begins[id(tensor)] = begun
+        begun += math.prod(tensor.shape[1:]) // columns
+    numbers, starts, steps = [], [], []
+    for tensor, places in maps:
+        anchors, size, begun = tensor.shape[1] // columns, math.prod(tensor.shape[2:]), begins[id(tensor)]
+        place, anchor = np.repeat(places, anchors), np.tile(np.arange(anchors), len(places))
+        numbers.append(begun + place * anchors + anchor)
+        starts.append((begun + anchor * size) * columns + place)
+        steps.append(np.full(len(place), size))
+    return tuple(map(np.concatenate, (numbers, starts, steps)))

@@ -146,7 +146,7 @@ def test_logits_of_unknown_shape_are_left(background, shape):
     scores = ops.slice(logits, 2, 1, 3) if background else logits
     graph.outputs = [ops.add("ReduceMax", scores, axes=[2], keepdims=0)]
     before = [node.op for node in graph.nodes]
-    trt_logits.choose_as_they_lie(graph)
+    trt_logits.choose_as_they_lie(graph, {})
     assert [node.op for node in graph.nodes] == before
 
 
