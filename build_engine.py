@@ -94,10 +94,7 @@ def main(argv=None):
     trt, cuda = find_tensorrt(args)
     if args.precision == "int8" and not calibration:
         calibration = calibrate(args, model, metadata)
-    built = batch if trt else None
-    # Maps that lie side by side have no range: their layers would be in FP16.
-    few_images = for_few_images(built) and args.precision != "int8"
-    prepared = trt_graph.prepare(suppressed(args.suppression, model, built), batch[-1], few_images)
+    prepared = prepare(args, model, batch, built=bool(trt))
     metadata = {**metadata, "precision": args.precision}
     told = layer_types(args.precision, prepared, calibration) if trt and not is_strongly_typed(trt) else None
     by_ranges = bool(told and told.ranges)
@@ -168,14 +165,24 @@ def batch_range(args, metadata):
     return least, best, most
 
 
+def prepare(args, model, batch, built=True):
+    """The graph that TensorRT gets, as --suppression and --precision of args say. batch: (least, best, most) images at a time; built:
+    whether an engine is."""
+    few_images = built and for_few_images(batch)
+    suppressed = suppress(args.suppression, model, few_images)
+    # Maps that lie side by side have no ranges: their layers would be in FP16.
+    return trt_graph.prepare(suppressed, batch[-1], few_images and args.precision != "int8")
+
+
 def for_few_images(batch):
-    """Whether an engine for (least, best, most) images at a time is for few: NMS and heads have other forms then. None: none is built."""
-    return batch is not None and batch[1] <= nms_by_rounds.FEW_IMAGES and batch[2] <= nms_by_rounds.MOST_IMAGES
+    """Whether an engine for (least, best, most) images at a time is for few: NMS and heads have other forms then."""
+    return batch[1] <= nms_by_rounds.FEW_IMAGES and batch[2] <= nms_by_rounds.MOST_IMAGES
 
 
-def suppressed(wanted, model, batch):
-    """The model with its suppression as --suppression says; prints where it is in standard ops. batch: as for_few_images."""
-    if wanted == "plugin" or (wanted == "auto" and not for_few_images(batch)):
+def suppress(wanted, model, few_images):
+    """The model with its suppression as --suppression says; prints where it is in standard ops. few_images: whether an engine for few
+    at a time is built."""
+    if wanted == "plugin" or (wanted == "auto" and not few_images):
         return model
     changed = nms_by_rounds.replace(model)
     before, after = (sum(node.op_type == "EfficientNMS_TRT" for node in x.graph.node) for x in (model, changed))

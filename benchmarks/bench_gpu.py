@@ -28,7 +28,7 @@ from checks import coco, parity
 from image_batcher import ImageBatcher
 from images.decoding import load_image
 from images.resizing import preprocess
-from runtimes import open_detector, trt_graph
+from runtimes import open_detector
 from runtimes.detector import detect_image, input_spec, network_inputs
 from runtimes.trt_detector import GpuContext, import_tensorrt
 from runtimes.workers import Workers
@@ -146,7 +146,7 @@ def build_by_flags(args, calib_input):
             raise UserError(
                 f"--batch: with --flags INT8 is calibrated {CALIBRATION_BATCH} images at a time; give a range"
             )
-        model = trt_graph.prepare(build_engine.suppressed(args.suppression, model, batch), batch[-1])
+        model = build_engine.prepare(args, model, batch)
         told = dataclasses.replace(build_engine.layer_types("fp16", model, None), half=set())
         typed = build_engine.typed_model("fp32", model, None)
         path.write_bytes(build_engine.build(trt, args, typed, named, batch, told, configure))

@@ -17,8 +17,8 @@ LARGEST_WINDOW = 32
 
 
 def prepare(model, most, few_images=False):
-    """Returns a copy of a converted model for TensorRT and batches of up to `most`: the same results. few_images: made for few at a
-    time, for which maps are small (trt_levels).
+    """Returns a copy of a converted model for TensorRT and batches of up to `most`: the same results. few_images: it is for few at
+    a time, of which small maps do not fill a GPU, so that they are laid side by side (trt_levels).
 
     EfficientNMS_TRT walks the boxes of an image one after the other, and the images side by side. Classes do not suppress
     one another: as many groups of them as it can take are given to it as images of their own.
@@ -158,7 +158,8 @@ def _turn_at_once(graph):
     """
     for node in [node for node in graph.nodes if node.op == "Transpose" and node.attrs.get("perm") == [0, 3, 1, 2]]:
         (images,) = node.inputs
-        if any(images is x for x in graph.inputs):
+        cast = images.inputs and images.inputs[0].op == "Cast"  # of bytes
+        if any((images.inputs[0].inputs[0] if cast else images) is x for x in graph.inputs):
             ops = OpBuilder(graph, f"{node.name}/turned")
             channels = ops.add("Gather", images, np.arange(images.shape[3]), axis=3)
             channels.shape = images.shape

@@ -5,7 +5,8 @@ the best class of each, and gathers the best anchors' again. TensorRT 8.6 puts t
 "Kernel by kernel").
 
 Shapes: B images, A anchors a place of a map of H x W places, N of all maps, C columns (classes, perhaps the background before them),
-K anchors chosen.
+K anchors chosen. Several maps may lie in one tensor (trt_levels): `maps` are pairs, of the tensor [B, A * C, H, W] that a map is in and
+of the numbers of its places among H x W.
 """
 
 import math
@@ -84,7 +85,7 @@ def _takes_rows(node):
 
 
 def _maps(logits, parts):
-    """The maps [B, A * C, H, W] that logits [B, N, C] are put together of, place by place; [] where they are anything else."""
+    """The maps that logits [B, N, C] are put together of, place by place; [] where they are anything else."""
     if not _is_known(logits) or not logits.inputs:
         return []
     joined = logits.inputs[0]
@@ -99,7 +100,7 @@ def _maps(logits, parts):
     maps = [_map(part, logits.shape[2]) for part in joined.inputs]
     if any(tensor is None for tensor in maps):
         return []
-    return [parts.get(id(x)) or (x, np.arange(math.prod(x.shape[2:]))) for x in maps]
+    return [parts.get(id(x), (x, np.arange(math.prod(x.shape[2:]))))[:2] for x in maps]
 
 
 def _tensors(maps):

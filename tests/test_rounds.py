@@ -332,11 +332,10 @@ def test_an_engine_for_few_images_suppresses_by_rounds(convert, capsys):
         ("auto", (1, 8, 32), 1),
         ("auto", (1, 9, 9), 0),
         ("auto", (1, 8, 33), 0),
-        ("auto", None, 0),
         ("plugin", (1, 1, 1), 0),
         ("rounds", (64, 64, 64), 1),
     ):
-        made = build_engine.suppressed(wanted, model, batch)
+        made = build_engine.suppress(wanted, model, build_engine.for_few_images(batch))
         assert any(node.op_type == "EfficientNMS_TRT" for node in made.graph.node) != by_rounds
         assert ("in 1 of 1 places" in capsys.readouterr().out) == by_rounds
 
@@ -346,7 +345,7 @@ def test_who_asks_for_rounds_where_they_do_not_suit_is_told(convert, capsys):
     (plugin,) = [node for node in model.graph.node if node.op_type == "EfficientNMS_TRT"]
     next(x for x in plugin.attribute if x.name == "max_output_boxes").i = 1000
     for wanted, said in (("rounds", "NMS stays TensorRT's plugin"), ("auto", "")):
-        build_engine.suppressed(wanted, model, (1, 1, 1))
+        build_engine.suppress(wanted, model, few_images=True)
         output = capsys.readouterr()
         assert said in output.err and bool(output.err) == bool(said)
         assert not output.out
