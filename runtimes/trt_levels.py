@@ -90,14 +90,19 @@ def _shared_convolutions(graph):
         alike = len(batches) <= 1 and all(node.attrs == convs[0].attrs for node in convs)
         if len(convs) < FEWEST_LEVELS or not (kept and alike and _reaches_one_place(convs[0])):
             continue
-        convs = sorted(convs, key=lambda node: -np.prod(node.inputs[0].shape[2:]))[1:]
-        while len(convs) > 1:
-            numbers = Joined(None, _places([node.inputs[0].shape[2:] for node in convs]), True).numbers()
-            if numbers.size <= MOST_PLACES:
-                if np.mean(numbers < 0) <= MOST_BETWEEN:
-                    yield convs
-                break
-            convs = convs[1:]
+        convs = _fitting(sorted(convs, key=lambda node: -np.prod(node.inputs[0].shape[2:]))[1:])
+        if convs:
+            yield convs
+
+
+def _fitting(convs):
+    """The convolutions, those over the largest maps first, without the first ones whose maps do not fit; [] where none do."""
+    while len(convs) > 1:
+        numbers = Joined(None, _places([node.inputs[0].shape[2:] for node in convs]), True).numbers()
+        if numbers.size <= MOST_PLACES:
+            return convs if np.mean(numbers < 0) <= MOST_BETWEEN else []
+        convs = convs[1:]
+    return []
 
 
 def _reaches_one_place(conv):

@@ -191,7 +191,22 @@ def test_either_suppression_is_onnx_runtimes(name, suppression, convert, exporte
     assert max(max(report.box_difference, report.score_difference) for report in reports) < 1e-3
 
 
-def build_without_tf32(model, path, *more, content=None):
+def test_heads_over_several_levels_are_onnx_runtimes(convert, folder):
+    """FPNLite's, which have the same weights for all levels."""
+    model, engine = convert("fpnlite", "--batch_size", "dynamic")[0], folder / "levels.trt"
+    build_without_tf32(model, engine, few_images=True)
+    certain = 0
+    with open_detector(model) as reference, open_detector(engine) as detector:
+        for image in map(load_image, PICTURES):
+            wanted, found = (detect_image(x, image) for x in (reference, detector))
+            for these, others in ((wanted, found), (found, wanted)):
+                alone = parity.match_by_overlap(these, others, min_iou=0.99, max_score_difference=1e-3)
+                assert not (these.scores[alone] > 0.05).any(), these.scores[alone]
+            certain += (wanted.scores > 0.05).sum()
+    assert certain >= 8
+
+
+def build_without_tf32(model, path, *more, content=None, few_images=False):
     """content: what is built instead of what the file `model` holds."""
     import tensorrt as trt
 
@@ -206,7 +221,7 @@ def build_without_tf32(model, path, *more, content=None):
         plan = build_engine.build(
             trt,
             args,
-            build_engine.typed_model("fp32", trt_graph.prepare(content, batch[-1]), None),
+            build_engine.typed_model("fp32", trt_graph.prepare(content, batch[-1], few_images), None),
             {**metadata, "precision": "fp32"},
             batch,
             configure=lambda builder, config, network: config.clear_flag(trt.BuilderFlag.TF32),
