@@ -164,8 +164,8 @@ def _join(ops, parts, maps):
 def _convolve(ops, joined, conv, norms):
     """The joined map behind a convolution and the batch normalisations of its parts, if any.
 
-    The normalisations are a factor and a term for each place, zeros between the maps. The largest factor of each channel goes into the weights, as
-    TensorRT would have it for one map: so what the convolution gives stays in the range of FP16.
+    The normalisations are a factor and a term for each place, zeros between the maps. The largest factor of each channel goes into
+    the weights, as TensorRT has it for one map: so what the convolution gives stays in the range of FP16.
     """
     if not norms:
         tensor = ops.add("Conv", joined.tensor, *conv.inputs[1:], **conv.attrs)
