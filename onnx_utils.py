@@ -321,16 +321,23 @@ def fold_batch_norms(graph):
             continue
         weight = conv.inputs[1].values
         bias = conv.inputs[2].values if len(conv.inputs) > 2 else np.float32(0)
-        gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in norm.inputs[1:])
-        factor = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+        factor, term = factor_and_term(norm, bias)
         merged = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
         conv.inputs = [
             conv.inputs[0],
             gs.Constant(f"{conv.name}/weights", merged),
-            gs.Constant(f"{conv.name}/bias", ((bias - mean) * factor + beta).astype(np.float32)),
+            gs.Constant(f"{conv.name}/bias", term.astype(np.float32)),
         ]
         conv.outputs = [norm.outputs[0]]
         norm.outputs.clear()
+
+
+def factor_and_term(norm, bias=0):
+    """What a BatchNormalization with constant parameters multiplies each channel by, and what it adds then to a value that lacks `bias`:
+    float64 [C] each."""
+    gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in norm.inputs[1:])
+    factor = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+    return factor, (bias - mean) * factor + beta
 
 
 def plain_upsampling(graph):

@@ -119,9 +119,9 @@ def _largest(ops, values, number, row, in_order):
     """The `number` largest of values [B, N, C], in falling order: (values, their first and their second index), each [B, number].
 
     By TopKs of parts, which TensorRT runs side by side, twice its share of every part (fewer: DEVIATIONS), and one of what they find:
-    what a TopK takes goes by the values of a row. A part has every so many-th value. With columns added until their number has no factor in
-    common with that of parts, each row of values is spread over as many parts as it can be, and each column over all. Of rows
-    that come best first, in_order, that is enough. Others are drawn by lot: whatever a picture shows, and however anchors
+    what a TopK takes goes by the values of a row. A part has every so many-th value. With columns added until their number has no
+    factor in common with that of parts, each row of values is spread over as many parts as it can be, and each column over all. Of
+    rows that come best first, in_order, that is enough. Others are drawn by lot: whatever a picture shows, and however anchors
     lie, no part has many more of the best.
     """
     count, columns = values.shape[1:]

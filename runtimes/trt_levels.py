@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_utils import OpBuilder
+from onnx_utils import OpBuilder, factor_and_term
 from runtimes.trt_crops import take_place
 
 # Levels stay apart where they are fewer than this, the largest counted, or where more than this share of a joined map would lie between
@@ -170,7 +170,7 @@ def _convolve(ops, joined, conv, norms):
     if not norms:
         tensor = ops.add("Conv", joined.tensor, *conv.inputs[1:], **conv.attrs)
         return dataclasses.replace(joined, tensor=tensor, zeros=False)
-    factors, terms = (np.array(x) for x in zip(*map(_factor_and_term, norms), strict=True))  # [L, C] each
+    factors, terms = (np.array(x) for x in zip(*map(factor_and_term, norms), strict=True))  # [L, C] each
     largest = np.take_along_axis(factors, np.abs(factors).argmax(0)[None], 0)[0]
     largest[largest == 0] = 1
     scaled = [x.values * largest.reshape(-1, *[1] * (x.values.ndim - 1)) for x in conv.inputs[1:]]  # weights, bias
@@ -187,13 +187,6 @@ def _convolve(ops, joined, conv, norms):
     )
     tensor = ops.add("Add", ops.add("Mul", tensor, factor), term)
     return dataclasses.replace(joined, tensor=tensor, zeros=True)
-
-
-def _factor_and_term(norm):
-    """What a BatchNormalization multiplies each channel by, and what it adds then: float64 [C] each."""
-    gamma, beta, mean, variance = (x.values.astype(np.float64) for x in norm.inputs[1:])
-    factor = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
-    return factor, beta - mean * factor
 
 
 def _activate(ops, tensor, nodes):

@@ -24,26 +24,27 @@ def choose_as_they_lie(graph, parts):
     """Finds the best class of each anchor where its logits lie, and gathers the chosen anchors' logits and boxes there: the same values.
     Only where nothing else reads them. parts: of maps that lie side by side (trt_levels.lay_side_by_side)."""
     for node in [node for node in graph.nodes if node.op == "ReduceMax" and node.attrs.get("axes") == [2]]:
-        scores = node.inputs[0]
-        logits, first = _with_background(scores)
-        maps = _maps_of(scores, graph, parts, besides=node)
+        maps, first, columns = _maps_of(node.inputs[0], graph, parts, besides=node)
         if maps and node.attrs.get("keepdims") == 0:
             ops = OpBuilder(graph, f"{node.name}/maps")
-            best = _best_class(ops, maps, logits.shape[2], first)
-            replace_outputs(graph, node, [ops.reshape(best, [0, logits.shape[1]])])
+            best = _best_class(ops, maps, first, columns)
+            replace_outputs(graph, node, [ops.reshape(best, [0, node.inputs[0].shape[1]])])
             node.inputs.clear()  # it reads the scores no more
     for node in [node for node in graph.nodes if _takes_rows(node)]:
-        scores = node.inputs[0]
-        logits, first = _with_background(scores)
-        if maps := _maps_of(scores, graph, parts):
-            _gather(OpBuilder(graph, f"{node.name}/maps"), node, maps, first, logits.shape[2])
+        maps, first, columns = _maps_of(node.inputs[0], graph, parts)
+        if maps:
+            _gather(OpBuilder(graph, f"{node.name}/maps"), node, maps, first, columns)
 
 
 def _maps_of(scores, graph, parts, besides=None):
-    """The maps (_maps) that scores are of, where nothing but gathers of whole rows, and the node `besides`, reads them; else []."""
-    logits, _ = _with_background(scores)
+    """(the maps that scores are of, the columns before them, all columns); no maps where anything but gathers of whole rows, and the
+    node `besides`, reads the scores."""
+    logits, first = _with_background(scores)
     readers = [reader for reader in scores.outputs if reader is not besides]
-    return _maps(logits, parts) if not _read_by_others(logits, scores, graph) and all(map(_takes_rows, readers)) else []
+    if _read_by_others(logits, scores, graph) or not all(map(_takes_rows, readers)):
+        return [], first, None
+    maps = _maps(logits, parts)
+    return maps, first, logits.shape[2] if maps else None
 
 
 def _gather(ops, node, maps, first, columns):
@@ -124,7 +125,7 @@ def _map(part, columns):
     return tensor if not rest and rows == [math.prod(tensor.shape[2:]) * anchors, columns] else None
 
 
-def _best_class(ops, maps, columns, first):
+def _best_class(ops, maps, first, columns):
     """The largest logit from column `first` on of each anchor of all maps, [B, 1, N].
 
     Map by map TensorRT 8.6 runs a kernel after another, of which each waits for one value at a time: so only the first step goes map

@@ -294,16 +294,17 @@ def test_detections_are_the_same(form, convert, coco_images, tmp_path):
 
 def test_an_engine_for_few_images_has_them_but_for_int8(convert):
     model = onnx_utils.load(convert("fpnlite", "--batch_size", "dynamic")[0])
-    for options, batch, built, convolutions in (
-        ([], (1, 8, 32), True, 87),
-        ([], (1, 8, 32), False, 123),
-        ([], (1, 32, 32), True, 123),
-        (["--suppression", "plugin"], (1, 1, 1), True, 87),
-        (["--precision", "fp32"], (1, 8, 8), True, 87),
-        (["--precision", "int8"], (1, 8, 8), True, 123),
+    for options, batch, built, convolutions, plugins in (
+        ([], (1, 8, 32), True, 87, 0),
+        ([], (1, 8, 32), False, 123, 1),
+        ([], (1, 32, 32), True, 123, 1),
+        (["--suppression", "plugin"], (1, 1, 1), True, 87, 1),
+        (["--precision", "fp32"], (1, 8, 8), True, 87, 0),
+        (["--precision", "int8"], (1, 8, 8), True, 123, 0),
     ):
         args = build_engine.parse_args(["--onnx", "model.onnx", "--engine", "engine.trt", *options])
-        assert count(build_engine.prepare(args, model, batch, built)) == convolutions
+        prepared = build_engine.prepare(args, model, batch, built)
+        assert (count(prepared), count(prepared, "EfficientNMS_TRT")) == (convolutions, plugins)
 
 
 def test_in_half_precision_what_is_joined_stays_in_range():
@@ -319,11 +320,13 @@ def test_in_half_precision_what_is_joined_stays_in_range():
     assert np.abs(run(precision.export(graph, model), feeds)[0]).max() < np.finfo(np.float16).max
 
 
-def test_images_are_turned_behind_a_gather(convert):
-    model = onnx_utils.load(convert("demo", "--batch_size", "dynamic")[0])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_images_are_turned_behind_a_gather(dtype, convert):
+    model = onnx_utils.load(convert("demo", "--batch_size", "dynamic", "--input_type", dtype)[0])
     prepared = trt_graph.prepare(model, 1)
     by_output = {name: node for node in prepared.graph.node for name in node.output}
-    (turn,) = [x for x in prepared.graph.node if x.op_type == "Transpose" and x.input[0] in by_output][:1]
+    turn = next(x for x in prepared.graph.node if x.op_type == "Transpose" and x.attribute[0].ints[:] == [0, 3, 1, 2])
     gather = by_output[turn.input[0]]
-    assert gather.op_type == "Gather" and gather.input[0] == "input_tensor"
+    images = by_output[gather.input[0]].input[0] if dtype == "uint8" else gather.input[0]
+    assert (gather.op_type, images) == ("Gather", "input_tensor")
     assert gather.name in precision.float32_names(prepared)

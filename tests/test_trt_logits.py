@@ -157,6 +157,9 @@ def test_a_model_finds_the_same(convert):
     prepared = trt_graph.prepare(model, 2)
     assert "ReduceMax" in ops_of(model)
     assert "ReduceMax" not in ops_of(prepared)
+    maps = {node.output[0] for node in model.graph.node if node.op_type == "Conv"}  # of logits and of boxes
+    in_order = [[x for x in y.graph.node if x.op_type == "Transpose" and x.input[0] in maps] for y in (model, prepared)]
+    assert [len(nodes) for nodes in in_order] == [10, 0]
     pictures = [
         preprocess(load_image(x), metadata["resizer"]) for x in sorted(need_shared("coco", "val2017").glob("*.jpg"))[:2]
     ]
