@@ -16,9 +16,10 @@ import json
 import time
 from pathlib import Path
 
-from commandline import UserError, check_writable, command, leaving_at_once, progress, run, warn, whole_file
+from commandline import UserError, command, leaving_at_once, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import add_gpus, add_image_options, count, image_options, make_parser, size
+from commandline.outputs import check_outputs
 
 import numpy as np
 
@@ -87,8 +88,7 @@ def main(argv=None):
     if not (args.engine or args.typed_onnx):
         raise UserError("--engine: name the engine to write; or, with --typed_onnx, a graph that needs no TensorRT")
     model, metadata = read_model(args.onnx)
-    for path in filter(None, (args.engine, args.timing_cache, args.calib_cache, args.typed_onnx)):
-        check_writable(path)
+    check_outputs(outputs(args), {"--onnx": [args.onnx]})
     batch = batch_range(args, metadata)
     model, calibration = find_ranges(args, model) if args.precision == "int8" else (model, None)
     trt, cuda = find_tensorrt(args)
@@ -116,6 +116,11 @@ def main(argv=None):
     following = command("infer.py", "--engine", args.engine, "--input", "IMAGES", "--output", "results")
     print(f"Wrote {args.engine}. Next: {following}")
     return 0
+
+
+def outputs(args):
+    """The files that these options name and that are written, for check_outputs."""
+    return {f"--{name}": [getattr(args, name)] for name in ("engine", "timing_cache", "calib_cache", "typed_onnx")}
 
 
 def read_model(path):
@@ -250,7 +255,9 @@ def find_calibration(args, model):
         raise UserError(f"--calib_cache {args.calib_cache}: {reason}; give calibration images with --calib_input")
     if Path(args.calib_cache).exists():
         warn(f"--calib_cache {args.calib_cache}: {reason}; calibrating anew")
-    args.calib_files = find_images(args.calib_input, "--calib_input").files[: args.calib_num_images]
+    files = find_images(args.calib_input, "--calib_input").files
+    check_outputs(outputs(args), {"--calib_input": [*files, *args.calib_input]})
+    args.calib_files = files[: args.calib_num_images]
     return None
 
 

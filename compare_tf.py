@@ -36,6 +36,7 @@ from commandline.options import (
     make_parser,
     score,
 )
+from commandline.outputs import check_outputs, refuse_to_overwrite
 
 import numpy as np
 
@@ -47,7 +48,7 @@ from images.decoding import ImageError, load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
 from tfod.labels import LABELS_HELP, labels_of
-from tfod.saved_model import SavedModel, find_saved_model
+from tfod.saved_model import SavedModel, find_saved_model, model_files
 from visualize import PAGE_WIDTH, draw_detections, paste_mask, side_by_side
 
 # How far scores may be apart, and what share of the detections may be unmatched, by the engine's precision. FP32: two
@@ -247,6 +248,7 @@ def _spread(differences):
 def main(argv=None):
     args = parse_args(argv)
     images = find_images(args.input, output=args.output)
+    refuse_to_overwrite(images, args.input, args.output, "pictures")
     files = images.files[: args.num_images]
     folder = find_saved_model(args.saved_model)
     with open_detector(args.engine, args.gpus, args.runtime) as detector:
@@ -260,9 +262,10 @@ def main(argv=None):
         args.least = max(args.nms_threshold, metadata["score_threshold"])
         args.with_keypoints = bool(metadata.get("keypoints")) and args.detection_type in (None, "keypoints")
         args.skeleton = metadata.get("skeleton") or ()
-        output = make_folder(args.output)
         args.ran_on = detector.runtime
         with SavedModel(folder) as saved_model:
+            refuse_other_model(saved_model, metadata, args)
+            output = make_output(args, files, folder)
             try:
                 comparisons, times = run_both(saved_model, detector, files, args)
             except KeyboardInterrupt:
@@ -286,7 +289,30 @@ def main(argv=None):
     print_numbers(numbers)
     print(text)
     print(f"Wrote comparison.json, {len(comparisons)} pictures and report.html. Next: open {output / 'report.html'}")
-    return 0 if numbers["verdict"] == "PASSED" else 1
+    skipped = images.missing + len(files) - len(comparisons)
+    if skipped:
+        warn(f"--input {show_inputs(args.input)}: {skipped} images were skipped: not compared")
+    return 0 if numbers["verdict"] == "PASSED" and not skipped else 1
+
+
+def make_output(args, files, folder):
+    """The folder for the results. Raises UserError where one would be written over what is read. files: the images; folder:
+    the SavedModel's."""
+    output = make_folder(args.output)
+    read = {"--engine": [args.engine], "--annotations": [args.annotations], "--labels": [args.labels]}
+    read |= {"--saved_model": model_files(folder), "--input": [*files, *args.input]}
+    check_outputs({"--output": [output / "comparison.json", output / "report.html"]}, read)
+    return output
+
+
+def refuse_other_model(saved_model, metadata, args):
+    """Raises UserError where the two sides tell different numbers of classes apart: nothing would match, whoever converted."""
+    theirs, ours = saved_model.possible_classes, metadata["num_classes"]
+    if theirs and ours not in theirs:
+        raise UserError(
+            f"{args.engine} has {ours} class{'es' * (ours != 1)}, --saved_model {args.saved_model} {theirs[0]}: not the same"
+            " model; give the one that it was converted from"
+        )
 
 
 def remove_earlier(output, pictures):

@@ -17,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from commandline import UserError, check_writable, command, run, steps, warn, whole_file
+from commandline import UserError, command, run, steps, warn, whole_file
 from commandline.inputs import find_images
 from commandline.options import add_image_options, count, image_options, make_parser, score
+from commandline.outputs import check_outputs
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -37,7 +38,7 @@ from runtimes import standard_graph
 from tfod.config import describe_resizer, read_pipeline_config, read_skeleton
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import find_labels, keypoint_names, read_labels
-from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model, naming_model
+from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model, model_files, naming_model
 
 UNCHECKED = "an engine may leave out the weakest of so many detections; the check, without --no_check, says which"
 
@@ -174,12 +175,20 @@ def convert(args):
         warn(
             f"--image_size has no effect: the model's input is {resizer['height']} x {resizer['width']} for every image"
         )
-    for path in filter(None, (args.onnx, args.tf2onnx)):
-        check_writable(path)
-    pictures = read_pictures(args) if args.check_image else None
+    label_file, labels = find_class_names(args.labels, folder, config)
+    files = find_images(args.check_image, "--check_image").files if args.check_image else []
+    check_outputs(
+        {"--onnx": [args.onnx], "--tf2onnx": [args.tf2onnx]},
+        {
+            "--saved_model": model_files(folder),
+            "--pipeline_config": [config_path],
+            "--labels": [label_file],
+            "--check_image": [*files, args.check_image],
+        },
+    )
+    pictures = read_pictures(files, args) if files else None
     if args.second_nms_threshold is not None and not config.HasField("faster_rcnn"):
         warn("--second_nms_threshold has no effect: the model has one stage; --first_nms_threshold is what it has")
-    label_file, labels = find_class_names(args.labels, folder, config)
     options = Options(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if hasattr(args, field.name)}
     )
@@ -265,10 +274,10 @@ def find_class_names(path, folder, config):
     return path, names
 
 
-def read_pictures(args):
+def read_pictures(files, args):
     """The images of --check_image, as RGB arrays."""
     pictures = []
-    for file in find_images(args.check_image, "--check_image").files:
+    for file in files:
         try:
             pictures.append(load_image(file, **image_options(args)))
         except ImageError as error:

@@ -38,6 +38,7 @@ from commandline.options import (
     score,
     size,
 )
+from commandline.outputs import check_outputs
 
 from PIL import Image
 
@@ -57,6 +58,7 @@ from visualize import mark_box
 # Above this score threshold detections are missing that average precision counts.
 MEANINGLESS_FROM = 0.05
 CLASSES_PLOTTED = 6
+RESULTS = ("detections.json", "metrics.json", "per_class.csv", "report.html")  # what is written into --output
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -110,7 +112,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    files = find_images(args.input, output=args.output).files
+    given = find_images(args.input, output=args.output)
+    files = given.files
     truth, known, unknown, absent = open_annotations(args.annotations, files, args.exif_rotate)
     print(
         f"{len(known)} annotated images; left out: {len(unknown)} files that the annotations do not know,"
@@ -130,9 +133,9 @@ def main(argv=None):
             keep_keypoints(args.annotations, truth, set(known.values()), len(metadata["keypoints"]))
         names = labels_of(args.labels, metadata, args.engine)
         categories = match_categories(args.annotations, truth, names, metadata)
-        output = make_folder(args.output) if args.output else None
         usual = 1 if metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
-        images = choose_batch_size(detector, args.batch_size, usual)
+        images = choose_batch_size(detector, args.batch_size, usual, args.engine)
+        output = make_output(args, files) if args.output else None
         decoder = choose_decoder(args.decoder, detector, list(known), args.exif_rotate)
         # Processes that have nothing to decode would take processors, as they start, from the threads that feed the GPU.
         with open_workers(detector, len(known), images, cores=1 if decoder else None) as workers:
@@ -155,14 +158,35 @@ def main(argv=None):
     )
     for key, text in coco.numbers_of(args.detection_type).items():
         print(f"{text:28} {show(evaluation.numbers[key])}")
+    status = check_whole(args, len(known) - len(evaluated) + given.missing, evaluation)
     if not output:
         print(f"Evaluated {args.engine}. Next: add --output DIR for a report with curves, classes and pictures")
-        return 0
+        return status
     write_results(output, args, metadata, evaluation, results, evaluated)
     worst = coco.find_mistakes(truth, results, evaluated.values(), kind, sigmas) if args.pictures else ()
     write_report(output / "report.html", args, metadata, evaluation, worst, truth, evaluated)
     print(f"Wrote detections.json, metrics.json, per_class.csv and report.html. Next: open {output / 'report.html'}")
-    return 0
+    return status
+
+
+def check_whole(args, skipped, evaluation):
+    """Warns where the numbers are not of all images that were named, or of nothing; returns the exit status."""
+    if skipped:
+        warn(f"--input {show_inputs(args.input)}: {skipped} images could not be read: they are not in the numbers")
+    measured = evaluation.numbers["AP"] >= 0
+    if not measured:
+        warn(
+            f"--annotations {args.annotations}: nothing to measure: no object of these images counts, crowds alone do not"
+        )
+    return 1 if skipped or not measured else 0
+
+
+def make_output(args, files):
+    """The folder for the results. Raises UserError where one would be written over what is read. files: the images."""
+    output = make_folder(args.output)
+    read = {"--engine": [args.engine], "--annotations": [args.annotations], "--labels": [args.labels]}
+    check_outputs({"--output": [output / name for name in RESULTS]}, {**read, "--input": [*files, *args.input]})
+    return output
 
 
 def show(value):

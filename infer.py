@@ -13,6 +13,7 @@ line of a labels file), then x, y and score of each keypoint where the model giv
 seen from the folder that has them all. Exit status 1 if an image could not be read.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +29,6 @@ from pathlib import Path
 
 from commandline import (
     UserError,
-    check_writable,
     command,
     make_folder,
     progress,
@@ -54,11 +54,12 @@ from commandline.options import (
     make_parser,
     score,
 )
+from commandline.outputs import check_outputs, check_results, refuse_to_overwrite
 
 import numpy as np
 
 from checks import coco
-from images.aspect import FIT_HELP, choose_fit
+from images.aspect import FIT_HELP, choose_fit, warn_of_turned
 from images.decoding import ImageError, load_image
 from results import Summary, result_rows, write_picture, write_results
 from runtimes import open_first
@@ -88,7 +89,8 @@ def parse_args(argv=None):
     add(
         "--json",
         metavar="FILE",
-        help="also write all detections in COCO's results format, masks run-length encoded, keypoints too",
+        help="also write the detections that --nms_threshold keeps in COCO's results format, masks run-length encoded, keypoints"
+        " too; a metric needs all, --nms_threshold 0",
     )
     add("--frames", type=count, metavar="N", help="stop a video or camera after N frames")
     add_gpus(parser, several=True)
@@ -113,7 +115,11 @@ def parse_args(argv=None):
     )
     add_image_options(parser)
     add("--fit", action="store_true", help=FIT_HELP)
-    add("--benchmark", action="store_true", help="write nothing; measure each stage and how they overlap")
+    add(
+        "--benchmark",
+        action="store_true",
+        help="measure each stage and how they overlap; nothing is kept but what --output asks for",
+    )
     add(
         "--benchmark_images",
         type=count,
@@ -131,22 +137,43 @@ def main(argv=None):
     images = find_images(inputs, output=args.output) if inputs else Images([], [], 0)
     if args.benchmark and not inputs:
         raise UserError("--benchmark: name images with --input; it does not measure videos")
+    if args.benchmark and args.json:
+        raise UserError("--json: --benchmark keeps no results; leave one of them out")
     if not (args.output or args.json or args.benchmark):
         raise UserError("--output: name a folder for the results, or a file with --json")
-    if args.output:
-        refuse_to_overwrite(images, args.output)
-    if args.json:
-        check_writable(args.json)
+    check_files(args, images, videos)
     with contextlib.ExitStack() as stack:
         detector, gpus = open_first(args.engine, args.gpus, args.runtime)
         stack.enter_context(detector)
         check_preprocessor(args.preprocessor, detector.metadata)
         choose_fit(detector.metadata, args.fit, images.files, args.exif_rotate)
+        warn_of_turned(images.files, args.exif_rotate)
         check_detection_type(args.detection_type, detector.metadata, args.engine)
+        args.batch_size = choose_batch_size(detector, args.batch_size, 1, args.engine)
         options = make_options(detector, args)
         if args.benchmark:
             return benchmark(detector, gpus, images, options, args)
         return process_all(detector, gpus, images, videos, options, args)
+
+
+def check_files(args, images, videos):
+    """Raises UserError where something would be written over what is read, or over another result."""
+    made = []
+    if args.output and not args.benchmark:
+        names = map(video_name, videos)
+        made = [os.path.join(args.output, name + ending) for name in names for ending in (".mp4", ".tsv")]
+    read = {"--engine": [args.engine], "--labels": [args.labels], "--input": args.input}
+    if args.output:
+        refuse_to_overwrite(images, args.input, args.output)
+        few = {**read, "--json": [args.json], "a video": made}
+        check_results(args.output, images.names, (".tsv", f".{args.format}"), few)
+    read["--input"] = [*images.files, *args.input]
+    check_outputs({"--output": made, "--json": [args.json]}, read)
+
+
+def video_name(source):
+    """What the results of a video or a camera are called."""
+    return Path(source).stem if Path(source).is_file() else re.sub(r"\W+", "_", source).strip("_")
 
 
 def make_options(detector, args):
@@ -157,6 +184,7 @@ def make_options(detector, args):
         make_folder(args.output) if args.output else None,
         labels,
         args.nms_threshold,
+        detector.metadata["score_threshold"],
         args.iou_threshold if args.detection_type == "segmentation" else None,
         args.format,
         detector.metadata["class_offset"] if args.json else None,
@@ -168,7 +196,7 @@ def make_options(detector, args):
 
 def process_all(detector, gpus, images, videos, options, args):
     """Runs an open detector on the Images, with those of more GPUs, and on the videos; returns the highest status."""
-    size, status = choose_batch_size(detector, args.batch_size, 1), 0
+    size, status = args.batch_size, 0
     with results_file(args.json) as results:
         if images.files:
             with open_source(detector, gpus, images.files, size, options, args) as source:
@@ -180,17 +208,6 @@ def process_all(detector, gpus, images, videos, options, args):
     return status
 
 
-def refuse_to_overwrite(images, output):
-    """Raises UserError where results would lie in a folder that images are read from."""
-    sources = {os.path.realpath(folder) for folder in set(map(os.path.dirname, images.files))}
-    targets = {os.path.realpath(os.path.join(output, folder)) for folder in set(map(os.path.dirname, images.names))}
-    if shared := sources & targets:
-        raise UserError(
-            f"--output {output}: results would lie in {min(shared)}, where images are read: choose another folder, so"
-            " that none is overwritten"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is written, and how."""
@@ -198,6 +215,7 @@ class Options:
     folder: Path | None  # for pictures and tables
     labels: list
     threshold: float  # what scores less is left out
+    least: float  # what scores less the model itself leaves out
     masks_from: float | None  # a pixel belongs to a mask from this value on; None: boxes only
     format: str
     class_offset: int | None  # of COCO results; None: they are not wanted
@@ -264,10 +282,10 @@ def results_file(path):
         results.end()
 
 
-def write_one(detected, name, options):
+def write_one(detected, name, image_id, options):
     """A worker's task: draws and writes one image's results as folder/NAME.tsv and .jpg or .png; returns COCO results.
 
-    detected: a pipeline.Detected. name: for the results.
+    detected: a pipeline.Detected. name: for the results. image_id: see image_ids.
     """
     path, placement, found = detected.path, detected.placement, detected.found
     with naming_results_of(path):
@@ -277,9 +295,15 @@ def write_one(detected, name, options):
             write_results(output.with_name(f"{output.name}.tsv"), found, (placement.height, placement.width))
             image = options.load(path) if detected.image is None else detected.image
             write_picture(output.with_name(f"{output.name}.{options.format}"), options.draw(image, found))
-        stem = Path(path).stem
-        image_id = int(stem) if stem.isascii() and stem.isdigit() else str(path)  # as COCO names its images
         return options.coco_results(found, image_id, str(path), (placement.height, placement.width))
+
+
+def image_ids(files):
+    """{file: its image_id in COCO's results}: the number that is its name, as COCO names its images; where it has none, or another
+    has the same, its path."""
+    numbers = {file: int(stem) for file in files if (stem := Path(file).stem).isascii() and stem.isdigit()}
+    counts = collections.Counter(numbers.values())
+    return {file: numbers[file] if counts[numbers.get(file)] == 1 else str(file) for file in files}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,13 +346,14 @@ def open_source(detector, gpus, files, size, options, args):
 def process(source, images, options, results):
     """Runs a Source on the Images, writes the results, prints what was found and the rates; returns the status."""
     files, names = images.files, dict(zip(images.files, images.names, strict=True))
+    ids = image_ids(files)
     times, summary, keep = Times(), Summary(), bool(options.folder)
 
     def chosen(workers):
         for item in source.detected(files, workers, times, keep):
             found = options.chosen(item.found)
             summary.add(item.path, found)
-            yield dataclasses.replace(item, found=found), names[item.path], options
+            yield dataclasses.replace(item, found=found), names[item.path], ids[item.path], options
 
     opened = open_workers(source.detector, len(files), source.batch_size)
     with opened as workers, progress(files, unit="image") as bar:
@@ -351,7 +376,7 @@ def process(source, images, options, results):
         seconds = time.perf_counter() - started
     if not times.images:
         raise UserError(f"none of the {len(files)} images could be read; nothing was written")
-    print(summary.text(options.threshold))
+    print(summary.text(options.threshold, least=options.least))
     print(
         f"{times.images} images in {seconds:.1f} s on {source.text(workers)}:"
         f" {times.images / seconds:.1f} images/s; per image: {stages(times, workers.seconds)}"
@@ -371,7 +396,7 @@ def process_video(detector, source, batch_size, options, results, frames):
     frames: stop after so many; None: at the end, of a camera at Ctrl-C. Returns the status.
     """
     summary, status, started = Summary(), 0, time.perf_counter()
-    name = Path(source).stem if Path(source).is_file() else re.sub(r"\W+", "_", source).strip("_")
+    name = video_name(source)
     with contextlib.ExitStack() as stack:
         video = stack.enter_context(VideoReader(source))
         output = stack.enter_context(VideoResults(options.folder, name, video.rate)) if options.folder else None
@@ -407,7 +432,7 @@ def process_video(detector, source, batch_size, options, results, frames):
     if video.broken:
         warn(f"{source}: {video.broken}")
         status = status or 1
-    print(summary.text(options.threshold, "frame"))
+    print(summary.text(options.threshold, "frame", options.least))
     rate = f"{summary.images / seconds:.1f} frames/s"
     print(f"{source}: {summary.images} frames in {seconds:.1f} s on {detector.runtime}: {rate}")
     if options.folder:
@@ -463,7 +488,7 @@ def benchmark(detector, gpus, images, options, args):
 
     With options.folder pictures and tables are drawn and written there, the same ones again and again.
     """
-    size = choose_batch_size(detector, args.batch_size, 1)
+    size = args.batch_size
     names = dict(zip(images.files, images.names, strict=True))
     repeated = list(itertools.islice(itertools.cycle(images.files), max(size, args.benchmark_images)))
     with (
@@ -480,7 +505,7 @@ def benchmark(detector, gpus, images, options, args):
         times, begun = Times(), time.perf_counter()
         detected = source.detected(repeated, workers, times, bool(options.folder))
         chosen = (dataclasses.replace(item, found=options.chosen(item.found)) for item in detected)
-        done = ((item, names[item.path], options) for item in chosen)
+        done = ((item, names[item.path], None, options) for item in chosen)
         for _ in workers.map(write_one, done, through_memory=bool(source.decoder)) if options.folder else done:
             pass
         seconds = time.perf_counter() - begun
@@ -498,7 +523,7 @@ def benchmark(detector, gpus, images, options, args):
     following = command("infer.py", "--engine", args.engine, "--input", *args.input, "--output", "results")
     written = f"Wrote pictures and tables to {options.folder}" if options.folder else "Nothing was written"
     print(f"{100 * whole / limits[slowest]:.0f} % of the lower limit, {slowest}. {written}. Next: {following}")
-    return 0
+    return 1 if times.skipped else 0
 
 
 def decoder_limit(detector, files, size, workers, load, decoder):

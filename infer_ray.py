@@ -36,11 +36,12 @@ from commandline.options import (
     make_parser,
     score,
 )
+from commandline.outputs import refuse_to_overwrite
 
 import pyarrow as pa
 
 from deploy.closure import copy_needed
-from deploy.ray_detector import DETECTIONS, Job, RayDetector, images_done
+from deploy.ray_detector import DETECTIONS, PICTURES, Job, RayDetector, images_done
 from deploy.storage import Folder, find_remote, is_remote, shown
 from images.aspect import FIT_HELP
 from onnx_utils import load, read_metadata
@@ -94,6 +95,8 @@ def main(argv=None):
     if onnx:
         read_metadata(load(args.engine), args.engine)  # a damaged file is told of before anything starts
     images = find(args.input, args.output)
+    if args.pictures and not (is_remote(args.output) or is_remote(args.input[0])):
+        refuse_to_overwrite(images, args.input, args.output, PICTURES)
     job = make_job(args)
     output, total = make_output(args), len(images.files)
     images, before = left_to_do(images, output, job, args)

@@ -74,16 +74,19 @@ class OpBuilder:
 
 
 def save(model, path):
-    """Writes an ONNX model to `path` (a path that the caller renames: see commandline.whole_file)."""
-    onnx.save(model, str(path))
+    """Writes an ONNX model to `path` (a path that the caller renames: see commandline.whole_file), whatever its name: by
+    some, onnx would choose a text format, which no runtime reads."""
+    onnx.save(model, str(path), format="protobuf")
 
 
 def load(path):
     """Reads an ONNX file. Raises UserError, naming it, if it is missing or broken."""
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), format="protobuf")
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}; make it with create_onnx.py") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give a file that can be read") from error
     except Exception as error:  # protobuf's DecodeError has no public home
         raise UserError(f"{path} is not a readable ONNX file; make it again with create_onnx.py") from error
     if not model.graph.node:
@@ -357,8 +360,8 @@ def plain_upsampling(graph):
 def name_by_place(graph):
     """Orders a graph's nodes, and names nodes and tensors, by their place in it alone: the same network, the same file.
 
-    tf2onnx numbers on from conversion to conversion, and its order follows hashes that Python salts in every process.
-    TensorFlow's names stay, but for those numbers; inputs keep theirs.
+    tf2onnx numbers on from conversion to conversion, and its order follows addresses in memory, others in every process.
+    TensorFlow's names stay, but for those numbers; inputs keep theirs. Of equal nodes, tfod.graph.merge_equals has left one.
     """
     used = {tensor.name for tensor in graph.inputs}
 

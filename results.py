@@ -76,12 +76,17 @@ class Summary:
         if other.most > self.most or self.example is None:
             self.example, self.most = other.example, other.most
 
-    def text(self, threshold, unit="image"):
-        """`61 detections of 0.3 and more in 9 images; 3 images without any (...)`"""
+    def text(self, threshold, unit="image", least=0.0):
+        """`61 detections of 0.3 and more in 9 images; 3 images without any (...)`
+
+        threshold: what scores less was left out; least: what scores less the model itself leaves out.
+        """
         with_some = self.images - self.empty
-        text = f"{self.detections} detections of {threshold:g} and more in {with_some} {unit}{'s' * (with_some != 1)}"
+        text = f"{self.detections} detections of {max(threshold, least):g} and more in {with_some} {unit}{'s' * (with_some != 1)}"
         if self.empty:
             text += f"; {self.empty} {unit}{'s' * (self.empty != 1)} without any"
-            if threshold > 0:
+            if least > 0 and least >= threshold:
+                text += " (the model was made to leave out weaker ones)"
+            elif threshold > 0:
                 text += f" (--nms_threshold {min(0.1, threshold / 2):g} shows weaker ones)"
         return text

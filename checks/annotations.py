@@ -27,6 +27,8 @@ TABLES = ("images", "annotations", "categories")
 CARELESS = 0.1
 # Pixels of a side that no image has more of: a width, height or box beyond is taken for none.
 LONGEST = 1_000_000
+# What `iscrowd` says of a crowd, as text; COCO's is 1.
+CROWD = ("1", "1.0", "true", "yes")
 # What a zip (as CVAT and Roboflow export) and a gzip begin with.
 COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b")
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on the picture is stored lying on its side
@@ -63,6 +65,7 @@ def load_annotations(path):
     if not notes:
         raise UserError(f"--annotations {path}: no object in it can be used ({_reasons(without) or 'it has none'})")
     _say_left_out(path, without, len(content["annotations"]), "objects")
+    _say_twice(path, notes)
     truth = COCO()
     truth.dataset = {"images": list(images.values()), "categories": list(categories.values()), "annotations": notes}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -86,6 +89,8 @@ def read_json(path):
     try:
         content = json.loads(data)  # tells UTF-8, -16 and -32 apart, and takes a byte order mark
     except UnicodeDecodeError as error:
+        if b"\0" in data[:1024]:
+            raise UserError(f"--annotations {path}: no text, so no JSON; give an instances_*.json") from error
         raise UserError(f"--annotations {path}: its text is not UTF-8; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         why = "the file is empty" if not data.strip() else f"no JSON: {str(error)[:100]}"
@@ -175,7 +180,7 @@ def _objects(entries, images, categories):
                 "category_id": categories[category]["id"],
                 "bbox": box,
                 "area": float(area) if _is_number(area) and area > 0 else box[2] * box[3],
-                "iscrowd": int(entry.get("iscrowd") in (1, "1")),
+                "iscrowd": int(str(entry.get("iscrowd")).lower() in CROWD),
             }
             if entry.get("segmentation"):
                 note["segmentation"] = entry["segmentation"]
@@ -223,6 +228,16 @@ def _reasons(without):
             name = table if len(strange) == 1 else plural
             phrases.append(f"{sum(strange.values())} of {name} {named}{more}, which the file does not define")
     return ", ".join(phrases)
+
+
+def _say_twice(path, notes):
+    """Warns of objects whose box and category another of the same image has: each is to be found, and one detection finds one."""
+    seen = collections.Counter((note["image_id"], note["category_id"], *note["bbox"]) for note in notes)
+    if twice := len(notes) - len(seen):
+        warn(
+            f"--annotations {path}: {twice:,} of {len(notes):,} objects have the box and the category of another one, as when"
+            " exports are put together: each counts, so recall and AP come out low"
+        )
 
 
 def _say_left_out(path, without, total, what):

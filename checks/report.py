@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from commandline import warn, whole_file
+from commandline import printable, warn, whole_file
 from commandline.version import VERSION
 
 from PIL import Image
@@ -53,7 +53,7 @@ def write_page(path, title, subtitle, parts):
         f'<p class="note">{html.escape(subtitle)}</p>\n' + "\n".join([*parts, _footer()]) + "\n</body>\n</html>\n"
     )
     with whole_file(path) as temporary:
-        Path(temporary).write_text(page, encoding="utf-8")
+        Path(temporary).write_text(printable(page), encoding="utf-8")
 
 
 def _footer():

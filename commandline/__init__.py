@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import errno
 import gc
+import hashlib
 import os
 import re
 import shlex
@@ -22,6 +23,11 @@ REQUIREMENTS |= {"av": "requirements-video.txt", "openvino": "requirements-openv
 REQUIREMENTS |= {"tensorrt": "requirements-gpu.txt", "pycuda": "requirements-gpu.txt"}
 REQUIREMENTS |= dict.fromkeys(("ray", "pyarrow", "pandas"), "requirements-scale.txt")
 REQUIREMENTS |= {"tritonclient": "requirements-triton.txt"}
+
+
+# What becomes of the bytes in a file's name that are no text, as an old zip may have them.
+NO_TEXT = "backslashreplace"
+LONGEST_NAME = 255  # bytes of a file's name, on all usual file systems
 
 
 # What writing to a full disk, beyond a quota or a limit (ulimit -f) ends in.
@@ -97,10 +103,10 @@ if _script and Path(_script).resolve().parent in (ROOT, ROOT / "benchmarks"):
 def run(main):
     """Calls `main()` and ends the process with what it returns (None is 0).
 
-    A UserError becomes one line on stderr and status 2, Ctrl-C and SIGTERM status 130. For scripts alone: from the end of
-    `main` on, neither signal does anything.
+    A UserError becomes one line on stderr and status 2, as what the system says of a file that it names; Ctrl-C and SIGTERM
+    become status 130. For scripts alone: from the end of `main` on, neither signal does anything.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; stderr does so by itself
+    sys.stdout.reconfigure(errors=NO_TEXT)  # stderr does so by itself
     _on_stops(_stop if hasattr(signal, "setitimer") else signal.default_int_handler)
     try:
         status = main()
@@ -113,10 +119,14 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            place = error.filename or f"temporary files in {tempfile.gettempdir()}"
+            line = f"cannot write {place}: {error.strerror}; make room there"
+        elif isinstance(error.filename, (str, bytes, os.PathLike)):  # no permission, a name too long, a file that went
+            line = f"{os.fsdecode(error.filename)}: {error.strerror}; name another, or mend this one"
+        else:
             raise
-        place = error.filename or f"temporary files in {tempfile.gettempdir()}"
-        print(f"{Path(sys.argv[0]).name}: cannot write {place}: {error.strerror}; make room there", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -177,17 +187,6 @@ def decode_text(data, errors="strict"):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def check_writable(path):
-    """Raises UserError unless a file `path` can be made, its folder too; called before the long work, not after it."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file to write")
-    make_folder(path.parent)
-    target = path if path.exists() else path.parent
-    if not os.access(target, os.W_OK):
-        raise UserError(f"cannot write {path}: no permission; choose another output")
-
-
 def make_folder(path):
     """Creates the folder `path` (and its parents) and returns it as a Path; raises UserError if that cannot be."""
     path = Path(path)
@@ -205,7 +204,8 @@ def whole_file(path):
     """Yields a temporary path beside `path` to write to; renames it to `path` on success, removes it on any failure."""
     path = Path(path)
     # The suffix stays last: some writers choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    ending = f".{os.getpid()}.part{path.suffix}"
+    temporary = path.with_name(shortened(f".{path.stem}", len(os.fsencode(ending))) + ending)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -213,6 +213,20 @@ def whole_file(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def shortened(name, room):
+    """A file's name, shortened where with `room` more bytes it would be longer than file systems take; no two alike."""
+    data, most = os.fsencode(name), LONGEST_NAME - room
+    if len(data) <= most:
+        return name
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return data[: most - len(digest) - 1].decode(errors="ignore") + "~" + digest
+
+
+def printable(text):
+    """A text with names of files in it, which need not be text, as one that any file takes: as `run` has them printed."""
+    return text.encode(errors=NO_TEXT).decode()
 
 
 def remove_parts(folder):

@@ -9,17 +9,20 @@ import glob
 import os
 import re
 
-from commandline import UserError, warn
+from commandline import LONGEST_NAME, UserError, shortened, warn
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # So many kinds of files left out, or names of files that are not there, are named in a warning.
 NAMED = 4
 TEXT_BYTES = 4096
+# A line that begins a JSON text, and hardly a path.
+JSON_BEGINS = re.compile(r'[{\[]\s*(["{\[]|$)')
 # What an option that find_images reads says of itself.
 INPUTS = (
     f"files ({', '.join(extension[1:] for extension in EXTENSIONS)}), folders with their subfolders, quoted patterns"
     " ('photos/**/*.jpg'), or text files with a path on each line"
 )
+RESULT_ENDING = 4  # bytes that results' names end in: `.jpg`
 NO_FILE = "neither file nor folder"
 
 
@@ -119,6 +122,10 @@ class _Search:
         with open(given, "rb") as file:
             lines = [os.fsdecode(line).strip() for line in file.read().removeprefix(codecs.BOM_UTF8).splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
+        if names and JSON_BEGINS.match(names[0]):
+            raise UserError(
+                f"{self.option} {given}: it is a JSON file, no list of images; write a path on each line, or name a folder"
+            )
         for name in names:
             path = os.path.normpath(os.path.join(base, name))
             within = os.path.relpath(path, base or os.curdir)
@@ -256,7 +263,8 @@ def _names(folder):
 
 def result_names(places):
     """A name for the results of each (base folder, path within): its path without extension from the folder that all bases
-    have in common, which for one folder is the folder itself; with extension where two would be alike."""
+    have in common, which for one folder is the folder itself; with extension where two would be alike. One that leaves no room
+    for the results' own extension is shortened."""
     bases = {base: os.path.abspath(base) for base, _ in places}
     root = os.path.commonpath(bases.values())
     prefixes = {base: os.path.relpath(path, root) for base, path in bases.items()}
@@ -264,4 +272,12 @@ def result_names(places):
     stems = [os.path.splitext(path)[0] for path in paths]
     taken = collections.Counter(map(str.lower, paths))
     taken.update(map(str.lower, stems))
-    return [stem if taken[stem.lower()] == 1 else path for stem, path in zip(stems, paths, strict=True)]
+    names = [stem if taken[stem.lower()] == 1 else path for stem, path in zip(stems, paths, strict=True)]
+    fits = LONGEST_NAME - RESULT_ENDING
+    return [name if len(name) <= fits and name.isascii() else _with_room(name) for name in names]
+
+
+def _with_room(name):
+    """A result's name whose last part leaves room for `.jpg`."""
+    folder, last = os.path.split(name)
+    return os.path.join(folder, shortened(last, RESULT_ENDING))

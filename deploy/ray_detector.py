@@ -92,7 +92,7 @@ class RayDetector:
             check_detection_type("bbox" if job.masks_from is None else "segmentation", metadata, job.engine)
             self._labels = labels_of(labels, metadata, model)
         choose_fit(metadata, job.fit)
-        self._batch_size = choose_batch_size(self._detector, job.batch_size, 1)
+        self._batch_size = choose_batch_size(self._detector, job.batch_size, 1, job.engine)
         self._workers = open_workers(self._detector, MANY, self._batch_size, job.cores)
         self._load = functools.partial(load, store=job.store, exif_rotate=job.exif_rotate, max_pixels=job.max_pixels)
         self._pictures = None

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from commandline import ROOT, UserError
+from commandline import ROOT, UserError, printable
 from commandline.version import VERSION
 
 from deploy.closure import copy_needed
@@ -102,7 +102,7 @@ def export(folder, name, network, data, names, source, *, threshold, instances, 
 
 
 def write(path, text):
-    path.write_text(text, encoding="utf-8")
+    path.write_text(printable(text), encoding="utf-8")
 
 
 def is_ours(model):

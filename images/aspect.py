@@ -1,12 +1,14 @@
-"""Images of another aspect ratio than a model without padding was converted for (create_onnx.py --image_size)."""
+"""How images lie before a model: of another aspect ratio than one without padding was converted for (create_onnx.py
+--image_size), or stored turned."""
 
 from commandline import UserError, warn
 
 from PIL import Image
 
-from images.decoding import FORMATS, is_on_its_side
+from images.decoding import FORMATS, is_on_its_side, orientation_of
 from images.resizing import keep_aspect_size
 
+LOOKED_AT = 100  # images whose EXIF data are read to warn of photos that are stored turned
 FIT_HELP = (
     "of a model made for one image size (create_onnx.py --image_size): resize and pad images of another aspect ratio into"
     " its input, with other results than TensorFlow's; default: refuse them"
@@ -52,3 +54,22 @@ def _size(path, exif_rotate):
             return (width, height) if exif_rotate and is_on_its_side(image) else (height, width)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def warn_of_turned(files, exif_rotate):
+    """Warns where photos are stored turned, by their EXIF data, and are to be read as they are stored. Looks at the first ones."""
+    looked_at = [] if exif_rotate else files[:LOOKED_AT]
+    turned = sum(map(_is_turned, looked_at))
+    if turned:
+        warn(
+            f"{turned} of the first {len(looked_at)} images are stored turned (EXIF), and read so, as TensorFlow reads them;"
+            " --exif_rotate turns them as viewers do"
+        )
+
+
+def _is_turned(path):
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return orientation_of(image) != 1
+    except Exception:  # whatever it is, reading it will say so
+        return False

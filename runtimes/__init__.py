@@ -4,6 +4,7 @@ Any thread may call `infer` and `detect` of an open detector: an engine takes th
 beside one another. `start` and `finish` belong to one thread.
 """
 
+import shlex
 from pathlib import Path
 
 from commandline import UserError, warn
@@ -25,6 +26,10 @@ FOREIGN = (
     (0, b"\x1f\x8b", "a gzip archive"),
     (4, b"TFL3", "a TensorFlow Lite model"),
 )
+# A saved_model.pb begins with its schema version, 1; no ONNX file has the ir_version 1.
+SAVED_MODEL_BEGINS = b"\x08\x01\x12"
+# A frozen_inference_graph.pb begins with a node, field 1 of a GraphDef.
+FROZEN_GRAPH_BEGINS = b"\n"
 # An ONNX file begins with its ir_version, field 1 of onnx.ModelProto.
 ONNX_BEGINS = b"\x08"
 # TensorRT's engines begin so ("magic tag").
@@ -51,6 +56,10 @@ def open_detector(path, gpu=0, runtime="auto", cores=None):
 def is_onnx(path):
     """Whether a model file is an ONNX file, else an engine. Raises UserError, naming it, where it is neither."""
     path = Path(path)
+    if is_tensorflow(path):
+        raise UserError(
+            f"--engine {path}: it is a TensorFlow model; convert it with create_onnx.py --saved_model {shlex.quote(str(path))}"
+        )
     if path.is_dir():
         raise UserError(f"--engine {path}: it is a folder; give the model.onnx or engine.trt in it")
     if not path.is_file():
@@ -60,6 +69,18 @@ def is_onnx(path):
     if what := foreign(begin):
         raise UserError(f"--engine {path}: it is {what}, not a model; make one with {maker(path)}")
     return begin.startswith(ONNX_BEGINS) or (path.suffix == ".onnx" and not begin.startswith(ENGINE_BEGINS))
+
+
+def is_tensorflow(path):
+    """Whether a path is a SavedModel, the export around one, or a frozen graph of TF1: files that begin much as ONNX's do."""
+    if path.is_dir():
+        files = path / "saved_model.pb", path / "saved_model" / "saved_model.pb", path / "frozen_inference_graph.pb"
+        return any(file.is_file() for file in files)
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        begin = file.read(len(SAVED_MODEL_BEGINS))
+    return begin == SAVED_MODEL_BEGINS or (path.suffix == ".pb" and begin.startswith(FROZEN_GRAPH_BEGINS))
 
 
 def open_onnx(path, gpu, runtime, cores=None):

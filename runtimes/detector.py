@@ -124,10 +124,11 @@ class Found:
 def detect(detector, image, threshold=0.3, names=None):
     """The objects in one image that score `threshold` and more, surest first: a list of Found.
 
-    image: RGB [height, width, 3], 0..255, or the path of a file. names: of the classes; default: those in the model's
-    file, COCO's for 90 classes. Raises images.decoding.ImageError for a file that cannot be read.
+    image: RGB uint8 [height, width, 3], 0..255, or the path of a file. names: of the classes; default: those in the model's
+    file, COCO's for 90 classes. Raises images.decoding.ImageError for a file that cannot be read,
+    ValueError for what is no such array.
     """
-    pixels = load_image(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
+    pixels = load_image(image) if isinstance(image, (str, os.PathLike)) else rgb_array(image)
     found = detect_image(detector, pixels).above(threshold)
     names = names or detector.metadata.get("labels") or default_labels(detector.metadata["num_classes"])
     boxes = found.boxes * np.float32(pixels.shape[:2] * 2)
@@ -138,6 +139,16 @@ def detect(detector, image, threshold=0.3, names=None):
         points = np.concatenate([places, found.keypoint_scores[..., None]], axis=2)
     rows = zip(found.scores.tolist(), boxes.tolist(), found.classes.tolist(), masks, points, strict=True)
     return [Found(names[label] or str(label), score, tuple(box), label, *more) for score, box, label, *more in rows]
+
+
+def rgb_array(image):
+    """A user's image as an array; raises ValueError for any but RGB uint8 [H, W, 3]: of other numbers the network would make
+    nothing, and not say so."""
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        what = type(image).__name__ if pixels.dtype == object else f"{pixels.dtype} {list(pixels.shape)}"
+        raise ValueError(f"an image is uint8 RGB [height, width, 3], 0..255; this is {what}")
+    return pixels
 
 
 def detect_image(detector, image):

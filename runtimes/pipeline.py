@@ -48,19 +48,32 @@ class Detected:
     found: Detections
 
 
-def choose_batch_size(detector, asked, usual):
+def choose_batch_size(detector, asked, usual, path):
     """Images at a time: what a fixed model takes, else `asked`, else as many of `usual` as it can take.
 
-    Raises UserError, naming --batch_size, where the model cannot.
+    path: of the model's file. Raises UserError, naming it and --batch_size, where the model cannot.
     """
     fixed, most = detector.input.batch, detector.max_batch
     if asked is None:
         return fixed or min(usual, most or usual)
-    if asked < 1 or (most and asked > most):
-        raise UserError(f"--batch_size {asked}: the model takes 1 to {most or 'any number of'} images at a time")
+    if asked < 1:
+        raise UserError(f"--batch_size {asked}: give 1 or more")
+    if most and asked > most:
+        what = f"{path} takes {'one image' if most == 1 else f'at most {most} images'} at a time"
+        raise UserError(f"--batch_size {asked}: {what}; {_for_larger_batches(detector, asked)}")
     spec = detector.input
     onnx_utils.check_batch_size(asked, spec.height, spec.width, spec.dtype)
     return asked
+
+
+def _for_larger_batches(detector, asked):
+    """How a model is made that takes `asked` images at a time, where an open one does not."""
+    is_engine = detector.usual_batch is not None
+    if detector.input.batch is None:
+        return f"build it with build_engine.py --batch 1 {asked} {asked}"
+    return "convert it with create_onnx.py --batch_size dynamic" + (
+        ", and build the engine of that" if is_engine else ""
+    )
 
 
 def open_workers(detector, images, batch_size, cores=None):

@@ -280,7 +280,7 @@ def read_cache(path, model):
             raise TypeError("no names")
     except FileNotFoundError:
         return None, "there is none yet"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(
             f"--calib_cache {path}: it is not a calibration of build_engine.py, and stays as it is; name another file"
         ) from error

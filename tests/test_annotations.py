@@ -297,6 +297,7 @@ REFUSED = {
     "gzip": (gzip.compress(json.dumps(sound()).encode()), "a compressed file"),
     "zip": (b"PK\x03\x04\x14\x00", "a compressed file"),
     "cp1252": (json.dumps({"a": "é"}, ensure_ascii=False).encode("cp1252"), "not UTF-8"),
+    "binary": (b"\x08\x0a\x00\xff" * 50, "no text, so no JSON; give an instances"),
     "deep": (b'{"images":' + b"[" * 100_000, "not a COCO annotation file"),
     "long number": (b'{"images": ' + b"9" * 5000 + b"}", "not a COCO annotation file"),
     "number": (b"5", "not a COCO annotation file"),

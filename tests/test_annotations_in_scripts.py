@@ -22,10 +22,10 @@ def demo_model(convert):
     return convert("demo", "--batch_size", "dynamic")[0]
 
 
-def evaluated(capsys, model, images, annotations, output, *options):
+def evaluated(capsys, model, images, annotations, output, *options, status=0):
     """Runs eval_coco.py; returns (metrics, results, what it warned)."""
     options = ["--engine", model, "--input", images, "--annotations", annotations, "--output", output, *options]
-    assert eval_coco.main(list(map(str, options))) == 0
+    assert eval_coco.main(list(map(str, options))) == status
     said = capsys.readouterr().err
     return *(json.loads((output / f"{name}.json").read_text()) for name in ("metrics", "detections")), said
 
@@ -62,6 +62,29 @@ def test_detections_have_the_files_own_ids(demo_model, tmp_path, capsys):
     with pytest.raises(UserError, match="none of its categories is one of the model's"):
         evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "none", "--labels", tmp_path / "labels.txt")
     assert not (tmp_path / "none").exists()
+
+
+def test_numbers_that_are_not_whole_are_said(demo_model, tmp_path, capsys):
+    """A file that cannot be read, one that a list names in vain, nothing but crowds: status 1. Objects twice: a warning."""
+    shutil.copytree(DEMO / "images", tmp_path / "images")
+    (tmp_path / "images" / "shapes_01.jpg").write_bytes(b"")
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{DEMO / 'images' / f'shapes_0{i}.jpg'}\n" for i in range(1, 9)) + "absent.jpg\n")
+    for images in (tmp_path / "images", listed):
+        _, _, said = evaluated(capsys, demo_model, images, DEMO / "instances_shapes.json", tmp_path / "o", status=1)
+        assert f"--input {images}: 1 images could not be read: they are not in the numbers" in said
+    whole, _, _ = evaluated(capsys, demo_model, DEMO / "images", DEMO / "instances_shapes.json", tmp_path / "whole")
+    content = demo_truth()
+    count = len(content["annotations"])
+    path = write(tmp_path / "twice.json", content | {"annotations": content["annotations"] * 2})
+    metrics, _, said = evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "twice")
+    assert f"{count} of {2 * count} objects have the box and the category of another one" in said
+    assert metrics["AP"] < 0.6 * whole["AP"]
+    for note in content["annotations"]:
+        note["iscrowd"] = "true"
+    path = write(tmp_path / "crowds.json", content)
+    metrics, _, said = evaluated(capsys, demo_model, DEMO / "images", path, tmp_path / "crowds", status=1)
+    assert (metrics["AP"], f"--annotations {path}: nothing to measure" in said) == (-1, True)
 
 
 def test_names_that_are_no_mathematics(demo_model, tmp_path, capsys):

@@ -251,6 +251,19 @@ def test_what_an_engine_was_made_to_leave_out_is_not_compared(convert, tmp_path,
     assert "PASSED" not in open_page(tmp_path / "empty" / "report.html")[0]
 
 
+def test_images_that_are_skipped_are_not_passed_over(convert, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(DEMO / "images" / "shapes_01.jpg", images)
+    (images / "empty.jpg").write_bytes(b"")
+    model = convert("demo", "--batch_size", "dynamic")[0]
+    options = ["--saved_model", DEMO_MODEL, "--engine", model, "--input", images, "--output", tmp_path / "o"]
+    assert compare_tf.main(list(map(str, options))) == 1
+    said = capsys.readouterr()
+    assert "\nPASSED: " in said.out  # of the image that could be read
+    assert f"--input {images}: 1 images were skipped: not compared" in said.err
+
+
 def test_masks_of_the_tiny_model_agree(tiny_masks, tmp_path, capsys):  # noqa: F811
     saved_model, model, annotations = tiny_masks
     status, _, numbers = run(
@@ -278,6 +291,14 @@ def test_mistakes_are_named(convert, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=match):
             run(tmp_path, capsys, engine=model, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_models_engine_is_refused(convert, tmp_path, capsys):
+    """Whose classes are more or fewer than the SavedModel's: nothing would match."""
+    said = f"--saved_model {model_folder('hands')} 7: not the same model"
+    with pytest.raises(UserError, match=f"has 5 classes, {said}"):
+        run(tmp_path, capsys, engine=convert("demo")[0], saved_model=model_folder("hands"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -163,7 +163,8 @@ commandline.run(lambda: (__import__("native"), time.sleep(60)))
 
 # What TensorRT's builder does with KeyboardInterrupt in its logger; qsort stands in its place.
 SWALLOWED = """
-import contextlib, ctypes, os, time, commandline
+import contextlib, ctypes, os, signal, time, commandline
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def look(*_):
     os.write(1, b"looking\\n")  # past Python's buffer
     time.sleep(0.2)

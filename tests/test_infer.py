@@ -175,6 +175,27 @@ def test_it_says_what_it_found(convert, tmp_path, capsys):
     assert "--nms_threshold 0.1 shows weaker ones" in printed
 
 
+def test_a_batch_too_large_leaves_no_folder(convert, tmp_path):
+    options = ["--engine", str(convert("demo")[0]), "--input", str(DEMO / "images"), "--batch_size", "4"]
+    for more in ([], ["--benchmark"]):
+        with pytest.raises(UserError, match=r"--batch_size 4: .*model\.onnx takes one image at a time"):
+            infer.main([*options, "--output", str(tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_names_the_models_own_threshold_where_that_is_higher(convert, tmp_path, capsys):
+    options = ["--input", str(DEMO / "images"), "--output", str(tmp_path / "out")]
+    assert infer.main(["--engine", str(convert("demo", "--first_nms_threshold", "0.5")[0]), *options]) == 0
+    assert " detections of 0.5 and more in " in capsys.readouterr().out
+    assert infer.main(["--engine", str(convert("demo", "--first_nms_threshold", "0.9999")[0]), *options]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "0 detections of 0.9999 and more in 0 images; 8 images without any (the model was made to leave out weaker"
+        in printed
+    )
+    assert "--nms_threshold" not in printed
+
+
 def test_json_is_cocos_results_format(convert, tmp_path, capsys):
     model = str(convert("demo", "--batch_size", "dynamic")[0])
     options = ["--engine", model, "--input", str(DEMO / "images"), "--json", str(tmp_path / "d.json")]
@@ -195,6 +216,22 @@ def test_json_is_cocos_results_format(convert, tmp_path, capsys):
     assert json.loads((tmp_path / "d.json").read_text()) == []
     with pytest.raises(UserError, match="--output: name a folder for the results, or a file with --json"):
         infer.main(options[:4])
+
+
+def test_json_tells_images_of_one_number_apart(convert, tmp_path):
+    """cam1/7.jpg and cam2/0007.jpg: paths instead of the number; that of one image alone stays."""
+    names = ("cam1/7.jpg", "cam2/0007.jpg", "cam2/8.jpg", "cam2/x.jpg")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(DEMO / "images" / "shapes_01.jpg", tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("cam1", "cam2")]
+    options = ["--engine", str(convert("demo")[0]), "--input", *folders, "--json", str(tmp_path / "d.json")]
+    assert infer.main(options) == 0
+    found = {entry["file_name"]: entry["image_id"] for entry in json.loads((tmp_path / "d.json").read_text())}
+    paths = [str(tmp_path / name) for name in names]
+    assert found == dict(zip(paths, (paths[0], paths[1], 8, paths[3]), strict=True))
+    with pytest.raises(UserError, match="--json: --benchmark keeps no results"):
+        infer.main([*options, "--benchmark"])
 
 
 def test_json_holds_masks(exported, tmp_path):
@@ -308,9 +345,12 @@ def test_turned_photos_are_found_in_as_they_are_seen(convert, tmp_path):
     upright.save(tmp_path / "upright" / "a.png")
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned" / "a.png", exif=exif)
     model = convert("demo")[0]
-    for folder, options in (("upright", ()), ("turned", ("--exif_rotate",))):
-        process = run_infer(model, tmp_path / f"{folder}_out", "--input", tmp_path / folder, *options)
+    for folder, options in (("upright", ()), ("turned", ("--exif_rotate",)), ("turned", ())):
+        target = tmp_path / (f"{folder}_out" if options or folder == "upright" else "as_stored")
+        process = run_infer(model, target, "--input", tmp_path / folder, *options)
         assert process.returncode == 0, process.stderr
+        warned = "1 of the first 1 images are stored turned (EXIF)" in process.stderr
+        assert warned == (target.name == "as_stored")
     table = (tmp_path / "upright_out" / "a.tsv").read_text()
     assert table
     assert (tmp_path / "turned_out" / "a.tsv").read_text() == table

@@ -1,5 +1,6 @@
 """Which images are meant by files, folders, patterns and lists of paths, and what their results are called."""
 
+import json
 import os
 import subprocess
 import sys
@@ -145,6 +146,9 @@ def test_results_in_the_input_folder_are_no_input(here, capsys):
 def test_mistakes_name_the_option_and_the_path(here):
     folder = here("in/readme")
     (folder / "in" / "notes.md").write_text("# Notes\nabout nothing\n")
+    content = [{"images": ["a.jpg"]}]
+    for name, indent in (("one_line", None), ("indented", 1)):
+        (folder / "in" / f"{name}.json").write_text(json.dumps(content, indent=indent))
     os.mkfifo(folder / "pipe")
     (folder / "empty").mkdir()
     for given, what in (
@@ -155,6 +159,8 @@ def test_mistakes_name_the_option_and_the_path(here):
         ("in/*", "no image matches"),
         ("pipe", "no file and no folder"),
         ("in/notes.md", "none of the 1 files it names is there"),
+        ("in/one_line.json", "it is a JSON file, no list of images; write a path on each line, or name a folder$"),
+        ("in/indented.json", "it is a JSON file, no list of images"),
     ):
         with pytest.raises(UserError, match=what) as raised:
             find_images(given, "--some_option")

@@ -126,12 +126,14 @@ def test_names_go_into_the_file_and_come_out_of_it(convert, tmp_path):
         create_onnx.main([*options, "--labels", str(tmp_path / "four.txt")])
 
 
-def test_names_of_a_file_without_any(tmp_path):
+def test_names_of_a_file_without_any(tmp_path, capsys):
     assert labels_of(None, {"num_classes": 3}, tmp_path / "m.onnx") == [None] * 3
     coco = labels_of(None, {"num_classes": 90, "labels": None}, tmp_path / "m.onnx")
     assert (len(coco), coco[0], coco[17], coco[89]) == (90, "person", "dog", "toothbrush")
     (tmp_path / "label_map.pbtxt").write_text("".join(item(i + 1, name) for i, name in enumerate("abc")))
+    assert capsys.readouterr().out == ""
     assert labels_of(None, {"num_classes": 3}, tmp_path / "m.onnx") == ["a", "b", "c"]
+    assert capsys.readouterr().out == f"Class names: 3, of {tmp_path / 'label_map.pbtxt'}; --labels names others\n"
 
 
 def test_names_too_long_for_an_engine_are_left_out(convert, capsys):

@@ -1,6 +1,7 @@
 """The pipeline of infer.py and eval_coco.py: order, errors that name the file, Ctrl-C, memory that stays flat."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 
 from commandline import UserError
@@ -326,16 +328,28 @@ def test_simplejpeg_and_pillow_decode_alike(tmp_path, monkeypatch):
 
 
 def test_batch_size_is_what_the_model_takes(demo_detector, convert):
-    assert choose_batch_size(demo_detector, None, 8) == 8
-    assert choose_batch_size(demo_detector, 3, 8) == 3
+    assert choose_batch_size(demo_detector, None, 8, "m.onnx") == 8
+    assert choose_batch_size(demo_detector, 3, 8, "m.onnx") == 3
     with open_detector(convert("demo", "--batch_size", "4")[0]) as fixed:
-        assert choose_batch_size(fixed, None, 8) == 4
-        with pytest.raises(UserError, match="--batch_size 5: the model takes 1 to 4"):
-            choose_batch_size(fixed, 5, 8)
+        assert choose_batch_size(fixed, None, 8, "m.onnx") == 4
+        with pytest.raises(UserError, match=r"--batch_size 5: m\.onnx takes at most 4 images .* --batch_size dynamic$"):
+            choose_batch_size(fixed, 5, 8, "m.onnx")
+    said = r"--batch_size 4: m\.onnx takes one image at a time; convert it with create_onnx\.py --batch_size dynamic$"
+    with open_detector(convert("demo")[0]) as single, pytest.raises(UserError, match=said):
+        choose_batch_size(single, 4, 8, "m.onnx")
     with pytest.raises(UserError, match=r"--batch_size 100000: 30\.7 GB of input; of 160 x 160 pixels 6510 images"):
-        choose_batch_size(demo_detector, 100_000, 8)
+        choose_batch_size(demo_detector, 100_000, 8, "m.onnx")
     with pytest.raises(UserError, match="--batch_size 0"):
-        choose_batch_size(demo_detector, 0, 8)
+        choose_batch_size(demo_detector, 0, 8, "m.onnx")
+    engines = (  # of a dynamic model, for 1 to 4 images, and of one for 4
+        (None, r"at most 4 images at a time; build it with build_engine\.py --batch 1 5 5$"),
+        (4, r"convert it with create_onnx\.py --batch_size dynamic, and build the engine of that$"),
+    )
+    for batch, said in engines:
+        spec = dataclasses.replace(demo_detector.input, batch=batch)
+        engine = types.SimpleNamespace(input=spec, max_batch=4, usual_batch=4)
+        with pytest.raises(UserError, match=said):
+            choose_batch_size(engine, 5, 8, "e.trt")
 
 
 def many(folder, count):
@@ -407,6 +421,9 @@ def test_the_benchmark_writes_nothing(model, tmp_path, capsys, monkeypatch):
     assert min(rates) > 5
     share = int(re.search(r"^(\d+) % of the lower limit", printed, re.MULTILINE)[1])
     assert share == pytest.approx(100 * rates[0] / min(rates[1:]), abs=1.5)
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    assert infer.main([*options, "--input", "broken.jpg"]) == 1
+    (tmp_path / "broken.jpg").unlink()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="--output"):
         infer.main(options[:4])

@@ -313,6 +313,8 @@ def test_mistakes(cluster, convert, tmp_path):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             infer_ray.main([*options, "--output", out])
+    with pytest.raises(UserError, match=r"results would lie in .*, where images are read"):
+        infer_ray.main(["--engine", model, "--input", images, "--output", images, "--pictures"])
     process = start(cluster, model, images, out, "--batch_size", "10000")  # seen where the model is opened
     _, errors = finish(process, 2)
     assert errors.splitlines()[-1].startswith("infer_ray.py: --batch_size 10000: ")

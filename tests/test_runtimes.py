@@ -1,6 +1,7 @@
 """One interface to whatever runs a model; what a file holds decides what runs it."""
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -9,14 +10,15 @@ from commandline import UserError
 
 import numpy as np
 import pytest
-from conftest import DEMO, ROOT
+from conftest import DEMO, DEMO_MODEL, ROOT
 
 from images.decoding import load_image
-from runtimes import open_detector
+from runtimes import detect, open_detector
 from runtimes.detector import Detector, detect_image
 from runtimes.openvino_detector import OpenVinoDetector
 from runtimes.ort_detector import OrtDetector
 from runtimes.trt_detector import TrtDetector
+from tfod.tensorflow_import import import_tensorflow
 
 PICTURE = DEMO / "images" / "shapes_02.jpg"
 
@@ -82,6 +84,50 @@ def test_what_is_no_model_is_called_what_it_is(name, content, said, tmp_path):
 def test_a_folder_is_called_a_folder(tmp_path):
     with pytest.raises(UserError, match="it is a folder"):
         open_detector(tmp_path)
+
+
+@pytest.mark.parametrize("within", ["", "saved_model", "saved_model/saved_model.pb"])
+def test_a_tensorflow_model_is_called_one(within):
+    path = DEMO_MODEL / within
+    with pytest.raises(UserError, match=r"it is a TensorFlow model; convert it with create_onnx\.py") as raised:
+        open_detector(path)
+    assert str(raised.value).startswith(f"--engine {path}: ")
+
+
+def test_a_frozen_graph_is_called_a_tensorflow_model(tmp_path):
+    tf = import_tensorflow()
+    with tf.Graph().as_default() as graph:
+        tf.constant(1.0)
+    (tmp_path / "graph.pb").write_bytes(graph.as_graph_def().SerializeToString())
+    with pytest.raises(UserError, match="it is a TensorFlow model"):
+        open_detector(tmp_path / "graph.pb")
+
+
+IMAGE = load_image(PICTURE)
+HEIGHT, WIDTH = IMAGE.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (np.float32(IMAGE) / 255, f"float32 [{HEIGHT}, {WIDTH}, 3]"),
+        (np.uint16(IMAGE) * 257, f"uint16 [{HEIGHT}, {WIDTH}, 3]"),
+        (IMAGE[..., 0], f"uint8 [{HEIGHT}, {WIDTH}]"),
+        (np.dstack([IMAGE, IMAGE[..., :1]]), f"uint8 [{HEIGHT}, {WIDTH}, 4]"),
+        (IMAGE.transpose(2, 0, 1), f"uint8 [3, {HEIGHT}, {WIDTH}]"),
+        (IMAGE[None], f"uint8 [1, {HEIGHT}, {WIDTH}, 3]"),
+        (IMAGE[:0], f"uint8 [0, {WIDTH}, 3]"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, what, detector):
+    with pytest.raises(ValueError, match=re.escape(f"uint8 RGB [height, width, 3], 0..255; this is {what}") + "$"):
+        detect(detector("demo"), image)
+
+
+def test_an_array_is_what_its_file_is(detector):
+    scores = [[found.score for found in detect(detector("demo"), image)] for image in (PICTURE, IMAGE)]
+    assert scores[0] == scores[1] != []
 
 
 @pytest.mark.parametrize(("end", "shown"), [("os.abort()", True), ("pass", False), ("raise OSError('ours')", False)])

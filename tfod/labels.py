@@ -16,8 +16,8 @@ from fonts import label_font
 COCO_LABELS = Path(__file__).resolve().parent.parent / "labels_coco.txt"
 COCO_CLASSES = 90  # a model of so many that has no names of its own is taken for COCO's
 LABELS_HELP = (
-    "class names: a label_map.pbtxt, or a text file with one name a line; default: those in the model, else COCO's for a"
-    " model of 90 classes"
+    "class names: a label_map.pbtxt, or a text file with one name a line; default: those in the model, else of a label map"
+    " or labels.txt beside it, else COCO's for a model of 90 classes"
 )
 # The keypoints of COCO's people, in the order of its annotations, and the lines between them (person_keypoints_*.json).
 COCO_KEYPOINTS = (
@@ -141,12 +141,12 @@ def _message_class():
 def find_labels(folders, num_classes):
     """(path, names) of the label map or labels.txt that lies in one of the folders and fits; (None, None) if none does.
 
-    One that does not fit, or two that differ, are warned about.
+    One that does not fit, or two that differ, are warned about; OSError is raised for one that cannot be read.
     """
     found = {}
     for folder in map(Path, folders):
         for path in [*sorted(folder.glob("*.pbtxt")), folder / "labels.txt"]:
-            if path.is_file() and (path.suffix == ".txt" or _is_label_map(path)):
+            if path.is_file() and _holds_names(path):
                 try:
                     found[path] = read_labels(path, num_classes)
                 except UserError as error:
@@ -158,16 +158,21 @@ def find_labels(folders, num_classes):
     return path, found.get(path)
 
 
-def _is_label_map(path):
+def _holds_names(path):
+    """Whether a file beside a model is a label map, or a text file, which labels.txt alone can be."""
     with open(path, "rb") as file:
-        return bool(LABEL_MAP.match(file.read(GLANCE).decode("utf-8-sig", errors="replace")))
+        return path.suffix == ".txt" or bool(LABEL_MAP.match(file.read(GLANCE).decode("utf-8-sig", errors="replace")))
 
 
 def labels_of(path, metadata, engine):
     """The names to show a model's classes by: of --labels (`path`), else of its metadata, else of a file beside `engine`,
-    else COCO's for a model of 90 classes, else none. Warns of those that pictures cannot show."""
-    count = metadata["num_classes"]
-    names = read_labels(path, count) if path else metadata.get("labels") or find_labels([Path(engine).parent], count)[1]
+    else COCO's for a model of 90 classes, else none. Says which file nobody named, and warns of names that pictures cannot show."""
+    count, found = metadata["num_classes"], None
+    names = read_labels(path, count) if path else metadata.get("labels")
+    if not names:
+        found, names = find_labels([Path(engine).parent], count)
+    if found:
+        print(f"Class names: {count}, of {found}; --labels names others")
     names = names or default_labels(count)
     label_font.warn_of_undrawable(names)
     return names

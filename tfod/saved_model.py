@@ -6,11 +6,12 @@ a Python object and alone takes as long as loading, freezing and inlining do her
 
 import contextlib
 import io
+import os
 import shlex
 import traceback
 from pathlib import Path
 
-from commandline import UserError
+from commandline import UserError, printable
 
 import numpy as np
 from PIL import Image
@@ -54,9 +55,24 @@ def find_saved_model(path):
     raise UserError(f"--saved_model {path}: {_what_it_is(path)}")
 
 
+def model_files(found):
+    """The files of what find_saved_model returned: the frozen graph, or all that lies in the SavedModel's folder. Raises
+    OSError for a folder that cannot be read."""
+    if found.is_file():
+        return [found]
+    paths = [Path(folder, name) for folder, _, names in os.walk(found, onerror=_fail) for name in names]
+    return [path for path in paths if path.is_file()]
+
+
+def _fail(error):
+    raise error
+
+
 def _what_it_is(path):
     """What a path that holds no SavedModel is, and what to do."""
     if path.is_file():
+        if not path.stat().st_size:
+            return "the file is empty; give the unpacked export, the folder with saved_model/ in it"
         for ends, what in NO_SAVED_MODELS.items():
             if path.name.lower().endswith(ends):
                 return f"it is {what}"
@@ -103,9 +119,11 @@ class SavedModel:
     MORE = ("detection_masks", "detection_keypoints", "detection_keypoint_scores")
 
     def __init__(self, folder):
-        """folder: what find_saved_model returned, a frozen graph too. Raises UserError for what is no TFOD detector."""
+        """folder: what find_saved_model returned, a frozen graph too. Raises UserError for what is no TFOD detector, OSError
+        for what cannot be read."""
         tf = import_tensorflow()
         self.folder = Path(folder)
+        _check_readable(self.folder)
         self._graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=self._graph)
         try:
@@ -150,6 +168,15 @@ class SavedModel:
             raise UserError(
                 f"{wrong}its input is neither an image nor encoded images; re-export with --input_type image_tensor"
             )
+
+    @property
+    def possible_classes(self):
+        """How many classes it may tell apart, by its outputs: one score of each box is the background's, unless its config has
+        add_background_class: false. () where they do not say it: a CenterNet's, exports of 2018."""
+        if not self.has_raw_outputs:
+            return ()
+        shape = self._graph.get_tensor_by_name(self.outputs["raw_detection_scores"]).shape
+        return (shape[-1] - 1, shape[-1]) if shape.rank and shape[-1] else ()
 
     @property
     def has_raw_outputs(self):
@@ -216,6 +243,14 @@ class SavedModel:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _check_readable(found):
+    """Raises OSError or UserError for what TensorFlow could not read, though it is not damaged: it would be taken for that."""
+    for path in model_files(found):
+        open(path, "rb").close()
+    if found.is_dir() and printable(str(found)) != str(found):
+        raise UserError(f"--saved_model {found}: TensorFlow opens no folder whose name is not UTF-8; rename it")
 
 
 def _load(session, folder):
