@@ -13,10 +13,13 @@ from onnx_utils import PLUGIN_MAX_PAIRS, TENSORRT_MAX_TOP_K, read_metadata
 from runtimes import standard_graph, trt_graph
 from runtimes.detector import detect_image, network_inputs
 from runtimes.ort_detector import OrtDetector
+from tfod.convert import META_ARCHITECTURES
 
 # The bound on normalised coordinates and scores. Float32 rounding alone reaches 1.2e-3 in a two-stage network
 # (TensorFlow's two sets of CPU kernels differ by as much); a wrong conversion is off by orders of magnitude more.
 TOLERANCE = 2e-3
+# TensorFlow's threshold is a float32, the config's is not.
+THRESHOLD_ROUNDING = 1e-6
 # Fewer detections than this prove little: then all that they are chosen from is compared.
 ENOUGH = 10
 # Pairs of box and class that suppression sees for a detection: where the plugin has fewer, it may leave out some.
@@ -68,6 +71,8 @@ def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUI
     with OrtDetector(path, reference) as detector:
         metadata, spec = detector.metadata, detector.input
         found = parity.join([parity.compare(saved_model, detector, x, TOLERANCE) for x in pictures])
+    if found.lowest_score < metadata["config_score_threshold"] - THRESHOLD_ROUNDING:
+        return Verdict("FAILED", another_threshold(metadata, found.lowest_score, where))
     allowed = parity.allowed_unmatched(metadata) * len(pictures)
     reports, compared = [found], f"{found.compared} detections"
     if found.compared + found.unmatched < ENOUGH:
@@ -93,6 +98,17 @@ def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUI
         "PASSED" if passed else "FAILED",
         f"{compared} of TensorFlow and ONNX Runtime in {where}: largest box difference {report.box_difference:.1e},"
         f" score difference {report.score_difference:.1e}{more} (tolerance {TOLERANCE:.0e}){ends}",
+    )
+
+
+def another_threshold(metadata, lowest, where):
+    """What to say where TensorFlow gives a detection that scores `lowest`, less than the config's threshold: the comparison,
+    which begins at that, would see none of these."""
+    threshold = metadata["config_score_threshold"]
+    option = META_ARCHITECTURES[metadata["meta_architecture"]].THRESHOLD_OPTION
+    return (
+        f"the pipeline.config is not that of the export: its score_threshold is {threshold:g}, TensorFlow gives scores from"
+        f" {lowest:.3g} on in {where}; give the export's own, and a threshold of yours with --{option} {threshold:g}"
     )
 
 

@@ -27,6 +27,9 @@ class Report:
     keypoints: int = 0  # of the pairs, scores above 0 on either side
     # Keypoints that moved to another candidate, or on one side only: of two that are as near, the last bit decides.
     keypoints_elsewhere: int = 0
+    # Of TensorFlow's detections, without the zeros that lists are filled up with: those below the config's threshold show that
+    # the config is another model's.
+    lowest_score: float = float("inf")
 
 
 LARGEST = ("box_difference", "score_difference", "mask_difference", "keypoint_difference")
@@ -43,9 +46,11 @@ def compare(saved_model, detector, image, tie=1e-4):
     """
     pixels = network_pixels(image, detector.metadata["resizer"])
     theirs = tensorflow_detections(saved_model, pixels, detector.metadata)
+    lowest = float(theirs.scores.min(where=theirs.scores > 0, initial=np.inf))
     # An overridden threshold leaves one side with more than the other has to compare.
     least = max(detector.metadata["score_threshold"], detector.metadata["config_score_threshold"])
-    return match_by_rank(theirs.above(least), detect_image(detector, pixels).above(least), tie)
+    report = match_by_rank(theirs.above(least), detect_image(detector, pixels).above(least), tie)
+    return dataclasses.replace(report, lowest_score=lowest)
 
 
 def network_pixels(image, resizer):
@@ -60,7 +65,7 @@ def join(reports):
     """One Report of several pictures' reports."""
     sums = {name: sum(getattr(report, name) for report in reports) for name in SUMMED}
     largest = {name: max(getattr(report, name) for report in reports) for name in LARGEST}
-    return Report(**sums, **largest)
+    return Report(**sums, **largest, lowest_score=min(report.lowest_score for report in reports))
 
 
 def allowed_unmatched(metadata):

@@ -152,6 +152,12 @@ def exported_module(tf, export):
             made = tf.nn.relu(self.conv(crops, "second"))
             return tf.concat([made, crops], axis=3) if export.skip else made
 
+        def head(self, crops, name):
+            """A head of the second stage. As TFOD's, each takes the average for itself: nodes that are equal but for their names."""
+            with tf.name_scope(f"{name}_head"):
+                means = tf.reduce_mean(crops, axis=[1, 2], keepdims=True, name="AvgPool")
+                return tf.matmul(tf.reshape(means, [-1, means.shape[3]], name="flatten"), self.weights[name])
+
         @tf.function(input_signature=[tf.TensorSpec([1, None, None, 3], "uint8", name="input_tensor")])
         def __call__(self, input_tensor):
             shape = [side, side, 3] if export.pad else [None, None, 3]
@@ -169,9 +175,9 @@ def exported_module(tf, export):
             count = export.proposals
             limits = (count, count, 0.7, export.first_threshold, window)
             proposals, _, _, valid = suppress(tf, boxes[:, None], objectness, *limits)
-            hidden = tf.reduce_mean(self.crop(features, proposals, size), axis=[1, 2])
-            scores = tf.nn.softmax(tf.matmul(hidden, self.weights["class"]))
-            codes = tf.reshape(tf.matmul(hidden, self.weights["box"]), [count, -1, 4])
+            crops = self.crop(features, proposals, size)
+            scores = tf.nn.softmax(self.head(crops, "class"))
+            codes = tf.reshape(self.head(crops, "box"), [count, -1, 4])
             per_box = codes.shape[1]
             tiled = tf.reshape(tf.tile(proposals[:, None], [1, per_box, 1]), [-1, 4])
             boxes = tf.reshape(decode(tf, tf.reshape(codes, [-1, 4]), tiled), [count, per_box, 4])

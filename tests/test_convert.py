@@ -25,6 +25,7 @@ from runtimes import open_detector
 from runtimes.detector import detect_image
 from tfod.config import read_pipeline_config
 from tfod.convert import Options, read_model, write_model
+from tfod.graph import first_of_equals
 from tfod.saved_model import SavedModel, find_saved_model
 from tfod.tensorflow_import import import_tensorflow
 
@@ -293,17 +294,21 @@ def test_files_that_do_not_belong_together(tmp_path, change, said):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda p: (p / "x.tar.gz").write_bytes(b"") or p / "x.tar.gz", "it is an archive: unpack it"),
-        (lambda p: (p / "model.tflite").write_bytes(b"") or p / "model.tflite", "TensorFlow Lite"),
+        (lambda p: (p / "x.tar.gz").write_bytes(b"x") and p / "x.tar.gz", "it is an archive: unpack it"),
+        (lambda p: (p / "model.tflite").write_bytes(b"x") and p / "model.tflite", "TensorFlow Lite"),
         (
-            lambda p: (p / "graph.pbtxt").write_bytes(b"") or p / "graph.pbtxt",
+            lambda p: (p / "graph.pbtxt").write_bytes(b"x") and p / "graph.pbtxt",
             "it is a text file; give the saved_model",
         ),
-        (lambda p: (p / "weights.h5").write_bytes(b"") or p / "weights.h5", "a Keras model"),
-        (lambda p: (p / "ckpt-0.index").write_bytes(b"") or p / "ckpt-0.index", "a part of a checkpoint"),
+        (lambda p: (p / "weights.h5").write_bytes(b"x") and p / "weights.h5", "a Keras model"),
+        (lambda p: (p / "ckpt-0.index").write_bytes(b"x") and p / "ckpt-0.index", "a part of a checkpoint"),
         (lambda p: (p / "ckpt-0.index").write_bytes(b"") or p, "exporter_main_v2.py --input_type image_tensor"),
         (lambda p: (p / "checkpoint").mkdir() or (p / "checkpoint" / "checkpoint").write_text("") or p, "--trained_ch"),
-        (lambda p: (p / "model.onnx").write_bytes(b"") or p / "model.onnx", "converted already"),
+        (lambda p: (p / "model.onnx").write_bytes(b"x") and p / "model.onnx", "converted already"),
+        (
+            lambda p: (p / "model.onnx").write_bytes(b"") or p / "model.onnx",
+            "the file is empty; give the unpacked export",
+        ),
         (lambda p: p, "no saved_model.pb there"),
     ],
 )
@@ -429,6 +434,43 @@ def test_where_little_is_found_all_anchors_are_compared(network, tmp_path, capsy
     assert "FAILED: " in capsys.readouterr().out
 
 
+def with_threshold(folder, threshold, path):
+    """Writes the pipeline.config of a one-stage export with another score_threshold as `path`."""
+    text, changed = re.subn(
+        r"score_threshold: [\de.-]+", f"score_threshold: {threshold}", (folder / "pipeline.config").read_text()
+    )
+    assert changed == 1
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_lowest_score_is_that_of_all_pictures():
+    reports = [parity.Report(1, 0, 0.0, 0.0, lowest_score=score) for score in (0.5, 0.1, float("inf"))]
+    assert parity.join(reports).lowest_score == 0.1
+
+
+def test_a_config_with_another_threshold_fails(tmp_path, capsys):
+    """From its threshold on, both sides agree; an option that sets the same threshold is no such mistake."""
+    options = ["--saved_model", str(DEMO_MODEL), "--onnx", str(tmp_path / "m.onnx")]
+    config = with_threshold(DEMO_MODEL, 0.5, tmp_path / "p.config")
+    for more in ([], ["--first_nms_threshold", "0.7"]):
+        assert create_onnx.main([*options, "--pipeline_config", config, *more]) == 1
+        said = r"FAILED: the pipeline\.config is not that of the export: its score_threshold is 0\.5, TensorFlow gives scores from"
+        lowest = re.search(
+            said + r" (\S+) on in 3 built-in pictures;.* --first_nms_threshold 0\.5\n", capsys.readouterr().out
+        )
+        assert 0 < float(lowest[1]) < 0.5
+    assert create_onnx.main([*options, "--first_nms_threshold", "0.5"]) == 0
+
+
+def test_a_threshold_of_the_exports_own_passes(network, tmp_path):
+    """Whatever float32 makes of it: TensorFlow's scores are compared with that."""
+    tf, net = network
+    folder = tmp_path / "model"
+    demo.save_export(tf, folder, net, demo.make_anchors(), demo.Export(score_threshold=0.3))
+    assert create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")]) == 0
+
+
 def test_nothing_to_compare_is_no_verdict(network, tmp_path):
     save_sure_export(network, tmp_path / "sure")
     with SavedModel(tmp_path / "sure" / "saved_model") as saved_model:
@@ -459,16 +501,46 @@ def test_pictures_of_the_users_own(tmp_path, capsys):
         create_onnx.main([*options, str(tmp_path / "text.jpg")])
 
 
+# tf2onnx hands its nodes on as a set, in the order of their addresses in memory. Here they follow hashes of their names, which
+# PYTHONHASHSEED decides: without tfod.graph.merge_equals these two give files that differ, in names and in a node.
+IN_ANOTHER_ORDER = """
+import sys, create_onnx
+from tf2onnx.graph import Graph
+found = Graph.extract_sub_graph_nodes
+Graph.extract_sub_graph_nodes = lambda *args, **options: sorted(found(*args, **options), key=lambda node: hash(node.name))
+sys.exit(create_onnx.main(sys.argv[1:]))
+"""
+HASH_SEEDS = ("0", "123")
+
+
 def test_a_conversion_repeats(convert, exported, tmp_path):
-    """The same bytes, in one process and in another with other hashes, for both kinds of model."""
+    """The same bytes, in one process and in others with other hashes and orders, for both kinds of model."""
     for first, folder in ((convert("demo")[0], DEMO_MODEL), (exported("mask")[1], exported("mask")[0])):
         options = ["--saved_model", str(folder), "--onnx", str(tmp_path / "again.onnx"), "--no_check"]
         assert create_onnx.main(options) == 0
         assert (tmp_path / "again.onnx").read_bytes() == first.read_bytes()
-        code = "import create_onnx, sys; sys.exit(create_onnx.main(sys.argv[1:]))"
-        environment = {**os.environ, "PYTHONHASHSEED": "123"}
-        subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, env=environment, check=True)
-        assert (tmp_path / "again.onnx").read_bytes() == first.read_bytes()
+        for seed in HASH_SEEDS:
+            environment = {**os.environ, "PYTHONHASHSEED": seed}
+            subprocess.run([sys.executable, "-c", IN_ANOTHER_ORDER, *options], cwd=ROOT, env=environment, check=True)
+            assert (tmp_path / "again.onnx").read_bytes() == first.read_bytes(), seed
+
+
+def test_what_has_a_state_is_equal_to_nothing():
+    tf = import_tensorflow()
+    with tf.Graph().as_default() as graph:
+        for name in "ba":
+            fed = tf.compat.v1.placeholder("float32", [2], f"{name}/fed")
+            tf.nn.relu(tf.constant([1.0, -1.0], name=f"{name}/constant"), f"{name}/relu")
+            tf.nn.relu(fed, f"{name}/of_fed")
+            tf.raw_ops.RandomUniform(shape=[2], dtype="float32", name=f"{name}/random")
+            tf.raw_ops.TensorArrayV3(size=2, dtype="float32", name=f"{name}/array")
+    alike = {"constant": "a", "relu": "b"}  # b/relu is an output
+    names = [f"{name}/{what}" for name in "ab" for what in ("fed", "constant", "relu", "of_fed", "random", "array")]
+    first = first_of_equals(graph.as_graph_def(), {"b/relu"})
+    expected = {
+        f"{name}/{what}": f"{alike.get(what, name)}/{what}" for name, _, what in (x.partition("/") for x in names)
+    }
+    assert {name: first[name] for name in names} == expected
 
 
 def test_metadata_is_json_in_the_file(convert):

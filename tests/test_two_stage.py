@@ -1,6 +1,7 @@
 """Faster and Mask R-CNN on tiny exports of the project's own: each rule that TFOD's stages follow, against TensorFlow."""
 
 import functools
+import re
 
 from commandline import UserError
 
@@ -67,6 +68,14 @@ def test_detections_are_tensorflows(name, exported):
         assert min(counts) < EXPORTS[name].total
 
 
+def test_what_two_heads_compute_alike_is_one_node(exported):
+    """By TensorFlow's name, and of several the first by the alphabet."""
+    names = [node.name for node in onnx.load(exported("mask")[1]).graph.node]
+    heads = [name.split("/")[-2:] for name in names if "_head/" in name]
+    both = [["box_head", "AvgPool"], ["box_head", "flatten"]]
+    assert heads == [*both, ["class_head", "MatMul"], ["box_head", "MatMul"]]
+
+
 def test_every_batch_size_layout_and_type_gives_the_same(exported):
     wanted = None
     pictures = [load_image(path) for path in PICTURES[:4]]
@@ -106,6 +115,16 @@ def test_thresholds_and_mistakes(exported, tmp_path):
         with pytest.raises(UserError) as raised:
             create_onnx.main(options)
         assert said in str(raised.value)
+
+
+def test_a_config_with_another_threshold_fails(exported, tmp_path, capsys):
+    folder = exported("thresholds")[0]
+    text = (folder / "pipeline.config").read_text()
+    assert text.count(" score_threshold: 0.3") == 1
+    (tmp_path / "p.config").write_text(text.replace(" score_threshold: 0.3", " score_threshold: 0.99"))
+    options = ["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")]
+    assert create_onnx.main([*options, "--pipeline_config", str(tmp_path / "p.config")]) == 1
+    assert re.search(r"its score_threshold is 0\.99,.* --second_nms_threshold 0\.99\n", capsys.readouterr().out)
 
 
 def test_segmentation_draws_masks(exported, tmp_path):

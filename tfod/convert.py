@@ -16,7 +16,7 @@ import onnx_utils
 from tfod import centernet, faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
 from tfod.fake_quant import drop_transposes, write_fake_quants
-from tfod.graph import detach_weights, tensor_name
+from tfod.graph import detach_weights, merge_equals, node_name, tensor_name
 from tfod.preprocessing import Colours, add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
 from tfod.tensorflow_import import silenced
 from tfod.weighted_sums import write_weighted_sums
@@ -189,6 +189,7 @@ def import_network(frozen, inputs, outputs, larger_than=4096):
     write_fake_quants(frozen, subgraph)
     write_weighted_sums(frozen, subgraph)
     weights = detach_weights(subgraph, larger_than)
+    merge_equals(subgraph, set(map(node_name, outputs.values())))
     images = [tensor_name(tensor) for tensor, _ in inputs.values()]
     with silenced():
         model, _ = tf2onnx.convert.from_graph_def(

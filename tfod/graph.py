@@ -173,6 +173,44 @@ def detach_weights(graph_def, larger_than=4096):
     return weights
 
 
+def merge_equals(graph_def, outputs):
+    """Lets what reads one of several nodes that compute the same, two heads' averages of the same features say, read the first.
+
+    tf2onnx would merge them later: which of the names stayed, and whether it met them all, followed addresses in memory.
+    outputs: names of nodes that nothing is to take the place of.
+    """
+    first = first_of_equals(graph_def, outputs)
+    for node in graph_def.node:
+        node.input[:] = [_renamed(source, first) for source in node.input]
+
+
+def first_of_equals(graph_def, outputs):
+    """{node name: name of the first node of the same op, attributes and inputs}: the output among them, else by the alphabet.
+
+    Placeholders, and what has a state (random numbers, the arrays of loops), are equal to none.
+    """
+    tf = import_tensorflow()
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(graph_def, name="")
+    apart = {op.name for op in graph.get_operations() if op.type == "Placeholder" or op.op_def.is_stateful}
+    nodes = sorted(graph_def.node, key=lambda node: (node.name not in outputs, node.name))
+    attributes = [[(key, value.SerializeToString()) for key, value in sorted(node.attr.items())] for node in nodes]
+    first, found = None, {}
+    while found != first:  # what reads equal nodes may be equal in turn
+        first, found, known = found, {}, {}
+        for node, values in zip(nodes, attributes, strict=True):
+            inputs = [_renamed(source, first) for source in node.input]
+            itself = node.name if node.name in apart else None
+            found[node.name] = known.setdefault((node.op, itself, *inputs, *values), node.name)
+    return found
+
+
+def _renamed(tensor, names):
+    """The tensor 'a' or 'a:1' by another name of its node: {old: new}."""
+    name, *output = tensor.split(":")
+    return ":".join([names.get(name, name), *output])
+
+
 def node_name(tensor):
     """'^a', 'a:1' and 'a' are all about the node 'a'."""
     return tensor.lstrip("^").split(":")[0]
