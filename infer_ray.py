@@ -42,12 +42,12 @@ import pyarrow as pa
 
 from deploy.closure import copy_needed
 from deploy.ray_detector import DETECTIONS, PICTURES, Job, RayDetector, images_done
-from deploy.storage import Folder, find_remote, is_remote, shown
-from images.aspect import FIT_HELP
+from deploy.storage import Folder, beginnings, find_remote, is_remote, shown
+from images.aspect import FIT_HELP, warn_of_turned
 from onnx_utils import load, read_metadata
 from results import Summary
 from runtimes import is_onnx
-from tfod.labels import LABELS_HELP
+from tfod.labels import LABELS_HELP, label_files
 
 # Unless told otherwise, Ray reports usage to its makers, and what it does to the terminal; started by `uv run`, its workers
 # would be too, with packages that they install; and it starts processes ahead that lack the code of this job, to end them.
@@ -103,6 +103,7 @@ def main(argv=None):
     if not images.files:
         print(f"All {total} images have their rows in {shown(args.output)}: nothing to do")
         return 0
+    warn_of_turned(beginnings(images.files, job.store), args.exif_rotate)
     with tempfile.TemporaryDirectory() as folder:
         connect(args.address, Path(folder))
         try:
@@ -126,18 +127,18 @@ def find(inputs, output):
 
 def make_job(args):
     """The Job of a command line. Raises UserError for files that cannot be read."""
-    labels = None
-    if args.labels:
-        try:
-            labels = Path(args.labels).name, Path(args.labels).read_bytes()
-        except OSError as error:
-            raise UserError(f"--labels {args.labels}: {error.strerror}") from error
+    try:
+        named = (Path(args.labels).name, Path(args.labels).read_bytes()) if args.labels else None
+    except OSError as error:
+        raise UserError(f"--labels {args.labels}: {error.strerror}") from error
+    beside = [] if args.labels else label_files(Path(args.engine).parent)
     model = Path(args.engine).read_bytes()
     return Job(
         engine=args.engine,
         model=model,
         model_digest=hashlib.sha256(model).hexdigest(),
-        labels=labels,
+        labels=named,
+        beside=tuple((path.name, path.read_bytes()) for path in beside),
         output=args.output if is_remote(args.output) else os.path.abspath(args.output),
         store=args.input[0] if is_remote(args.input[0]) else None,
         threshold=args.nms_threshold,
@@ -219,12 +220,12 @@ def process(images, job, onnx, args, before):
     actors, cpus, gpus = plan_actors(machines, onnx, args.gpus, args.cpus)
     tasks = tables(images, args.task_images)
     actors = min(actors, len(tasks))
-    summary, skipped, started = Summary(), 0, time.perf_counter()
+    summary, skipped, least, started = Summary(), 0, 0.0, time.perf_counter()
     rows = detect_all(tasks, dataclasses.replace(job, cores=cpus), actors, gpus)
     try:
         with progress(None, total=len(images.files), unit="image") as bar:
             for row in rows:
-                skipped += row.pop("skipped")
+                skipped, least = skipped + row.pop("skipped"), row.pop("least")
                 summary.merge(Summary(**row))
                 bar.update(summary.images + skipped - bar.n)
     except KeyboardInterrupt:
@@ -239,7 +240,7 @@ def process(images, job, onnx, args, before):
     seconds = time.perf_counter() - started
     if not summary.images:
         raise UserError(f"none of the {len(images.files)} images could be read; {shown(args.output)} says why")
-    print(summary.text(args.nms_threshold))
+    print(summary.text(args.nms_threshold, least=least))
     where = f"{actors} {'GPU' if gpus else 'actor'}{'s' * (actors > 1)}"
     rate = f"{(summary.images + skipped) / seconds:.1f} images/s"
     print(

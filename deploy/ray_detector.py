@@ -55,6 +55,7 @@ class Job:
     model: bytes
     model_digest: str
     labels: tuple | None  # (name, bytes) of a labels file
+    beside: tuple  # the same of each file beside the model that may have its class names; none with `labels`
     output: str
     store: str | None  # an address of the object store that the images are in
     threshold: float
@@ -70,6 +71,7 @@ class Job:
     def settings(self):
         """What results depend on, as bytes."""
         chosen = {"model": self.model_digest, "nms_threshold": self.threshold, "iou_threshold": self.masks_from}
+        chosen |= {"labels": hashlib.sha256(repr((self.labels, self.beside)).encode()).hexdigest()}
         chosen |= {"exif_rotate": self.exif_rotate, "max_pixels": self.max_pixels, "fit": self.fit}
         return json.dumps(chosen).encode()
 
@@ -84,13 +86,13 @@ class RayDetector:
             model = Path(folder, Path(job.engine).name)
             model.write_bytes(job.model)
             self._detector = open_detector(model, cores=job.cores)
-            labels = None
-            if job.labels:
-                labels = Path(folder, job.labels[0])
-                labels.write_bytes(job.labels[1])
+            for name, data in (*job.beside, *filter(None, [job.labels])):
+                Path(folder, name).write_bytes(data)
+            labels = Path(folder, job.labels[0]) if job.labels else None
             metadata = self._detector.metadata
             check_detection_type("bbox" if job.masks_from is None else "segmentation", metadata, job.engine)
             self._labels = labels_of(labels, metadata, model)
+        self._least = metadata["score_threshold"]
         choose_fit(metadata, job.fit)
         self._batch_size = choose_batch_size(self._detector, job.batch_size, 1, job.engine)
         self._workers = open_workers(self._detector, MANY, self._batch_size, job.cores)
@@ -103,7 +105,8 @@ class RayDetector:
             )
 
     def __call__(self, table):
-        """Writes the results of a table's images (`path`, `name`) as one file; returns one row, of a Summary and `skipped`."""
+        """Writes the results of a table's images (`path`, `name`) as one file; returns one row: a Summary's, `skipped`, and
+        `least`, the model's own threshold."""
         paths, names = ([os.fsdecode(value) for value in table[key].to_pylist()] for key in ("path", "name"))
         rows, summary = [None] * len(paths), Summary()
 
@@ -121,7 +124,7 @@ class RayDetector:
             rows[item.number] = self._row(item)
             summary.add(names[item.number], item.found)
         self._write(paths, rows)
-        counts = {**dataclasses.asdict(summary), "skipped": len(paths) - summary.images}
+        counts = {**dataclasses.asdict(summary), "skipped": len(paths) - summary.images, "least": self._least}
         return pa.table({name: [value] for name, value in counts.items()})
 
     def _row(self, item):
@@ -188,6 +191,6 @@ def images_done(output, settings):
         except (pa.ArrowException, OSError, KeyError) as error:
             raise UserError(f"--resume: {path} is not of this tool or broken ({error}); remove it") from error
         if (table.schema.metadata or {}).get(SETTINGS) != settings:
-            raise UserError(f"--resume: {path} was made by another model or other options; choose another --output")
+            raise UserError(f"--resume: {path} was made by another model, with other class names or options; choose another --output")
         done.update(table["path"].to_pylist())
     return done

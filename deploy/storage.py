@@ -4,9 +4,11 @@ An address may carry options for pyarrow behind a ?, as s3://bucket/photos?regio
 none, and no credentials (https://arrow.apache.org/docs/python/filesystems.html).
 """
 
+import contextlib
 import fnmatch
 import functools
 import glob
+import io
 import os
 import posixpath
 import urllib.parse
@@ -19,6 +21,10 @@ import pyarrow
 from pyarrow import fs
 
 from images.decoding import ImageError, decode_image, load_image
+
+# Of so many remote images the EXIF data are looked at, which lie in so many bytes: each takes a request.
+FEW = 10
+BEGINNING = 2**18
 
 
 def is_remote(address):
@@ -87,6 +93,18 @@ def load(path, store=None, exif_rotate=False, max_pixels=None):
     except OSError as error:
         raise ImageError(str(error).splitlines()[0]) from error
     return decode_image(data, exif_rotate, max_pixels)
+
+
+def beginnings(paths, store):
+    """What Image.open takes to read the kind and EXIF data of images: `paths`, or the beginnings of the first few remote ones."""
+    if store is None:
+        return paths
+    system, _ = open_store(store, "--input")
+    files = []
+    for path in paths[:FEW]:
+        with contextlib.suppress(OSError), system.open_input_file(path.split("://", 1)[1]) as file:
+            files.append(io.BytesIO(file.read(BEGINNING)))
+    return files
 
 
 class Folder:

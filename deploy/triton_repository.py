@@ -71,6 +71,9 @@ def export(folder, name, network, data, names, source, *, threshold, instances, 
             raise UserError(
                 f"--name {name}: {target} is there and export_triton.py did not make it; choose another name"
             )
+    note = folder / "README.md"
+    if note.exists() and "Made by export_triton.py" not in note.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"--repository {folder}: its README.md is not of export_triton.py; choose another folder")
     head = f"{MADE_BY} {VERSION} of {source}.\n"
     # Beside the repository, not in it: a server may be watching that.
     with tempfile.TemporaryDirectory(prefix=".export_triton.", dir=folder.parent) as temporary:

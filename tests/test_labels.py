@@ -133,7 +133,7 @@ def test_names_of_a_file_without_any(tmp_path, capsys):
     (tmp_path / "label_map.pbtxt").write_text("".join(item(i + 1, name) for i, name in enumerate("abc")))
     assert capsys.readouterr().out == ""
     assert labels_of(None, {"num_classes": 3}, tmp_path / "m.onnx") == ["a", "b", "c"]
-    assert capsys.readouterr().out == f"Class names: 3, of {tmp_path / 'label_map.pbtxt'}; --labels names others\n"
+    assert capsys.readouterr().out == "Class names: 3, of label_map.pbtxt beside the model; --labels names others\n"
 
 
 def test_names_too_long_for_an_engine_are_left_out(convert, capsys):

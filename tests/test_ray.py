@@ -20,6 +20,7 @@ from commandline import UserError
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT, made_for_one_size, need_shared
+from PIL import Image
 from servers import s3_server
 from test_install import run_without
 
@@ -37,7 +38,9 @@ import pyarrow as pa  # noqa: E402
 from pyarrow import fs  # noqa: E402
 
 import infer_ray  # noqa: E402
+import onnx_utils  # noqa: E402
 from deploy.ray_detector import RayDetector  # noqa: E402
+from images.decoding import EXIF_ORIENTATION  # noqa: E402
 from runtimes.detector import Detections  # noqa: E402
 
 ENDS_WITHIN = 480
@@ -170,7 +173,7 @@ def test_a_stopped_run_is_resumed_and_a_killed_actor_loses_nothing(cluster, conv
     command = ["--engine", str(model), "--input", str(folder), "--output", str(out)]
     with pytest.raises(UserError, match="go on with --resume"):
         infer_ray.main(command)
-    with pytest.raises(UserError, match="made by another model or other options"):
+    with pytest.raises(UserError, match="made by another model, with other class names or options"):
         infer_ray.main([*command, "--resume", "--nms_threshold", "0.9"])
     process = start(cluster, model, folder, out, *options, "--resume")
     wait_for_files(out, len(kept) + 4, process)
@@ -200,6 +203,9 @@ def test_from_s3_to_s3_with_masks_and_pictures(exported, actors, tmp_path, monke
     images.mkdir()
     for path in PICTURES[:3]:
         shutil.copy(path, images)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.open(path).save(images / path.name, exif=exif)
     (images / "broken.png").write_bytes(b"no image")
     (images / "empty.jpg").touch()
     (tmp_path / "an environment").symlink_to(sys.prefix)  # Ray gives paths to a shell
@@ -221,8 +227,9 @@ def test_from_s3_to_s3_with_masks_and_pictures(exported, actors, tmp_path, monke
         places = [f"s3://photos/in{address}", f"s3://photos/out{address}"]
         where = {"cwd": tmp_path / "here", "python": tmp_path / "an environment" / "bin" / "python"}
         process = start(None, model, *places, *common, "--pictures", "--cpus", "1", **where)
-        printed, _ = finish(process, 1)
+        printed, errors = finish(process, 1)
         assert "2 of 5 images were skipped" in printed
+        assert "1 of the first 5 images are stored turned (EXIF)" in errors
         assert "s3://photos/out/detections" in printed
         assert actors() == []
         fs.copy_files("photos/out", str(tmp_path / "out"), source_filesystem=client)
@@ -268,6 +275,32 @@ def test_images_of_another_aspect_ratio(exported, tmp_path, capsys):
     assert "results differ from TensorFlow's" in capsys.readouterr().err
     assert infer.main([*common, str(tmp_path), "--fit"]) == 0
     assert table_of(row) == (tmp_path / f"{PICTURES[0].stem}.tsv").read_text() != ""
+
+
+def test_names_beside_the_model_travel_with_it(convert, tmp_path):
+    """As --labels does; names that others come from make results of another run. The actor, without Ray around it."""
+    changed = onnx_utils.load(convert("demo", "--first_nms_threshold", "0.5")[0])
+    onnx_utils.write_metadata(changed, {**onnx_utils.read_metadata(changed, "it"), "labels": None})
+    onnx_utils.save(changed, tmp_path / "model.onnx")
+    options = ["--engine", str(tmp_path / "model.onnx"), "--input", str(PICTURES[0]), "--output"]
+    (tmp_path / "other.txt").write_text("".join(f"other {number}\n" for number in range(5)))
+    settings = set()
+    for beside, more, name in (
+        (None, [], "{}"),
+        ("mine", [], "mine {}"),
+        ("mine", ["--labels", "other.txt"], "other {}"),
+    ):
+        if beside:
+            (tmp_path / "labels.txt").write_text("".join(f"{beside} {number}\n" for number in range(5)))
+        more = [more[0], str(tmp_path / more[1])] if more else []
+        out = tmp_path / f"out{len(settings)}"
+        job = dataclasses.replace(infer_ray.make_job(infer_ray.parse_args([*options, str(out), *more])), cores=1)
+        counts = RayDetector(job)(pa.table({"path": [str(PICTURES[0])], "name": ["a"]}))
+        assert counts["least"].to_pylist() == [0.5]
+        (row,) = rows_of(out).values()
+        assert list(row["names"]) == [name.format(label) for label in row["classes"]] != []
+        settings.add(job.settings())
+    assert len(settings) == 3
 
 
 def test_keypoints_and_pictures_of_them(keypoint_model, tmp_path):

@@ -226,6 +226,11 @@ def test_an_export_is_replaced_whole_and_nothing_else_is(convert, tmp_path, monk
     assert (models / "detector_images" / "1" / "VERSION").read_text() == f"{VERSION}\n"
     export(models, model, "--in_process")  # a server would not start with a model that has no backend there
     assert sorted(path.name for path in models.iterdir()) == ["README.md", "detector_images"]
+    ours = (models / "README.md").read_text()
+    (models / "README.md").write_text("# Of our team\n")
+    with pytest.raises(UserError, match=r"its README\.md is not of export_triton\.py; choose another folder"):
+        export(models, model)
+    (models / "README.md").write_text(ours)
     (models / "detector").mkdir()
     (models / "detector" / "config.pbtxt").write_text('name: "detector"')
     before = (models / "detector_images" / "config.pbtxt").read_text()

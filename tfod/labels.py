@@ -144,18 +144,22 @@ def find_labels(folders, num_classes):
     One that does not fit, or two that differ, are warned about; OSError is raised for one that cannot be read.
     """
     found = {}
-    for folder in map(Path, folders):
-        for path in [*sorted(folder.glob("*.pbtxt")), folder / "labels.txt"]:
-            if path.is_file() and _holds_names(path):
-                try:
-                    found[path] = read_labels(path, num_classes)
-                except UserError as error:
-                    warn(f"class names beside the model are left out: {str(error).removeprefix('--labels ')}")
+    for path in (path for folder in folders for path in label_files(folder)):
+        try:
+            found[path] = read_labels(path, num_classes)
+        except UserError as error:
+            warn(f"class names beside the model are left out: {str(error).removeprefix('--labels ')}")
     path = next(iter(found), None)
     if any(names != found[path] for names in found.values()):
-        warn(f"{' and '.join(map(str, found))} differ: no class names; choose with --labels")
+        warn(f"{' and '.join(map(str, found))} differ: neither is taken; choose with --labels")
         return None, None
     return path, found.get(path)
+
+
+def label_files(folder):
+    """The paths of the label maps and the labels.txt that lie in a folder."""
+    paths = [*sorted(Path(folder).glob("*.pbtxt")), Path(folder, "labels.txt")]
+    return [path for path in paths if path.is_file() and _holds_names(path)]
 
 
 def _holds_names(path):
@@ -172,7 +176,7 @@ def labels_of(path, metadata, engine):
     if not names:
         found, names = find_labels([Path(engine).parent], count)
     if found:
-        print(f"Class names: {count}, of {found}; --labels names others")
+        print(f"Class names: {count}, of {found.name} beside the model; --labels names others")
     names = names or default_labels(count)
     label_font.warn_of_undrawable(names)
     return names
