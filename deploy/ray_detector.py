@@ -191,6 +191,8 @@ def images_done(output, settings):
         except (pa.ArrowException, OSError, KeyError) as error:
             raise UserError(f"--resume: {path} is not of this tool or broken ({error}); remove it") from error
         if (table.schema.metadata or {}).get(SETTINGS) != settings:
-            raise UserError(f"--resume: {path} was made by another model, with other class names or options; choose another --output")
+            raise UserError(
+                f"--resume: {path} was made by another model, with other class names or options; choose another --output"
+            )
         done.update(table["path"].to_pylist())
     return done

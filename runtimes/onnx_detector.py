@@ -12,7 +12,7 @@ from commandline import UserError
 import onnx_utils
 from runtimes import standard_graph
 from runtimes.detector import STAGES, input_spec, network_inputs, output_names, split_detections
-from runtimes.processes import processor_count
+from runtimes.processes import processor_count, quota
 
 # Batches that are computed at the same time, at most.
 MOST_SIDE_BY_SIDE = 4
@@ -36,8 +36,8 @@ class OnnxDetector:
         self.max_batch = self.input.batch
         self.spent = dict.fromkeys(STAGES, 0.0)
         self._outputs = output_names(self.metadata)
+        self._cores = cores or (processor_count() if quota() else None)  # the runtimes see no quotas
         # The intermediate results of a two-stage model take gigabytes.
-        self._cores = cores
         most = min(MOST_SIDE_BY_SIDE, cores or processor_count())
         self._callers = {"infer": 1, "start": 1 if self.metadata["meta_architecture"] == "faster_rcnn" else most}
         self.batches_ahead = self._callers["start"] + 1

@@ -2,21 +2,37 @@
 
 import concurrent.futures
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 
+CGROUP = Path("/sys/fs/cgroup")  # a container's own, in it
+
 
 def processor_count():
-    """How many processors this process may use: taskset, a cpuset or Slurm may leave it fewer than there are. Quotas (`docker --cpus`)
-    are not seen."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many processors this process may use: taskset, a cpuset, Slurm or a container's quota may leave it fewer than there are."""
+    there = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )  # Linux; elsewhere
+    return min(there, quota() or there)
+
+
+def quota():
+    """Processors that a container's time is enough for (`docker --cpus`, a limit of Kubernetes), rounded up; None without a quota.
+
+    (Linux documentation, "Control Group v2", cpu.max; "CFS Bandwidth Control" for version 1.)
+    """
+    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
+        with contextlib.suppress(OSError, ValueError):  # no such file; `max` and -1 are no quota
+            time, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+            return math.ceil(time / period) if time > 0 else None
+    return None
 
 
 def end_with_parent():

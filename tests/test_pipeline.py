@@ -192,6 +192,28 @@ def test_workers_are_as_many_as_processors_that_may_be_used():
         assert (done.stdout, done.stderr) == (f"{len(allowed)}\n", "")
 
 
+def test_a_quota_leaves_fewer_processors(model, tmp_path, monkeypatch):
+    """As files say it in a container: of cgroup v2, of v1, none, and one that is no quota."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    for name, files, count in (
+        ("two", {"cpu.max": "200000 100000\n"}, 2),
+        ("part", {"cpu.max": "50000 100000\n"}, 1),
+        ("more", {"cpu.max": "1600000 100000\n"}, 8),
+        ("all", {"cpu.max": "max 100000\n"}, 8),
+        ("v1", {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ("v1 all", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ("none", {}, 8),
+    ):
+        (tmp_path / name / "cpu").mkdir(parents=True)
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+        monkeypatch.setattr("runtimes.processes.CGROUP", tmp_path / name)
+        assert processor_count() == count, name
+    monkeypatch.setattr("runtimes.processes.CGROUP", tmp_path / "two")
+    with open_detector(model) as detector:
+        assert (detector._threads(1), detector._threads(2)) == (2, 1)
+
+
 def test_networks_and_gpus_share_the_processors_that_may_be_used(model, monkeypatch):
     for allowed in (1, 3):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: range(allowed))
