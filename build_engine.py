@@ -88,7 +88,7 @@ def main(argv=None):
     if not (args.engine or args.typed_onnx):
         raise UserError("--engine: name the engine to write; or, with --typed_onnx, a graph that needs no TensorRT")
     model, metadata = read_model(args.onnx)
-    check_outputs(outputs(args), {"--onnx": [args.onnx]})
+    check_outputs(outputs(args), {"--onnx": [args.onnx], "--calib_input": args.calib_input or ()})
     batch = batch_range(args, metadata)
     model, calibration = find_ranges(args, model) if args.precision == "int8" else (model, None)
     trt, cuda = find_tensorrt(args)
@@ -256,7 +256,7 @@ def find_calibration(args, model):
     if Path(args.calib_cache).exists():
         warn(f"--calib_cache {args.calib_cache}: {reason}; calibrating anew")
     files = find_images(args.calib_input, "--calib_input").files
-    check_outputs(outputs(args), {"--calib_input": [*files, *args.calib_input]})
+    check_outputs(outputs(args), {"--calib_input": files})
     args.calib_files = files[: args.calib_num_images]
     return None
 

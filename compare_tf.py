@@ -36,7 +36,7 @@ from commandline.options import (
     make_parser,
     score,
 )
-from commandline.outputs import check_outputs, refuse_to_overwrite
+from commandline.outputs import output_folder, refuse_to_overwrite
 
 import numpy as np
 
@@ -54,6 +54,7 @@ from visualize import PAGE_WIDTH, draw_detections, paste_mask, side_by_side
 # How far scores may be apart, and what share of the detections may be unmatched, by the engine's precision. FP32: two
 # orders of summation in a two-stage network differ by 0.013 (README); FP16 and INT8 round.
 TOLERANCES = {"fp32": 0.02, "fp16": 0.05, "int8": 0.25}
+RESULTS = ("comparison.json", "report.html")  # what is written into --output, besides pictures
 BANDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -265,7 +266,7 @@ def main(argv=None):
         args.ran_on = detector.runtime
         with SavedModel(folder) as saved_model:
             refuse_other_model(saved_model, metadata, args)
-            output = make_output(args, files, folder)
+            output = output_folder(args, RESULTS, files, {"--saved_model": model_files(folder)})
             try:
                 comparisons, times = run_both(saved_model, detector, files, args)
             except KeyboardInterrupt:
@@ -289,20 +290,11 @@ def main(argv=None):
     print_numbers(numbers)
     print(text)
     print(f"Wrote comparison.json, {len(comparisons)} pictures and report.html. Next: open {output / 'report.html'}")
-    skipped = images.missing + len(files) - len(comparisons)
+    enough = args.num_images and len(files) == args.num_images  # whatever else a list names
+    skipped = (0 if enough else images.missing) + len(files) - len(comparisons)
     if skipped:
         warn(f"--input {show_inputs(args.input)}: {skipped} images were skipped: not compared")
     return 0 if numbers["verdict"] == "PASSED" and not skipped else 1
-
-
-def make_output(args, files, folder):
-    """The folder for the results. Raises UserError where one would be written over what is read. files: the images; folder:
-    the SavedModel's."""
-    output = make_folder(args.output)
-    read = {"--engine": [args.engine], "--annotations": [args.annotations], "--labels": [args.labels]}
-    read |= {"--saved_model": model_files(folder), "--input": [*files, *args.input]}
-    check_outputs({"--output": [output / "comparison.json", output / "report.html"]}, read)
-    return output
 
 
 def refuse_other_model(saved_model, metadata, args):
@@ -310,7 +302,7 @@ def refuse_other_model(saved_model, metadata, args):
     theirs, ours = saved_model.possible_classes, metadata["num_classes"]
     if theirs and ours not in theirs:
         raise UserError(
-            f"{args.engine} has {ours} class{'es' * (ours != 1)}, --saved_model {args.saved_model} {theirs[0]}: not the same"
+            f"{args.engine} has {ours} class{'es' * (ours != 1)}, --saved_model {args.saved_model} {' or '.join(map(str, theirs))}: not the same"
             " model; give the one that it was converted from"
         )
 

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from commandline import UserError, make_folder, progress, run, warn, whole_file
+from commandline import UserError, progress, run, warn, whole_file
 from commandline.inputs import INPUTS, find_images, show_inputs
 from commandline.options import (
     add_decoder,
@@ -38,7 +38,7 @@ from commandline.options import (
     score,
     size,
 )
-from commandline.outputs import check_outputs
+from commandline.outputs import output_folder
 
 from PIL import Image
 
@@ -135,7 +135,7 @@ def main(argv=None):
         categories = match_categories(args.annotations, truth, names, metadata)
         usual = 1 if metadata["meta_architecture"] == "faster_rcnn" else 8  # its crops fill gigabytes at 8 images
         images = choose_batch_size(detector, args.batch_size, usual, args.engine)
-        output = make_output(args, files) if args.output else None
+        output = output_folder(args, RESULTS, files) if args.output else None
         decoder = choose_decoder(args.decoder, detector, list(known), args.exif_rotate)
         # Processes that have nothing to decode would take processors, as they start, from the threads that feed the GPU.
         with open_workers(detector, len(known), images, cores=1 if decoder else None) as workers:
@@ -172,21 +172,13 @@ def main(argv=None):
 def check_whole(args, skipped, evaluation):
     """Warns where the numbers are not of all images that were named, or of nothing; returns the exit status."""
     if skipped:
-        warn(f"--input {show_inputs(args.input)}: {skipped} images could not be read: they are not in the numbers")
+        warn(f"--input {show_inputs(args.input)}: {skipped} images were skipped: they are not in the numbers")
     measured = evaluation.numbers["AP"] >= 0
     if not measured:
         warn(
             f"--annotations {args.annotations}: nothing to measure: no object of these images counts, crowds alone do not"
         )
     return 1 if skipped or not measured else 0
-
-
-def make_output(args, files):
-    """The folder for the results. Raises UserError where one would be written over what is read. files: the images."""
-    output = make_folder(args.output)
-    read = {"--engine": [args.engine], "--annotations": [args.annotations], "--labels": [args.labels]}
-    check_outputs({"--output": [output / name for name in RESULTS]}, {**read, "--input": [*files, *args.input]})
-    return output
 
 
 def show(value):

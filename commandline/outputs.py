@@ -21,12 +21,28 @@ def check_outputs(outputs, inputs):
     for option, path in outputs:
         identity = _identity(path)
         if identity in written and taken[identity] == option:
-            raise UserError(f"{option} {path}: two results would be written there; make them one after the other")
+            raise UserError(
+                f"{option} {path}: two results would be written there; give one of them an {option} of its own"
+            )
         if identity in taken:
             raise UserError(f"{option} {path}: that is {_of(taken[identity])} file; give another")
         _check_writable(path)
         taken[identity] = option
         written.add(identity)
+
+
+def read_by(args, files=()):
+    """{option: its files} of what the options of a script name and it reads, for the functions here. files: its images."""
+    named = {f"--{name}": [getattr(args, name, None)] for name in ("engine", "annotations", "labels")}
+    return {**named, "--input": [*files, *args.input]}
+
+
+def output_folder(args, names, files, more=None):
+    """The folder of --output. Raises UserError where one of the files `names` in it would be written over what is read: `files`,
+    the images, what options name, and `more`, {option: its files}."""
+    output = make_folder(args.output)
+    check_outputs({"--output": [output / name for name in names]}, {**read_by(args, files), **(more or {})})
+    return output
 
 
 def check_results(output, names, endings, files):
@@ -35,13 +51,13 @@ def check_results(output, names, endings, files):
 
     files: {option: its files, None for one that was not given}.
     """
-    folder, known = os.path.realpath(output), None
+    within, known = os.path.join(os.path.realpath(output), ""), None
     for option, paths in files.items():
         for path in filter(None, paths):
-            stem, ending = os.path.splitext(os.path.relpath(os.path.realpath(path), folder))
-            if ending in endings and not stem.startswith(os.pardir):
+            stem, ending = os.path.splitext(os.path.realpath(path))
+            if ending in endings and stem.startswith(within):
                 known = known or set(names)
-                if stem in known:
+                if stem[len(within) :] in known:
                     raise UserError(
                         f"--output {output}: the results of an image would be written over {path}, which is"
                         f" {_of(option)} file; choose another folder"
@@ -51,13 +67,18 @@ def check_results(output, names, endings, files):
 def refuse_to_overwrite(images, inputs, output, within=""):
     """Raises UserError where results would lie in a folder that images are read from, now or by the next run.
 
-    inputs: what the user named, of which the Images come. within: the folder in `output` for the results of images.
+    inputs: what the user named, of which the Images come. within: the folder in `output` for the results of images, which would be
+    read with `output`, where that is an input or what a pattern looks in.
     """
     sources = {os.path.realpath(folder) for folder in {*map(os.path.dirname, images.files), *inputs}}
     targets = {os.path.realpath(os.path.join(output, within, name)) for name in set(map(os.path.dirname, images.names))}
+    shared = sources & targets
     if within:
-        targets.add(os.path.realpath(output))
-    if shared := sources & targets:
+        folders = {
+            given if os.path.isdir(given) else os.path.dirname(given) for given in inputs if not os.path.isfile(given)
+        }
+        shared |= {os.path.realpath(folder) for folder in folders} & {os.path.realpath(output)}
+    if shared:
         raise UserError(
             f"--output {output}: results would lie in {min(shared)}, where images are read: choose another folder, so"
             " that none is overwritten or taken for an input"

@@ -5,7 +5,7 @@ from commandline import UserError, warn
 
 from PIL import Image
 
-from images.decoding import FORMATS, is_on_its_side, orientation_of
+from images.decoding import EXIF_ORIENTATION, FORMATS, is_on_its_side
 from images.resizing import keep_aspect_size
 
 LOOKED_AT = 100  # images whose EXIF data are read to warn of photos that are stored turned
@@ -69,7 +69,9 @@ def warn_of_turned(files, exif_rotate):
 
 def _is_turned(path):
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return orientation_of(image) != 1
+        with Image.open(
+            path, formats=FORMATS
+        ) as image:  # a PNG's own getexif would decode the pixels to look behind them
+            return Image.Image.getexif(image).get(EXIF_ORIENTATION, 1) != 1
     except Exception:  # whatever it is, reading it will say so
         return False

@@ -72,7 +72,7 @@ def test_numbers_that_are_not_whole_are_said(demo_model, tmp_path, capsys):
     listed.write_text("".join(f"{DEMO / 'images' / f'shapes_0{i}.jpg'}\n" for i in range(1, 9)) + "absent.jpg\n")
     for images in (tmp_path / "images", listed):
         _, _, said = evaluated(capsys, demo_model, images, DEMO / "instances_shapes.json", tmp_path / "o", status=1)
-        assert f"--input {images}: 1 images could not be read: they are not in the numbers" in said
+        assert f"--input {images}: 1 images were skipped: they are not in the numbers" in said
     whole, _, _ = evaluated(capsys, demo_model, DEMO / "images", DEMO / "instances_shapes.json", tmp_path / "whole")
     content = demo_truth()
     count = len(content["annotations"])

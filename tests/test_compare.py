@@ -257,11 +257,15 @@ def test_images_that_are_skipped_are_not_passed_over(convert, tmp_path, capsys):
     shutil.copy(DEMO / "images" / "shapes_01.jpg", images)
     (images / "empty.jpg").write_bytes(b"")
     model = convert("demo", "--batch_size", "dynamic")[0]
-    options = ["--saved_model", DEMO_MODEL, "--engine", model, "--input", images, "--output", tmp_path / "o"]
-    assert compare_tf.main(list(map(str, options))) == 1
+    options = ["--saved_model", DEMO_MODEL, "--engine", model, "--output", tmp_path / "o"]
+    assert compare_tf.main(list(map(str, [*options, "--input", images]))) == 1
     said = capsys.readouterr()
     assert "\nPASSED: " in said.out  # of the image that could be read
     assert f"--input {images}: 1 images were skipped: not compared" in said.err
+    listed = tmp_path / "list.txt"
+    listed.write_text("images/shapes_01.jpg\nabsent.jpg\n")
+    for more, status in (([], 1), (["--num_images", "2"], 1), (["--num_images", "1"], 0)):
+        assert compare_tf.main(list(map(str, [*options, "--input", listed, *more]))) == status
 
 
 def test_masks_of_the_tiny_model_agree(tiny_masks, tmp_path, capsys):  # noqa: F811
@@ -296,9 +300,9 @@ def test_mistakes_are_named(convert, tmp_path, capsys):
 
 def test_another_models_engine_is_refused(convert, tmp_path, capsys):
     """Whose classes are more or fewer than the SavedModel's: nothing would match."""
-    said = f"--saved_model {model_folder('hands')} 7: not the same model"
+    said = f"--saved_model {model_folder('hands')} 7 or 8: not the same model"
     with pytest.raises(UserError, match=f"has 5 classes, {said}"):
-        run(tmp_path, capsys, engine=convert("demo")[0], saved_model=model_folder("hands"))
+        run(tmp_path / "o", capsys, engine=convert("demo")[0], saved_model=model_folder("hands"))
     assert list(tmp_path.iterdir()) == []
 
 

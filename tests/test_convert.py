@@ -452,14 +452,14 @@ def test_the_lowest_score_is_that_of_all_pictures():
 def test_a_config_with_another_threshold_fails(tmp_path, capsys):
     """From its threshold on, both sides agree; an option that sets the same threshold is no such mistake."""
     options = ["--saved_model", str(DEMO_MODEL), "--onnx", str(tmp_path / "m.onnx")]
-    config = with_threshold(DEMO_MODEL, 0.5, tmp_path / "p.config")
-    for more in ([], ["--first_nms_threshold", "0.7"]):
+    for threshold, more in ((0.05, []), (0.5, []), (0.5, ["--first_nms_threshold", "0.7"])):
+        config = with_threshold(DEMO_MODEL, threshold, tmp_path / "p.config")
         assert create_onnx.main([*options, "--pipeline_config", config, *more]) == 1
-        said = r"FAILED: the pipeline\.config is not that of the export: its score_threshold is 0\.5, TensorFlow gives scores from"
+        said = rf"FAILED: the pipeline\.config is not that of the export: its score_threshold is {threshold}, TensorFlow gives scores from"
         lowest = re.search(
-            said + r" (\S+) on in 3 built-in pictures;.* --first_nms_threshold 0\.5\n", capsys.readouterr().out
+            said + rf" (\S+) on in 3 built-in pictures;.* --first_nms_threshold {threshold}\n", capsys.readouterr().out
         )
-        assert 0 < float(lowest[1]) < 0.5
+        assert 0 < float(lowest[1]) < threshold
     assert create_onnx.main([*options, "--first_nms_threshold", "0.5"]) == 0
 
 
@@ -532,11 +532,18 @@ def test_what_has_a_state_is_equal_to_nothing():
             fed = tf.compat.v1.placeholder("float32", [2], f"{name}/fed")
             tf.nn.relu(tf.constant([1.0, -1.0], name=f"{name}/constant"), f"{name}/relu")
             tf.nn.relu(fed, f"{name}/of_fed")
+            for number, part in enumerate(
+                tf.split(tf.constant([1.0, -1.0], name=f"{name}/split/of"), 2, name=f"{name}/split")
+            ):
+                tf.nn.relu(part, f"{name}/part{number}")
+                tf.nn.relu6(part, f"{name}/part{number}_6")
             tf.raw_ops.RandomUniform(shape=[2], dtype="float32", name=f"{name}/random")
             tf.raw_ops.TensorArrayV3(size=2, dtype="float32", name=f"{name}/array")
-    alike = {"constant": "a", "relu": "b"}  # b/relu is an output
-    names = [f"{name}/{what}" for name in "ab" for what in ("fed", "constant", "relu", "of_fed", "random", "array")]
-    first = first_of_equals(graph.as_graph_def(), {"b/relu"})
+    apart = ("fed", "of_fed", "random", "array")
+    parts = ("part0", "part1", "part0_6", "part1_6")  # of one Split, by two ops: equal to their like alone
+    first = first_of_equals(graph.as_graph_def(), {"b/relu"})  # an output
+    alike = {"constant": "a", "relu": "b"} | dict.fromkeys(parts, "a")
+    names = [f"{name}/{what}" for name in "ab" for what in (*apart, *alike)]
     expected = {
         f"{name}/{what}": f"{alike.get(what, name)}/{what}" for name, _, what in (x.partition("/") for x in names)
     }

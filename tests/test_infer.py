@@ -19,7 +19,9 @@ from test_convert import command
 
 import infer
 import onnx_utils
+from images.aspect import warn_of_turned
 from images.decoding import load_image
+from results import Summary
 from runtimes import standard_graph
 from visualize import _place, class_colour, draw_detections
 
@@ -194,6 +196,7 @@ def test_it_names_the_models_own_threshold_where_that_is_higher(convert, tmp_pat
         in printed
     )
     assert "--nms_threshold" not in printed
+    assert Summary(images=1, empty=1).text(0.0) == "0 detections of 0 and more in 0 images; 1 image without any"
 
 
 def test_json_is_cocos_results_format(convert, tmp_path, capsys):
@@ -220,7 +223,7 @@ def test_json_is_cocos_results_format(convert, tmp_path, capsys):
 
 def test_json_tells_images_of_one_number_apart(convert, tmp_path):
     """cam1/7.jpg and cam2/0007.jpg: paths instead of the number; that of one image alone stays."""
-    names = ("cam1/7.jpg", "cam2/0007.jpg", "cam2/8.jpg", "cam2/x.jpg")
+    names = ("cam1/7.jpg", "cam2/0007.jpg", "cam2/8.jpg", "cam2/x.jpg", "cam2/９.jpg")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(DEMO / "images" / "shapes_01.jpg", tmp_path / name)
@@ -229,7 +232,7 @@ def test_json_tells_images_of_one_number_apart(convert, tmp_path):
     assert infer.main(options) == 0
     found = {entry["file_name"]: entry["image_id"] for entry in json.loads((tmp_path / "d.json").read_text())}
     paths = [str(tmp_path / name) for name in names]
-    assert found == dict(zip(paths, (paths[0], paths[1], 8, paths[3]), strict=True))
+    assert found == dict(zip(paths, (paths[0], paths[1], 8, paths[3], paths[4]), strict=True))
     with pytest.raises(UserError, match="--json: --benchmark keeps no results"):
         infer.main([*options, "--benchmark"])
 
@@ -333,6 +336,24 @@ def test_files_that_a_list_names_in_vain_count_as_not_read(convert, tmp_path, ca
     options = ["--engine", str(convert("demo")[0]), "--input", str(tmp_path / "list.txt")]
     assert infer.main([*options, "--output", str(tmp_path / "out")]) == 1
     assert "1 of the 2 files it names are not there: absent.jpg" in capsys.readouterr().err
+    assert infer.main([*options, "--benchmark", "--benchmark_images", "2"]) == 1
+
+
+def test_turned_photos_are_counted_without_decoding(tmp_path, monkeypatch, capsys):
+    """Of the first hundred, in whatever way they are turned; a PNG's pixels stay where they are."""
+    decoded = []
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: decoded.append(image))
+    picture, names = Image.new("RGB", (4, 2)), []
+    for number in range(102):
+        names.append(str(tmp_path / f"{number}.png"))
+        exif = Image.Exif()
+        exif[0x0112] = {98: 3, 99: 6, 100: 1, 101: 6}.get(number, 1)
+        picture.save(names[-1], **({"exif": exif} if number > 90 else {}))
+    warn_of_turned(names, exif_rotate=False)
+    assert "2 of the first 100 images are stored turned (EXIF)" in capsys.readouterr().err
+    warn_of_turned(names, exif_rotate=True)
+    warn_of_turned(names[:98], exif_rotate=False)
+    assert (capsys.readouterr().err, decoded) == ("", [])
 
 
 def test_turned_photos_are_found_in_as_they_are_seen(convert, tmp_path):

@@ -143,6 +143,13 @@ def test_results_in_the_input_folder_are_no_input(here, capsys):
         assert find_images(pattern, output="in/results").files == ["in/a.jpg"]
 
 
+def test_a_name_may_begin_as_a_json_text_does(here):
+    here("in/[2023] a.jpg", "in/{b}.jpg")
+    with open("in/list.txt", "w") as file:
+        file.write("[2023] a.jpg\n{b}.jpg\n")
+    assert find_images("in/list.txt").files == ["in/[2023] a.jpg", "in/{b}.jpg"]
+
+
 def test_mistakes_name_the_option_and_the_path(here):
     folder = here("in/readme")
     (folder / "in" / "notes.md").write_text("# Notes\nabout nothing\n")

@@ -98,9 +98,11 @@ def test_a_frozen_graph_is_called_a_tensorflow_model(tmp_path):
     tf = import_tensorflow()
     with tf.Graph().as_default() as graph:
         tf.constant(1.0)
-    (tmp_path / "graph.pb").write_bytes(graph.as_graph_def().SerializeToString())
-    with pytest.raises(UserError, match="it is a TensorFlow model"):
-        open_detector(tmp_path / "graph.pb")
+    for name in ("graph.pb", "frozen_inference_graph.pb"):
+        (tmp_path / name).write_bytes(graph.as_graph_def().SerializeToString())
+    for path in (tmp_path / "graph.pb", tmp_path):
+        with pytest.raises(UserError, match="it is a TensorFlow model"):
+            open_detector(path)
 
 
 IMAGE = load_image(PICTURE)

@@ -56,12 +56,16 @@ def find_saved_model(path):
 
 
 def model_files(found):
-    """The files of what find_saved_model returned: the frozen graph, or all that lies in the SavedModel's folder. Raises
-    OSError for a folder that cannot be read."""
+    """The files that TensorFlow reads of what find_saved_model returned: the frozen graph, or of the SavedModel's folder its own,
+    as other files may lie there. Raises OSError for a folder that cannot be read. (TensorFlow, "The SavedModel format on disk")
+    """
     if found.is_file():
         return [found]
-    paths = [Path(folder, name) for folder, _, names in os.walk(found, onerror=_fail) for name in names]
-    return [path for path in paths if path.is_file()]
+    folders = [found / name for name in ("variables", "assets") if (found / name).is_dir()]
+    below = [
+        Path(path, name) for folder in folders for path, _, names in os.walk(folder, onerror=_fail) for name in names
+    ]
+    return [path for path in (found / "saved_model.pb", *below) if path.is_file()]
 
 
 def _fail(error):
