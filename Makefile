@@ -11,7 +11,7 @@ WITH_LABELS = $(if $(LABELS),--labels '$(LABELS)')
 IN_VENV = $(VENV)/bin/python
 COCO = --annotations '$(ANNOTATIONS)'
 
-.PHONY: help demo test test-zoo fuzz readme-table lint clean
+.PHONY: help demo test test-zoo fuzz models-table lint clean
 
 help:
 	@echo "make demo       installs into $(VENV), then converts, runs, evaluates and compares the small model in demo/"
@@ -44,8 +44,8 @@ test-zoo: $(VENV)/.ready-dev
 fuzz: $(VENV)/.ready-dev
 	FUZZ=$(FUZZ) $(IN_VENV) -m pytest -m fuzz
 
-readme-table: $(VENV)/.ready-dev
-	$(IN_VENV) -m pytest -m models -k same_tensor --update-readme
+models-table: $(VENV)/.ready-dev
+	$(IN_VENV) -m pytest -m models -k same_tensor --update-models
 
 $(VENV)/bin/python:
 	@echo "Making the environment $(VENV)"

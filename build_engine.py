@@ -5,9 +5,10 @@
     python build_engine.py --onnx dynamic.onnx --engine engine.trt --batch 1 8 32
     python build_engine.py --onnx model.onnx --typed_onnx half.onnx --precision fp16
 
-FP16 and INT8 are made in the ONNX graph (precision.py, quantization.py), but for INT8 on TensorRT 8.6, which is given ranges
+FP16 and INT8 are made in the ONNX graph, but for INT8 on TensorRT 8.6, which is given ranges
 and chooses; box decoder, score filter and NMS stay in FP32. The engine holds the model's metadata and needs no companion
-file. TensorRT 8.5, 8.6, 10 and 11. With --typed_onnx alone the graph is written, for which no TensorRT is needed.
+file. Written for TensorRT 8.5, 8.6, 10 and 11; run with 8.6. With --typed_onnx alone the graph is written, for which no
+TensorRT is needed.
 """
 
 import dataclasses

@@ -123,6 +123,15 @@ class Comparison:
         unmatched = self.theirs.scores[self.unmatched[0]].sum() + self.ours.scores[self.unmatched[1]].sum()
         return float(unmatched + np.abs(np.diff(self.scores, axis=1)).sum() + sum(1 - iou for _, _, iou in self.pairs))
 
+    @property
+    def text(self):
+        """The same for people: `largest score difference 0.0021, smallest IoU 0.9932, 1 unmatched`."""
+        parts = [f"{sum(map(len, self.unmatched))} unmatched"]
+        if self.pairs:
+            apart, iou = np.abs(np.diff(self.scores, axis=1)).max(), min(iou for _, _, iou in self.pairs)
+            parts[:0] = [f"largest score difference {_text(apart)}", f"smallest IoU {iou:.4f}"]
+        return ", ".join(parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class GroundTruth:
@@ -185,6 +194,8 @@ def summarise(comparisons, threshold, tolerance):
     total = 2 * len(scores) + sum(unmatched)
     share = sum(unmatched) / total if total else 0.0
     edges = [threshold, *(edge for edge in BANDS if edge > threshold), 1.0]
+    if (scores[:, 0] < threshold).any():  # and the engine's not
+        edges.insert(0, 0.0)
     bands = []
     for low, high in itertools.pairwise(edges):
         last = high == 1.0
@@ -289,7 +300,9 @@ def main(argv=None):
     write_report(output / "report.html", args, metadata, numbers, comparisons, output / "pictures", pictures, text)
     print_numbers(numbers)
     print(text)
-    print(f"Wrote comparison.json, {len(comparisons)} pictures and report.html. Next: open {output / 'report.html'}")
+    print(
+        f"Wrote comparison.json, {len(comparisons)} pictures and report.html to {output}. Next: open {output / 'report.html'}"
+    )
     enough = args.num_images and len(files) == args.num_images  # whatever else a list names
     skipped = (0 if enough else images.missing) + len(files) - len(comparisons)
     if skipped:
@@ -399,7 +412,7 @@ def verdict(numbers, args):
     return (
         f"{numbers['verdict']}: {numbers['matched']} detections in {numbers['images']} images matched,"
         f" {numbers['unmatched_in_tensorflow']} of TensorFlow's and {numbers['unmatched_in_engine']} of the engine's"
-        f" unmatched ({100 * numbers['share_unmatched']:.1f} %), largest score difference"
+        f" unmatched ({100 * numbers['share_unmatched']:.1f} %; {100 * numbers['tolerance']:g} % allowed), largest score difference"
         f" {_text(numbers['largest_score_difference'])} (tolerance {numbers['tolerance']:g}){raised}"
     )
 
@@ -432,9 +445,9 @@ def rows(numbers):
         lines.append(("median IoU of masks", f"{numbers['median_mask_iou']:.4f}"))
     if "keypoints" in numbers:
         lines.append(("keypoints of matches", str(numbers["keypoints"])))
-        lines.append(("of these elsewhere", f"{100 * numbers['share_keypoints_elsewhere']:.2g} %"))
-        lines.append(("of others: largest distance", _text(numbers["largest_keypoint_distance"])))
-        lines.append(("largest score difference", _text(numbers["largest_keypoint_score_difference"])))
+        lines.append(("keypoints elsewhere", f"{100 * numbers['share_keypoints_elsewhere']:.2g} %"))
+        lines.append(("others: largest distance", _text(numbers["largest_keypoint_distance"])))
+        lines.append(("others: largest difference", _text(numbers["largest_keypoint_score_difference"])))
     for side, result in (numbers.get("average_precision") or {}).items():
         lines.append((f"{side}: AP, AP50", ", ".join(_share(result[key]) for key in ("AP", "AP50"))))
     lines += [(f"{side}: ms an image, median", f"{value:.1f}") for side, value in ms.items()]
@@ -519,7 +532,7 @@ def write_report(path, args, metadata, numbers, comparisons, folder, pictures, t
     figures = []
     for i in order:
         picture = report.shrink(report.Image.open(folder / pictures[comparisons[i].path]), 1400)
-        figures.append((picture, f"{comparisons[i].path.name}: difference {comparisons[i].difference:.3g}"))
+        figures.append((picture, f"{comparisons[i].path.name}: {comparisons[i].text}"))
     columns = ("TensorFlow's score", "matched", "unmatched", "largest score difference", "median")
     side_by_side_part = report.section(
         "Side by side",
@@ -557,6 +570,9 @@ def histogram(comparisons):
         axes.set(xlabel="IoU of matched boxes", ylabel="detections")
         if ious:  # a few far apart must show beside thousands that agree
             axes.set(yscale="log", ylim=(0.8, None))
+            # The usual ones write powers as formulas, which are not drawn as such here.
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
 
     return report.plot(draw)
 

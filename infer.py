@@ -90,7 +90,8 @@ def parse_args(argv=None):
         "--json",
         metavar="FILE",
         help="also write the detections that --nms_threshold keeps in COCO's results format, masks run-length encoded, keypoints"
-        " too; a metric needs all, --nms_threshold 0",
+        " too; image_id is the number that is a file's name, else its path, of a video the frame's number; a metric needs all,"
+        " --nms_threshold 0, and the ids of its annotations: eval_coco.py's detections.json has both",
     )
     add("--frames", type=count, metavar="N", help="stop a video or camera after N frames")
     add_gpus(parser, several=True)
@@ -202,7 +203,11 @@ def process_all(detector, gpus, images, videos, options, args):
         for video in videos:
             status = max(status, process_video(detector, video, size, options, results, args.frames))
     if args.json:
-        print(f"Wrote {args.json} (COCO's results format)")
+        measure = command(
+            "eval_coco.py", "--engine", args.engine, "--input", *args.input, "--annotations", "ANNOTATIONS"
+        )
+        following = f"with annotations, {measure}" if images.files else f"look at {shlex.quote(args.json)}"
+        print(f"Wrote {args.json} (COCO's results format). Next: {following}")
     return status
 
 
@@ -523,7 +528,8 @@ def benchmark(detector, gpus, images, options, args):
         print(f"{name:20}  {rate:8.1f} images/s")
     following = command("infer.py", "--engine", args.engine, "--input", *args.input, "--output", "results")
     written = f"Wrote pictures and tables to {options.folder}" if options.folder else "Nothing was written"
-    print(f"{100 * whole / limits[slowest]:.0f} % of the lower limit, {slowest}. {written}. Next: {following}")
+    share = f"End to end is {100 * whole / limits[slowest]:.0f} % of the slowest part, {slowest}"
+    print(f"{share}. {written}. Next: {following}")
     return 1 if times.skipped or images.missing else 0
 
 
@@ -535,8 +541,7 @@ def decoder_limit(detector, files, size, workers, load, decoder):
 
 
 def network_limit(detector, files, size, load):
-    """Images per second of the network alone on one batch again and again; on a GPU without copies and all else, as many
-    batches side by side as the pipeline has."""
+    """Images per second of the network alone on one batch again and again; on a GPU without copies and all else."""
     with Workers(0) as workers:
         batch = next(iter(batcher_for(detector, files[: 4 * size], size, workers, load=load)), None)
         if batch is None:

@@ -35,9 +35,9 @@ def choose_fit(metadata, fit, files=(), exif_rotate=False):
     if others:
         path, (height, width) = others[0]
         raise UserError(
-            f"{len(others)} of {len(files)} images have another aspect ratio than {made_for}, which the model was converted"
-            f" for ({path}: {width} x {height}): convert for theirs, or --fit, which resizes and pads them, with other"
-            " results than TensorFlow's"
+            f"{len(others)} of {len(files)} images have another aspect ratio than {made_for} (width x height), which the model"
+            f" was converted for ({path}: {width} x {height}): convert for theirs, create_onnx.py --image_size"
+            f" {height}x{width} (height first), or --fit, which resizes and pads them, with other results than TensorFlow's"
         )
 
 

@@ -98,7 +98,8 @@ class Detector(typing.Protocol):
         """Waits for a batch that was started; returns its Detections."""
 
     def images_per_second(self, batch, true_shapes=None, images=500):
-        """The rate of the network alone, on a batch (see infer) again and again, of about so many images."""
+        """The rate of the network alone, on a batch (see infer) again and again, of about so many images; as many
+        batches side by side as `start` has."""
 
     def close(self): ...
 

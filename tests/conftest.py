@@ -267,11 +267,11 @@ COLUMNS = (
     "mask diff",
 )
 COLUMNS += ("TensorFlow ms", "ONNX Runtime ms")
-README = ROOT / "README.md"
+MODELS_PAGE = ROOT / "docs" / "models.md"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-readme", action="store_true", help="put the table of models into README.md")
+    parser.addoption("--update-models", action="store_true", help="put the table of models into docs/models.md")
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -282,8 +282,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("models against TensorFlow")
     for line in lines:
         terminalreporter.write_line(line)
-    if config.getoption("--update-readme"):
-        begin, end = "<!-- models: make readme-table -->\n", "<!-- end -->"
-        before, rest = README.read_text(encoding="utf-8").split(begin)
+    if config.getoption("--update-models"):
+        begin, end = "<!-- models: make models-table -->\n", "<!-- end -->"
+        before, rest = MODELS_PAGE.read_text(encoding="utf-8").split(begin)
         table = "\n".join(lines)
-        README.write_text(f"{before}{begin}{table}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+        MODELS_PAGE.write_text(f"{before}{begin}{table}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")

@@ -1,6 +1,7 @@
 """compare_tf.py: what matches what, what counts as agreement, and what the pages and pictures show."""
 
 import json
+import re
 import shutil
 
 from commandline import UserError
@@ -127,6 +128,8 @@ def test_the_demo_agrees_with_tensorflow(convert, tmp_path, capsys):
     assert f"matched detections {numbers['matched']}" in text
     assert f"TensorFlow: AP, AP50 {both['TensorFlow']['AP']:.4f}" in text
     assert "score, ONNX Runtime" in text  # the axis of the scatter plot
+    assert re.search(r"shapes_0\d\.jpg: largest score difference \S+, smallest IoU (1\.0|0\.99)\d+, 0 unmatched", text)
+    assert "mathdefault" not in (tmp_path / "report.html").read_text()  # a power as a formula, on the logarithmic axis
     assert (pictures, broken, collapsed, too_wide) == (5, 0, 0, False)
 
 

@@ -51,6 +51,11 @@ def test_every_module_is_in_a_layer():
     assert len(FILES) > 20
 
 
+def test_every_module_is_in_the_description_of_the_layout():
+    described = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert [path for path in FILES if path.name != "__init__.py" and f"`{path.name}`" not in described] == []
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
     mine = LEVEL[name.split(".")[0]]

@@ -286,7 +286,7 @@ def test_names_that_are_no_text(here):
     options = ["--engine", f"{ODD}/model.onnx", "--input", ODD]
     assert eval_coco.main([*options, "--annotations", "truth.json", "--output", f"{ODD}/evaluation"]) == 0
     assert compare_tf.main([*options, "--saved_model", "saved", "--output", "comparison", "--num_images", "4"]) == 0
-    assert printable(f"{ODD}.jpg: difference") in (here / "comparison" / "report.html").read_text()
+    assert printable(f"{ODD}.jpg: largest score difference") in (here / "comparison" / "report.html").read_text()
     assert f"{ODD}.jpg" in json.loads((here / "comparison" / "comparison.json").read_text())["pictures"]
     assert (here / "comparison" / "pictures" / f"{ODD}.jpg").is_file()
     assert json.loads((here / ODD / "evaluation" / "metrics.json").read_text())["engine"] == f"{ODD}/model.onnx"
