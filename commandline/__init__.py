@@ -30,6 +30,8 @@ NO_TEXT = "backslashreplace"
 LONGEST_NAME = 255  # bytes of a file's name, on all usual file systems
 
 
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how such a text begins
+
 # What writing to a full disk, beyond a quota or a limit (ulimit -f) ends in.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -175,7 +177,7 @@ def decode_text(data, errors="strict"):
 
     errors: "replace" where what cannot be decoded does not matter. Lines end with \\n. Raises ValueError for no text.
     """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if data.startswith(UTF_16):
         text = data.decode("utf-16", errors)
     else:
         try:

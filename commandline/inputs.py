@@ -9,7 +9,7 @@ import glob
 import os
 import re
 
-from commandline import LONGEST_NAME, UserError, shortened, warn
+from commandline import LONGEST_NAME, UTF_16, UserError, decode_text, shortened, warn
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # So many kinds of files left out, or names of files that are not there, are named in a warning.
@@ -120,7 +120,10 @@ class _Search:
         """Adds what a text file of paths names. What is not there is warned about in one line."""
         base, absent = os.path.dirname(given), []
         with open(given, "rb") as file:
-            lines = [os.fsdecode(line).strip() for line in file.read().removeprefix(codecs.BOM_UTF8).splitlines()]
+            data = file.read()
+        if data.startswith(UTF_16):
+            data = decode_text(data, "replace").encode()
+        lines = [os.fsdecode(line).strip() for line in data.removeprefix(codecs.BOM_UTF8).splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
         if names and JSON_BEGINS.match(names[0]):
             raise UserError(
@@ -181,12 +184,14 @@ def _kind(name):
 
 
 def _is_list(path):
-    """Whether a file is a text file of paths: by its name and its start, no image, which all have zeros there."""
+    """Whether a file is a text file of paths: by its name and its start, no image, which all have zeros there, as of texts
+    UTF-16 alone has (what PowerShell's > writes)."""
     if is_image(path):
         return False
     try:
         with open(path, "rb") as file:
-            return b"\0" not in file.read(TEXT_BYTES)
+            start = file.read(TEXT_BYTES)
+        return start.startswith(UTF_16) or b"\0" not in start
     except OSError:
         return False  # loading it will say why
 

@@ -72,6 +72,6 @@ def _is_turned(path):
         with Image.open(
             path, formats=FORMATS
         ) as image:  # a PNG's own getexif would decode the pixels to look behind them
-            return Image.Image.getexif(image).get(EXIF_ORIENTATION, 1) != 1
+            return Image.Image.getexif(image).get(EXIF_ORIENTATION) in range(2, 9)
     except Exception:  # whatever it is, reading it will say so
         return False

@@ -347,7 +347,7 @@ def test_turned_photos_are_counted_without_decoding(tmp_path, monkeypatch, capsy
     for number in range(102):
         names.append(str(tmp_path / f"{number}.png"))
         exif = Image.Exif()
-        exif[0x0112] = {98: 3, 99: 6, 100: 1, 101: 6}.get(number, 1)
+        exif[0x0112] = {97: 9, 98: 3, 99: 6, 101: 6}.get(number, 1)
         picture.save(names[-1], **({"exif": exif} if number > 90 else {}))
     warn_of_turned(names, exif_rotate=False)
     assert "2 of the first 100 images are stored turned (EXIF)" in capsys.readouterr().err

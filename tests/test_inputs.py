@@ -143,6 +143,16 @@ def test_results_in_the_input_folder_are_no_input(here, capsys):
         assert find_images(pattern, output="in/results").files == ["in/a.jpg"]
 
 
+def test_a_list_in_utf_16(here):
+    """As PowerShell's > writes it."""
+    here("in/a.jpg", "in/ö.jpg")
+    for name, encoding in (("le", "utf-16"), ("be", "utf-16-be")):
+        text = ("\ufeff" * (name == "be") + "a.jpg\r\nö.jpg\r\n").encode(encoding)
+        with open(f"in/{name}.txt", "wb") as file:
+            file.write(text)
+        assert find_images(f"in/{name}.txt").files == ["in/a.jpg", "in/ö.jpg"]
+
+
 def test_a_name_may_begin_as_a_json_text_does(here):
     here("in/[2023] a.jpg", "in/{b}.jpg")
     with open("in/list.txt", "w") as file:
