@@ -43,7 +43,7 @@ import numpy as np
 from checks import coco, parity, report
 from checks.annotations import keep_keypoints, keep_masks, open_annotations
 from checks.matching import match_categories
-from images.aspect import FIT_HELP, choose_fit, warn_of_turned
+from images.aspect import FIT_HELP, choose_fit
 from images.decoding import ImageError, load_image
 from runtimes import open_detector
 from runtimes.detector import Detections, detect_image
@@ -269,10 +269,7 @@ def main(argv=None):
         choose_fit(metadata, args.fit, files, args.exif_rotate)
         check_detection_type(args.detection_type, metadata, args.engine)
         names = labels_of(args.labels, metadata, args.engine)
-        truth = None
-        if args.annotations:
-            warn_of_turned(files, args.exif_rotate)
-            truth = read_truth(args, files, names, metadata)
+        truth = read_truth(args, files, names, metadata) if args.annotations else None
         # What scores less the engine was told to leave out.
         args.least = max(args.nms_threshold, metadata["score_threshold"])
         args.with_keypoints = bool(metadata.get("keypoints")) and args.detection_type in (None, "keypoints")

@@ -177,9 +177,6 @@ def test_turned_photos_in_subfolders(convert, turned_demo, tmp_path, capsys):
         assert picture.width > 2 * wide
         assert picture.height - high == pytest.approx(0, abs=60)
     assert str(turned_demo[0].parent) in (tmp_path / "report.html").read_text()
-    capsys.readouterr()
-    compare_tf.main([*map(str, options), "--annotations", str(TRUTH), "--nms_threshold", "0", "--num_images", "1"])
-    assert "1 of the first 1 images are stored turned (EXIF)" in capsys.readouterr().err
 
 
 def half_blind(model, path):
