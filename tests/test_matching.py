@@ -185,3 +185,50 @@ def test_two_categories_of_one_name():
     with pytest.raises(UserError, match="the categories 0 and 1 are both named 'pets', and both have objects"):
         classes_of(categories("pets", "pets", ids=[0, 1]), ["pets"], 1)
     assert classes_of(categories("pets", "pets"), None) == {1: 1, 2: 2, 3: 3}  # by id they are two
+
+
+def test_one_image_under_two_ids_is_named_with_its_file():
+    with pytest.raises(
+        UserError, match=r"^--annotations b.json: .*; the image is there twice: give its objects one id"
+    ):
+        match_images(annotated("in/a.jpg", "in\\a.jpg"), ["in/a.jpg"], "b.json")
+    with pytest.raises(UserError, match=r"^--annotations b.json: .*; write the folders into each file_name"):
+        match_images(annotated("train/a.jpg", "val/a.jpg"), ["in/a.jpg"], "b.json")
+
+
+def test_classes_of_one_name_are_told_by_their_ids(capsys):
+    names = ["cat", "dog", "cat"]
+    assert classes_of(categories("cat", "dog"), names) == {1: 1, 2: 2, 3: 3}  # 3 is a number that no evaluation counts
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "1 categories of a.json are matched with the model's by id, as their name is another's too" in said
+    assert said.endswith(": 1 'cat' is the model's 1 'cat'\n")
+    assert classes_of(categories("cat", "dog", "Cat"), names) == {1: 1, 2: 2, 3: 3}
+    assert "1 'cat' is the model's 1 'cat', 3 'Cat' is the model's 3 'cat'\n" in capsys.readouterr().err
+    assert classes_of(categories("cat", "dog", ids=[3, 2], objects=[2]), names) == {1: 1, 2: 2, 3: 3}
+    assert capsys.readouterr().err == ""  # of what has no objects nothing depends on it
+
+
+def test_classes_of_one_name_that_no_id_tells_are_refused():
+    with pytest.raises(
+        UserError, match="classes 1 and 3 are both named 'cat', and neither has the id of the category 7"
+    ):
+        classes_of(categories("cat", "dog", ids=[7, 2]), ["cat", "dog", "cat"])
+    with pytest.raises(UserError, match="the categories 1 and 4 are both named 'cat', and both have objects"):
+        classes_of(categories("cat", "dog", "cat", ids=[1, 2, 4]), ["cat", "dog", "cat"])
+
+
+def test_what_has_no_name_is_matched_by_id(capsys):
+    assert classes_of(categories("cat", None, "bird"), ["cat", "dog", "bird"]) == {1: 1, 2: 2, 3: 3}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith("or one side has none: 2 is the model's 2 'dog'\n")
+    assert classes_of(categories("cat", "dog", "bird", ids=["1", "2", "3"]), ["cat", None, "bird"]) == {
+        1: "1",
+        2: "2",
+        3: "3",
+    }
+    assert "2 'dog' is the model's 2\n" in capsys.readouterr().err
+    assert classes_of(categories("dog", None), ["cat", "dog", "bird"]) == {2: 1, 3: 3}  # 2 is the dog's
+    assert "the AP of 1 of them is 0. By name, 2 is none of it" in capsys.readouterr().err
+    assert classes_of(categories("cat", "gnu"), ["cat", "dog", "bird"]) == {1: 1, 3: 3}  # both have names
