@@ -21,14 +21,17 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from checks.matching import id_text, match_images
+from images.aspect import LOOKED_AT, warn_of_turned
 
 TABLES = ("images", "annotations", "categories")
 # A box may reach past the edge by a labeller's carelessness; from this share of the image on it is another format's box.
 CARELESS = 0.1
 # Pixels of a side that no image has more of: a width, height or box beyond is taken for none.
 LONGEST = 1_000_000
-# What `iscrowd` says of a crowd, as text; COCO's is 1.
-CROWD = ("1", "1.0", "true", "yes")
+# Square pixels of the largest object that pycocotools counts; no image has as many.
+LARGEST = 1e5**2
+# What `iscrowd` says of a crowd and of none, as text; COCO's are 1 and 0. Of anything else pycocotools makes a crowd.
+CROWD, NO_CROWD = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 # What a zip (as CVAT and Roboflow export) and a gzip begin with.
 COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b")
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on the picture is stored lying on its side
@@ -42,7 +45,7 @@ def open_annotations(path, files, exif_rotate=False):
     what is left out or does not fit, a line each; raises UserError, naming the file, where nothing can be measured.
     """
     truth = load_annotations(path)
-    known, unknown, absent = match_images(truth, files)
+    known, unknown, absent = match_images(truth, files, path)
     fit_sizes(path, truth, known, exif_rotate)
     return truth, known, unknown, absent
 
@@ -61,11 +64,17 @@ def load_annotations(path):
     _say_left_out(path, without, len(content["categories"]), "categories")
     if not images or not categories:
         raise UserError(f"--annotations {path}: no images or no categories with an id in it; give an instances_*.json")
-    notes, without = _objects(content["annotations"], images, categories)
+    notes, without, areas, crowds = _objects(content["annotations"], images, categories)
     if not notes:
         raise UserError(f"--annotations {path}: no object in it can be used ({_reasons(without) or 'it has none'})")
     _say_left_out(path, without, len(content["annotations"]), "objects")
     _say_twice(path, notes)
+    _say_areas(path, areas, len(notes))
+    if crowds:
+        warn(
+            f"--annotations {path}: `iscrowd` of {crowds:,} of {len(notes):,} objects is neither 0 nor 1: they are taken for"
+            " crowds, which need not be found"
+        )
     truth = COCO()
     truth.dataset = {"images": list(images.values()), "categories": list(categories.values()), "annotations": notes}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -122,7 +131,7 @@ def _images(entries, path):
         image = {"id": entry["id"]}
         if entry.get("file_name") not in (None, ""):
             image["file_name"] = str(entry["file_name"])
-        size = [entry.get(side) for side in ("width", "height")]
+        size = [_number_of(entry.get(side)) for side in ("width", "height")]
         if all(_is_number(side) and 1 <= side <= LONGEST for side in size):
             image["width"], image["height"] = map(int, size)
         if key not in images:
@@ -159,8 +168,8 @@ def _categories(entries, path):
 
 
 def _objects(entries, images, categories):
-    """(usable objects, Counter of reasons to leave entries out)."""
-    notes, without = [], collections.Counter()
+    """(usable objects, Counter of reasons to leave entries out, Counter of what is odd about areas, crowds not told by 0 or 1)."""
+    notes, without, areas, crowds = [], collections.Counter(), collections.Counter(), 0
     for entry in entries:
         if not isinstance(entry, dict):
             without["that are no annotations"] += 1
@@ -173,21 +182,57 @@ def _objects(entries, images, categories):
         elif fault := _box_fault(entry.get("bbox")):
             without[fault] += 1
         else:
-            box, area = [float(value) for value in entry["bbox"]], entry.get("area")
+            box = [float(value) for value in entry["bbox"]]
+            area, odd = _area(entry.get("area"), box)
+            areas.update([odd] if odd else ())
+            crowd, told = _crowd(entry.get("iscrowd"))
+            crowds += not told
             note = {
                 "id": len(notes) + 1,
                 "image_id": images[image]["id"],
                 "category_id": categories[category]["id"],
                 "bbox": box,
-                "area": float(area) if _is_number(area) and area > 0 else box[2] * box[3],
-                "iscrowd": int(str(entry.get("iscrowd")).lower() in CROWD),
+                "area": area,
+                "iscrowd": crowd,
             }
             if entry.get("segmentation"):
                 note["segmentation"] = entry["segmentation"]
             if entry.get("keypoints"):
                 note["keypoints"] = entry["keypoints"]
             notes.append(note)
-    return notes, without
+    return notes, without, areas, crowds
+
+
+NO_AREA = "that are none, for which the box's are taken"
+
+
+def _area(value, box):
+    """(the area of an object, what is odd about it or None); the box's where the file tells none."""
+    whole = box[2] * box[3]
+    if value is None:
+        return whole, None
+    if not _is_number(value) or not 0 < value <= LARGEST:
+        return whole, NO_AREA
+    if value > 1.1 * (box[2] + 1) * (box[3] + 1):  # some count a box's pixels from its first to its last
+        return float(value), "larger than the box"
+    # A crack or a cable across its box covers more of it; shares and percents of the image are less.
+    return float(value), "of less than a 500th of the box" if value < whole / 500 else None
+
+
+def _crowd(value):
+    """(1 for a crowd, else 0; whether that is what the value says)."""
+    text = str(value).strip().lower()
+    if not value or text in NO_CROWD:
+        return 0, True
+    return 1, text in CROWD
+
+
+def _number_of(value):
+    """A text that is a number as this number; all else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _is_number(value):
@@ -240,6 +285,17 @@ def _say_twice(path, notes):
         )
 
 
+def _say_areas(path, odd, total):
+    """Warns of areas that are none, and where most are not in pixels; a single one that does not fit its box is a slip."""
+    misfits = odd.total() - odd[NO_AREA]
+    said = {reason: count for reason, count in odd.items() if count and (reason == NO_AREA or misfits > total / 2)}
+    if said:
+        warn(
+            f"--annotations {path}: `area` of {sum(said.values()):,} of {total:,} objects does not fit their box in pixels:"
+            f" {_reasons(said)}; sizes small, medium and large are judged by it"
+        )
+
+
 def _say_left_out(path, without, total, what):
     if without:
         count = sum(without.values())
@@ -247,10 +303,10 @@ def _say_left_out(path, without, total, what):
 
 
 def fit_sizes(path, truth, known, exif_rotate=False):
-    """Sets the width and height of the images of `known` {file: id} to the files' own; warns where the annotations'
-    differ, and of boxes that cannot be in pixels."""
-    differ, outside, fractions, objects = [], 0, 0, 0
-    for file, image_id in known.items():
+    """Sets the width and height of the images of `known` {file: id} to the files' own; warns where the annotations' differ, of
+    photos that are stored turned where sizes do not tell, and of boxes that cannot be [x, y, width, height] in pixels."""
+    differ, told, boxes = [], set(), []
+    for number, (file, image_id) in enumerate(known.items()):
         image, size = truth.imgs[image_id], image_size(file, exif_rotate)
         if size is None:
             continue
@@ -259,26 +315,74 @@ def fit_sizes(path, truth, known, exif_rotate=False):
         if None not in annotated and annotated != size:
             differ.append((file, size, annotated))
             continue
-        corners = [(x + w, y + h) for x, y, w, h in (note["bbox"] for note in truth.imgToAnns[image_id])]
-        objects += len(corners)
-        outside += sum(max(x / size[0], y / size[1]) > 1 + CARELESS for x, y in corners)
-        fractions += sum(max(corner) <= 1 + CARELESS for corner in corners) if min(size) > 1 else 0
+        if annotated == size and size[0] != size[1]:
+            told.add(file)
+        boxes += [(*note["bbox"], *size, number) for note in truth.imgToAnns[image_id]]
+    turned = 0 if exif_rotate else sum(image_size(each, True) == wanted for each, _, wanted in differ)
     if differ:
         file, size, annotated = differ[0]
-        turned = 0 if exif_rotate else sum(image_size(each, True) == wanted for each, _, wanted in differ)
         mend = f"; with --exif_rotate {turned} of them are" if turned else ""
         warn(
             f"{len(differ)} of {len(known)} images are not as wide and high as --annotations {path} says, so their boxes are"
             f" of a turned or scaled image: {file.name} is {size[0]} x {size[1]}, annotated as"
             f" {annotated[0]} x {annotated[1]}{mend}"
         )
-    if objects and fractions == objects:
-        warn(f"--annotations {path}: all boxes lie within one pixel; COCO's are in pixels, not in shares of the image")
-    elif outside:
+    if not turned and not exif_rotate:
+        # What lies on its side and has the size that it is stored in is annotated as it is stored.
+        turns = {file: _orientation(file) for file in list(known)[:LOOKED_AT]}
+        if any(turn in (2, 3, 4) or (turn >= 5 and file not in told) for file, turn in turns.items()):
+            warn_of_turned(list(known), exif_rotate)
+    if boxes:
+        _say_strange_boxes(path, np.float64(boxes).T)
+
+
+def _say_strange_boxes(path, boxes):
+    """Warns of boxes that cannot be in pixels of their image, a line each kind. boxes: [x, y, w, h, width, height, image], many."""
+    left, top, w, h, width, height, image = boxes
+    right, bottom, count = left + w, top + h, len(left)
+    beyond = (right > (1 + CARELESS) * width) | (bottom > (1 + CARELESS) * height) | (left >= width) | (top >= height)
+    before = (left < -CARELESS * width) | (top < -CARELESS * height) | (right <= 0) | (bottom <= 0)
+    outside = beyond | before
+    shares = ~outside & (np.maximum(right, bottom) <= 1 + CARELESS) & (np.minimum(width, height) > 1)
+    shares &= np.minimum(left, top) >= -CARELESS
+    if shares.sum() >= min(3, count):  # one or two among others may be a labeller's slip in the corner
         warn(
-            f"--annotations {path}: {outside} of {objects} boxes reach far beyond their image; COCO's are"
+            f"--annotations {path}: {shares.sum()} of {count} boxes lie within one pixel; COCO's are in pixels, not in"
+            " shares of the image"
+        )
+    if outside.any():
+        warn(
+            f"--annotations {path}: {outside.sum()} of {count} boxes reach far beyond their image; COCO's are"
             " [x, y, width, height] in pixels"
         )
+    elif _are_percents(left, top, right, bottom, image[np.minimum(width, height) >= 200]):
+        warn(
+            f"--annotations {path}: all boxes lie within the upper left 100 x 100 pixels of larger images: percents?"
+            " COCO's are in pixels"
+        )
+    elif count >= 10 and _are_ends(left / width, w / width) and _are_ends(top / height, h / height):
+        warn(
+            f"--annotations {path}: COCO's boxes are [x, y, width, height]: these look like corners, [left, top, right,"
+            " bottom], as each is wider and higher than what is left of and above it, and the more so the farther in"
+        )
+
+
+def _are_percents(left, top, right, bottom, large):
+    """Whether boxes fill 100 x 100 in the corner of larger images. large: the image of each box in one twice as large."""
+    if len(large) < 10 or len(set(large)) < 3:
+        return False
+    nearest, farthest = max(left.min(), top.min()), np.array([right.max(), bottom.max()])
+    return nearest <= 20 and farthest.min() >= 90 and farthest.max() <= 101
+
+
+def _are_ends(starts, lengths):
+    """Whether the lengths of boxes look like their ends, in shares of the image.
+
+    Ends are greater than the starts, all of them; so are lengths of objects that fill their images. But those are the shorter
+    the farther in they start, or all alike, and ends follow the starts.
+    """
+    alike = min(starts.std(), lengths.std()) < 0.03
+    return not alike and (lengths > starts).all() and np.corrcoef(starts, lengths)[0, 1] > 0.7
 
 
 def image_size(path, exif_rotate=False):
@@ -293,12 +397,21 @@ def image_size(path, exif_rotate=False):
         return None
 
 
+def _orientation(path):
+    """EXIF's, 1 where a file has none; a PNG's own getexif would decode the pixels to look behind them."""
+    try:
+        with Image.open(path) as image:
+            return int(Image.Image.getexif(image).get(ORIENTATION, 1))
+    except Exception:  # whatever it is, reading it will say so
+        return 1
+
+
 def keep_masks(path, truth, image_ids):
     """Makes the objects' masks on those images run-length encoded, and drops the objects without one, counted.
 
     A polygon may have several parts; those of fewer than three points are dropped. Raises UserError if no mask is left.
     """
-    without, dropped, kept, total = collections.Counter(), 0, [], 0
+    without, dropped, elsewhere, kept, total = collections.Counter(), 0, 0, [], 0
     for note in truth.dataset["annotations"]:
         if note["image_id"] not in image_ids:
             continue
@@ -308,6 +421,7 @@ def keep_masks(path, truth, image_ids):
             without[fault] += 1
         else:
             dropped += fault
+            elsewhere += _is_elsewhere(note["bbox"], _mask_box(note["segmentation"], encoded))
             kept.append({**note, "segmentation": encoded})
     if total and not kept:
         raise UserError(
@@ -316,6 +430,7 @@ def keep_masks(path, truth, image_ids):
     _say_left_out(path, without, total, "objects")
     if dropped:
         warn(f"--annotations {path}: {dropped} parts of masks left out: a polygon needs three points or more")
+    _say_elsewhere(path, elsewhere, len(kept), "mask lies")
     truth.dataset["annotations"] = kept
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -328,16 +443,20 @@ def keep_keypoints(path, truth, image_ids, count):
     if no object has any.
     """
     without, kept = collections.Counter(), [x for x in truth.dataset["annotations"] if x["image_id"] in image_ids]
+    elsewhere = 0
     for note in kept:
         points, fault = note.get("keypoints"), None
         if not isinstance(points, list) or not all(map(_is_number, points)):
             fault = "without keypoints"
+        elif len(points) % 3:
+            fault = f"with {len(points)} numbers, the model has {count} keypoints ({3 * count})"
         elif len(points) != 3 * count:
             fault = f"with {len(points) / 3:g} keypoints, the model has {count}"
         if fault:
             without[fault] += 1
             points = [0] * (3 * count)
         note |= {"keypoints": points, "num_keypoints": sum(seen > 0 for seen in points[2::3])}
+        elsewhere += _points_elsewhere(note["bbox"], points)
     if not any(note["num_keypoints"] for note in kept):
         why = f" ({_reasons(without)})" if without else ""
         raise UserError(f"--annotations {path}: no object has labelled keypoints{why}; give a person_keypoints_*.json")
@@ -345,9 +464,45 @@ def keep_keypoints(path, truth, image_ids, count):
         warn(
             f"--annotations {path}: {sum(without.values()):,} of {len(kept):,} objects do not count: {_reasons(without)}"
         )
+    _say_elsewhere(path, elsewhere, sum(note["num_keypoints"] > 0 for note in kept), "keypoints lie")
     truth.dataset["annotations"] = kept
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
+
+
+def _say_elsewhere(path, count, total, what):
+    if count > total / 100:  # fewer are slips of a labeller, and hardly in the numbers
+        warn(
+            f"--annotations {path}: of {count:,} of {total:,} objects the {what} outside their own box for the most part;"
+            " COCO's are x, y, ... in pixels of the image"
+        )
+
+
+def _is_elsewhere(box, other):
+    """Whether most of the other box, [left, top, right, bottom], lies outside an object's box and two pixels about it."""
+    x, y, w, h = box
+    left, top, right, bottom = other
+    width, height = min(right, x + w + 2) - max(left, x - 2), min(bottom, y + h + 2) - max(top, y - 2)
+    return max(width, 0) * max(height, 0) < (right - left) * (bottom - top) / 2
+
+
+def _mask_box(segmentation, encoded):
+    """[left, top, right, bottom] of a mask that encode_segmentation took; of polygons by their points: shares fill no pixel."""
+    if isinstance(segmentation, dict):
+        x, y, w, h = rle.toBbox(encoded)
+        return x, y, x + w, y + h
+    usable = [part for part in _polygons(segmentation) if is_polygon(part, *encoded["size"])]
+    points = np.float64([value for part in usable for value in part]).reshape(-1, 2)
+    return *points.min(axis=0), *points.max(axis=0)
+
+
+def _points_elsewhere(box, points):
+    """Whether most labelled keypoints lie outside an object's box, which is grown by half of its longer side."""
+    x, y, w, h = box
+    around = max(w, h) / 2 + 2
+    labelled = [(px, py) for px, py, seen in zip(points[::3], points[1::3], points[2::3], strict=True) if seen > 0]
+    inside = sum(abs(px - x - w / 2) <= w / 2 + around and abs(py - y - h / 2) <= h / 2 + around for px, py in labelled)
+    return inside < len(labelled) / 2
 
 
 def encode_segmentation(segmentation, image):
@@ -359,20 +514,41 @@ def encode_segmentation(segmentation, image):
         return None, "without a mask"
     if isinstance(segmentation, dict):
         runs = run_lengths(segmentation.get("counts"))
+        if segmentation.get("size") is None:
+            return None, "with run lengths without a size"
         if segmentation.get("size") != [height, width]:
             return None, "with a mask of another size than the image"
         if runs is None or sum(runs) != height * width:
             return None, "with broken run lengths"
         encoded, parts = rle.frPyObjects({"size": [height, width], "counts": runs}, height, width), 0
     elif isinstance(segmentation, list):
-        polygons = [segmentation] if _is_number(segmentation[0]) else segmentation
+        polygons = _polygons(segmentation)
         usable = [points for points in polygons if is_polygon(points, height, width)]
         if not usable:
-            return None, "with a polygon that encloses nothing"
+            return None, _polygon_fault(polygons)
         encoded, parts = rle.merge(rle.frPyObjects(usable, height, width)), len(polygons) - len(usable)
     else:
         return None, "without a mask"
     return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}, parts
+
+
+def _polygons(segmentation):
+    """The polygons of a mask, also of one that is a polygon itself."""
+    return [segmentation] if _is_number(segmentation[0]) else segmentation
+
+
+def _polygon_fault(polygons):
+    """Why none of those parts of a mask is a polygon, by the first one."""
+    first = polygons[0]
+    if isinstance(first, dict):
+        return "with run lengths in a list"
+    values = first if isinstance(first, list) else [first]
+    if any(isinstance(value, list) for value in values) or all(isinstance(x, list) and len(x) == 2 for x in polygons):
+        return "with a polygon of pairs, not [x, y, x, y, ...]"
+    if any(isinstance(value, str) for value in values):
+        return "with a polygon of text"
+    odd = isinstance(first, list) and len(first) % 2
+    return "with a polygon of an odd number of values" if odd else "with a polygon that encloses nothing"
 
 
 def is_polygon(points, height, width):
