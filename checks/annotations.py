@@ -400,8 +400,10 @@ def image_size(path, exif_rotate=False):
 def _orientation(path):
     """EXIF's, 1 where a file has none; a PNG's own getexif would decode the pixels to look behind them."""
     try:
-        with Image.open(path) as image:
-            return int(Image.Image.getexif(image).get(ORIENTATION, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return int(Image.Image.getexif(image).get(ORIENTATION, 1))
     except Exception:  # whatever it is, reading it will say so
         return 1
 
