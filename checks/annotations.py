@@ -21,7 +21,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from checks.matching import id_text, match_images
-from images.aspect import LOOKED_AT, warn_of_turned
+from images.aspect import LOOKED_AT, stored_orientation, warn_of_turned
 
 TABLES = ("images", "annotations", "categories")
 # A box may reach past the edge by a labeller's carelessness; from this share of the image on it is another format's box.
@@ -329,8 +329,8 @@ def fit_sizes(path, truth, known, exif_rotate=False):
         )
     if not turned and not exif_rotate:
         # What lies on its side and has the size that it is stored in is annotated as it is stored.
-        turns = {file: _orientation(file) for file in list(known)[:LOOKED_AT]}
-        if any(turn in (2, 3, 4) or (turn >= 5 and file not in told) for file, turn in turns.items()):
+        turns = {file: stored_orientation(file) for file in list(known)[:LOOKED_AT]}
+        if any(turn != 1 and (turn < 5 or file not in told) for file, turn in turns.items()):
             warn_of_turned(list(known), exif_rotate)
     if boxes:
         _say_strange_boxes(path, np.float64(boxes).T)
@@ -395,17 +395,6 @@ def image_size(path, exif_rotate=False):
                 return image.size[::-1] if turned else image.size
     except Exception:  # Pillow's readers raise whatever a broken file leads them into
         return None
-
-
-def _orientation(path):
-    """EXIF's, 1 where a file has none; a PNG's own getexif would decode the pixels to look behind them."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return int(Image.Image.getexif(image).get(ORIENTATION, 1))
-    except Exception:  # whatever it is, reading it will say so
-        return 1
 
 
 def keep_masks(path, truth, image_ids):

@@ -1,6 +1,8 @@
 """How images lie before a model: of another aspect ratio than one without padding was converted for (create_onnx.py
 --image_size), or stored turned."""
 
+import warnings
+
 from commandline import UserError, warn
 
 from PIL import Image
@@ -59,7 +61,7 @@ def _size(path, exif_rotate):
 def warn_of_turned(files, exif_rotate):
     """Warns where photos are stored turned, by their EXIF data, and are to be read as they are stored. Looks at the first ones."""
     looked_at = [] if exif_rotate else files[:LOOKED_AT]
-    turned = sum(map(_is_turned, looked_at))
+    turned = sum(stored_orientation(path) != 1 for path in looked_at)
     if turned:
         warn(
             f"{turned} of the first {len(looked_at)} images are stored turned (EXIF), and read so, as TensorFlow reads them;"
@@ -67,11 +69,14 @@ def warn_of_turned(files, exif_rotate):
         )
 
 
-def _is_turned(path):
+def stored_orientation(path):
+    """How an image file is stored by its EXIF data, 1 (upright, or nothing is said) to 8; without decoding its pixels, as a
+    PNG's own getexif would to look behind them."""
     try:
-        with Image.open(
-            path, formats=FORMATS
-        ) as image:  # a PNG's own getexif would decode the pixels to look behind them
-            return Image.Image.getexif(image).get(EXIF_ORIENTATION) in range(2, 9)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                orientation = Image.Image.getexif(image).get(EXIF_ORIENTATION)
     except Exception:  # whatever it is, reading it will say so
-        return False
+        return 1
+    return orientation if orientation in range(2, 9) else 1
