@@ -16,7 +16,7 @@ import create_onnx
 import infer
 import onnx_utils
 from runtimes import open_detector
-from tfod.labels import find_labels, labels_of, read_labels
+from tfod.labels import COCO_LABELS, find_labels, labels_of, read_labels
 
 SHAPES = ["circle", "square", "triangle", "star", "ring"]
 HANDS = ["fist", "palm", "peace", "ok", "like", "stop", "rock"]
@@ -47,6 +47,7 @@ def test_the_label_maps_of_the_cases():
         (item(1, "/m/01g317", display_name="person"), ["person"]),  # the zoo's own
         ("# mine\n\nitem: { id: 1, name: 'Bus' }\nitem <id: 2; name: 'Car'>", ["Bus", "Car"]),
         ("item { id: 0 name: 'background' }\n" + item(1, "a"), ["a"]),
+        (item(0, "background", display_name="Background") + item(1, "a"), ["a"]),  # as TFOD's label_map_util
         ("\ufeff" + item(1, "\u0441\u043e\u0431\u0430\u043a\u0430"), ["\u0441\u043e\u0431\u0430\u043a\u0430"]),
         (item(1, "a").replace("\n", "\r\n"), ["a"]),
         (item(1, "caf\u00e9").encode("cp1252"), ["caf\u00e9"]),
@@ -72,7 +73,7 @@ def test_text_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "name", "said"),
     [
-        (item(1, "a") + item(1, "b"), "m.pbtxt", "two items have the id 1 ('a', 'b')"),
+        (item(1, "a") + item(1, "b"), "m.pbtxt", "two items have the id 1 ('a', 'b'); give each class its own"),
         (item(1, "a") + item(4, "d"), "m.pbtxt", "'d' has the id 4, the model's ids are 1 to 3"),
         (item(0, "a") + item(3, "d"), "m.pbtxt", "'a' has the id 0"),
         (item(1, "a") + item(2, "b"), "m.pbtxt", "its ids end at 2, the model has 3 classes"),
@@ -81,7 +82,24 @@ def test_text_files(tmp_path):
         ("cat\ndog", "m.pbtxt", "line 2"),
         ("", "m.pbtxt", "its ids end at 0"),
         ("cat\ndog", "m.txt", "2 lines for 3 classes"),
-        ("background\na\nb\nc\n", "m.txt", "4 lines for 3 classes"),
+        ("background\na\nb\n", "m.txt", "its first line, 'background', takes the place of a class: 2 names for 3"),
+        ("???\na\nb\n", "m.txt", "its first line, '???', takes the place of a class"),
+        ("# mine\na\nb\n", "m.txt", "2 lines for 3 classes (1 more are comments, # ...)"),
+        ("1: a\n2: b\n3: c\n", "m.txt", "its lines are numbered; give one bare name a line, or a label_map.pbtxt"),
+        ("0: a\n1: b\n2: c\n", "m.txt", "its lines are numbered"),
+        ("1 a\n2 b\n3 c\n", "m.txt", "its lines are numbered"),
+        ("1. a\n2. b\n3. c\n", "m.txt", "its lines are numbered"),
+        ("a\t1\nb\t2\nc\t3\n", "m.txt", "its lines are numbered"),
+        ("1,a\n2,b\n3,c\n", "m.txt", "its lines are numbered"),
+        ("id,name\n1,a\n2,b\n3,c\n", "m.txt", "its lines are numbered"),
+        ('["a",\n"b",\n"c"]\n', "m.txt", "it seems to be JSON"),
+        ('{"1": "a",\n"2": "b",\n"3": "c"}\n', "m.txt", "it seems to be JSON"),
+        ("- a\n- b\n- c\n", "m.txt", "it seems to be YAML"),
+        ("names:\n  - a\n  - b\n  - c\n", "m.txt", "it seems to be YAML"),
+        ("names:\n  0: a\n  1: b\n  2: c\n", "m.txt", "its lines are numbered"),
+        ("".join(f"item {{ id: {i} label: 'a' }}\n" for i in (1, 2, 3)), "m.pbtxt", "no item has a name"),
+        ("item { id: 1 } item { id: 3 }", "m.pbtxt", "no item has a name"),
+        (item(0, "a", display_name="b"), "m.pbtxt", "'b' has the id 0"),
         (b"\x00\x01\x02", "m.txt", "it is not text"),
     ],
 )
@@ -92,6 +110,77 @@ def test_what_does_not_fit_is_one_line(tmp_path, text, name, said):
     assert str(raised.value).startswith(f"--labels {tmp_path / name}: ")
     with pytest.raises(UserError, match="No such file"):
         read_labels(tmp_path / "absent", 3)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["class 1", "class 2", "class 3"],
+        ["7up", "8 ball", "9 euro"],
+        ["1 euro", "2 euro"],
+        ["1 finger", "2 fingers", "3 fingers"],
+        ["0", "1", "2"],
+        ["1 euro"],
+        ["red, round", "red, square"],
+        ["#1", "#2"],
+        ["[unused]", "dog"],
+        ["background object", "cat"],
+    ],
+)
+def test_names_that_only_look_like_something_else(tmp_path, capsys, lines):
+    assert read(tmp_path, "\n".join(lines), len(lines), "m.txt") == lines
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "said"),
+    [
+        ("a\n\nc\n\n", ["a", None, "c"], "1 of 3 classes are without a name: blank lines"),
+        ("a\n???\nc\n", ["a", None, "c"], "1 of 3 classes are without a name: blank lines, or ???"),
+        ("a\nb\na\n", ["a", "b", "a"], "'a' is the name of 2 classes"),
+        ("background\na\nb\nc\n", ["a", "b", "c"], "its first line, 'background', is left out"),
+        ("???\na\nb\nc\n", ["a", "b", "c"], "its first line, '???', is left out"),
+        ("# mine\na\nb\nc\n", ["a", "b", "c"], "lines that begin with # are left out as comments: 1"),
+        (item(1, "a") + item(2, "b") + item(3, "a"), ["a", "b", "a"], "'a' is the name of 2 classes"),
+        (item(1, "a") + item(2, "") + item(3, "c"), ["a", None, "c"], "1 of its 3 items are without a name"),
+        (item(1, "a") * 2 + item(3, "c"), ["a", None, "c"], "items that stand there twice, the same both times: id 1"),
+    ],
+)
+def test_what_is_taken_with_a_warning(tmp_path, capsys, text, names, said):
+    """One line, which names the file."""
+    assert read(tmp_path, text, 3, "m") == names
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'm'}: ")
+    assert said in line
+
+
+def test_cocos_own_names_need_no_warning(capsys):
+    assert len(read_labels(COCO_LABELS, 90)) == 90
+    assert capsys.readouterr().err == ""
+
+
+def test_label_maps_beside_the_model_in_other_forms(tmp_path, capsys):
+    """Names in capitals, UTF-16, and pages of comments: they are read as those of --labels are."""
+    text = item(1, "a") + item(2, "b")
+    for name, data in (
+        ("label_map.PBTXT", text.encode()),
+        ("my_label_map.pbtxt", text.encode("utf-16")),
+        ("label_map.txt", text.encode()),
+        ("label_map.pbtxt", b"# a line of a licence\n" * 1000 + text.encode()),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert find_labels([tmp_path], 2) == (tmp_path / name, ["a", "b"])
+        (tmp_path / name).unlink()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("data", [b"", b"// mine\n" + item(1, "a").encode(), b'node { name: "x" }', b"\0\1\2"])
+def test_what_is_called_a_label_map_and_is_none_is_told_of(tmp_path, capsys, data):
+    (tmp_path / "Label_Map.pbtxt").write_bytes(data)
+    (tmp_path / "graph.pbtxt").write_bytes(data)
+    assert find_labels([tmp_path], 1) == (None, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'Label_Map.pbtxt'} is not taken: a label map begins with `item {{ id: 1" in line
 
 
 def test_what_lies_beside_the_model_is_found(tmp_path, capsys):

@@ -3,6 +3,7 @@
 Names are lists by class, counted from 0; None where a class has no name.
 """
 
+import collections
 import functools
 import re
 from pathlib import Path
@@ -29,8 +30,16 @@ COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 
 COCO_SKELETON += ((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 # How a label map begins, comments apart.
 LABEL_MAP = re.compile(r"\A(?:\s|#.*\n)*item\s*:?\s*[{<]")
-# Of files beside a model, so much is read to see whether they are label maps.
-GLANCE = 4096
+# Of files beside a model, so many bytes are read to see whether they are label maps: many pages of a licence may come first.
+GLANCE = 1 << 20
+# What a user calls a label map: one of such a name that is not taken is told of.
+LABEL_MAP_NAME = re.compile(r"label.*map.*\.(pbtxt|txt)\Z", re.IGNORECASE)
+# What the lists of TF-slim and TFLite begin with, in the place of class 0; ??? also stands where no class is.
+BACKGROUND = {"background", "???"}
+COMMENT = re.compile(r"#(?:[\s#]|\Z)")  # "#1" may be a name
+# Lines that are more than a name: a number before it, or behind it, where a space proves nothing ("class 1").
+NUMBER_FIRST = re.compile(r"(\d{1,6})(\s*[:;,=|\t.)]\s*|\s+)(\S.*)")
+NUMBER_LAST = re.compile(r"(\S.*?)\s*[:;,=|\t]\s*(\d{1,6})")
 
 
 def read_labels(path, num_classes):
@@ -47,17 +56,72 @@ def read_labels(path, num_classes):
         ) from error
     except ValueError as error:
         raise UserError(f"--labels {path}: it is not text; give a label_map.pbtxt or a text file") from error
-    if Path(path).suffix == ".pbtxt" or LABEL_MAP.match(text):
-        return _label_map_names(path, text, num_classes)
-    names = [line.strip() or None for line in text.splitlines()]
-    while names and names[-1] is None:
-        names.pop()
-    if len(names) != num_classes:
+    if Path(path).suffix.lower() == ".pbtxt" or LABEL_MAP.match(text):
+        names = _label_map_names(path, text, num_classes)
+    else:
+        names = _list_names(path, text, num_classes)
+    repeated = sorted(name for name, count in collections.Counter(filter(None, names)).items() if count > 1)
+    if repeated:
+        more = f" (and {len(repeated) - 1} more such)" if repeated[1:] else ""
+        warn(f"{path}: {repeated[0]!r} is the name of {names.count(repeated[0])} classes{more}")
+    return names
+
+
+def _list_names(path, text, num_classes):
+    """The names of a text file with one name a line."""
+    every = [line.strip() for line in text.splitlines()]
+    while every and not every[-1]:
+        every.pop()
+    lines = [line for line in every if not COMMENT.match(line)]
+    used, comments = [line for line in lines if line], len(every) - len(lines)
+    # A heading (`names:`, `id,name`) makes one line too many.
+    form = _form(used) or (_form(used[1:]) if len(used) > num_classes else None)
+    if form:
+        raise UserError(f"--labels {path}: {form}; give one bare name a line, or a label_map.pbtxt")
+    background = bool(lines) and lines[0].lower() in BACKGROUND
+    if background and len(lines) == num_classes:
         raise UserError(
-            f"--labels {path}: {len(names)} lines for {num_classes} classes; one name a line, in class order,"
+            f"--labels {path}: its first line, {lines[0]!r}, takes the place of a class: {num_classes - 1} names for"
+            f" {num_classes} classes; give the names of all, in class order, without a background"
+        )
+    if background and len(lines) == num_classes + 1:
+        warn(f"{path}: its first line, {lines[0]!r}, is left out: the model's classes are counted without a background")
+        lines = lines[1:]
+    if len(lines) != num_classes:
+        apart = f" ({comments} more are comments, # ...)" if comments else ""
+        raise UserError(
+            f"--labels {path}: {len(lines)} lines for {num_classes} classes{apart}; one name a line, in class order,"
             " without a background"
         )
+    if comments:
+        warn(f"{path}: lines that begin with # are left out as comments: {comments}")
+    names = [None if line in ("", "???") else line for line in lines]
+    if None in names:
+        warn(f"{path}: {names.count(None)} of {num_classes} classes are without a name: blank lines, or ???")
     return names
+
+
+def _form(lines):
+    """What lines seem to be that are no bare names, else None. lines: without blank ones."""
+    if not lines:
+        return None
+    if (lines[0][0], lines[-1][-1]) in (("[", "]"), ("{", "}")):
+        return "it seems to be JSON"
+    if all(line.startswith("- ") for line in lines):
+        return "it seems to be YAML"
+    first, last = ([pattern.fullmatch(line) for line in lines] for pattern in (NUMBER_FIRST, NUMBER_LAST))
+    if all(first) and _runs(match[1] for match in first):
+        # "1 euro" and "2 euro" are names, as are "1 finger" and "2 fingers": what is numbered differs throughout.
+        apart = len({match[3] for match in first}) == len(lines) > 1
+        if apart or all(match[2].strip() for match in first):
+            return "its lines are numbered"
+    return "its lines are numbered" if all(last) and _runs(match[2] for match in last) else None
+
+
+def _runs(numbers):
+    """Whether texts of numbers count from 0 or from 1."""
+    numbers = [int(number) for number in numbers]
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers))) and numbers[0] in (0, 1)
 
 
 def _label_map_names(path, text, num_classes):
@@ -66,20 +130,31 @@ def _label_map_names(path, text, num_classes):
         text_format.Parse(text, label_map, allow_unknown_field=True)
     except text_format.ParseError as error:
         raise UserError(f'--labels {path}: line {error}; an item is `item {{ id: 1 name: "cat" }}`') from error
-    names = {}
+    names, twice = {}, []
     for item in label_map.item:
         name = item.display_name or item.name or None
-        if item.id == 0 and name == "background":
+        # TFOD's label_map_util asks for the name, whatever is displayed.
+        if item.id == 0 and "background" in (item.name, name):
             continue
-        if item.id in names:
-            raise UserError(f"--labels {path}: two items have the id {item.id} ({names[item.id]!r}, {name!r})")
+        if item.id in names and names[item.id] != name:
+            raise UserError(
+                f"--labels {path}: two items have the id {item.id} ({names[item.id]!r}, {name!r}); give each class its own"
+            )
         if not 1 <= item.id <= num_classes:
             raise UserError(f"--labels {path}: {name!r} has the id {item.id}, the model's ids are 1 to {num_classes}")
+        twice += [item.id] if item.id in names else []
         names[item.id] = name
     if num_classes not in names:
         raise UserError(
             f"--labels {path}: its ids end at {max(names, default=0)}, the model has {num_classes} classes; give its own"
         )
+    nameless = list(names.values()).count(None)
+    if nameless == len(names):
+        raise UserError(f'--labels {path}: no item has a name; an item is `item {{ id: 1 name: "cat" }}`')
+    if nameless:
+        warn(f"{path}: {nameless} of its {len(names)} items are without a name")
+    if twice:
+        warn(f"{path}: items that stand there twice, the same both times: id {', '.join(map(str, twice[:9]))}")
     return [names.get(number) for number in range(1, num_classes + 1)]
 
 
@@ -157,15 +232,29 @@ def find_labels(folders, num_classes):
 
 
 def label_files(folder):
-    """The paths of the label maps and the labels.txt that lie in a folder."""
-    paths = [*sorted(Path(folder).glob("*.pbtxt")), Path(folder, "labels.txt")]
-    return [path for path in paths if path.is_file() and _holds_names(path)]
+    """The paths of the label maps and the labels.txt that lie in a folder. Warns of what is called a label map and is none."""
+    paths = [path for path in Path(folder).glob("*") if path.suffix.lower() == ".pbtxt" or _is_list(path)]
+    paths = sorted(filter(Path.is_file, paths), key=lambda path: (_is_list(path), path))  # lists of names last
+    found = [path for path in paths if _holds_names(path)]
+    for path in paths:
+        if path not in found and LABEL_MAP_NAME.search(path.name):
+            warn(f'{path} is not taken: a label map begins with `item {{ id: 1 name: "cat" }}`, comments with #')
+    return found
+
+
+def _is_list(path):
+    """Whether a file may be a list of names, by its own name."""
+    return path.name == "labels.txt" or (path.suffix.lower() == ".txt" and bool(LABEL_MAP_NAME.search(path.name)))
 
 
 def _holds_names(path):
-    """Whether a file beside a model is a label map, or a text file, which labels.txt alone can be."""
+    """Whether a file beside a model is a label map, or may be a list of names."""
     with open(path, "rb") as file:
-        return path.suffix == ".txt" or bool(LABEL_MAP.match(file.read(GLANCE).decode("utf-8-sig", errors="replace")))
+        data = file.read(GLANCE)
+    try:
+        return _is_list(path) or bool(LABEL_MAP.match(decode_text(data, errors="replace")))
+    except ValueError:
+        return False
 
 
 def labels_of(path, metadata, engine):
