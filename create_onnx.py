@@ -255,12 +255,13 @@ def with_keypoints(options, model, label_file):
     count = model.network.shapes["joint_logits"][-1]
     names, skeleton = keypoint_names(label_file, model.config.keypoint_estimation_task, count)
     skeleton = options.skeleton or skeleton or ()
-    if any(end >= count for edge in skeleton for end in edge):
+    known = tuple(edge for edge in skeleton if all(0 <= end < count for end in edge))
+    if len(known) < len(skeleton):
         warn(
-            f"keypoint_edge of the pipeline.config joins a keypoint that there is not: the model has {count}; left out"
+            f"keypoint_edge of the pipeline.config joins a keypoint that there is not: the model has {count};"
+            f" {len(skeleton) - len(known)} of {len(skeleton)} left out"
         )
-        skeleton = ()
-    return dataclasses.replace(options, keypoints=names, skeleton=skeleton)
+    return dataclasses.replace(options, keypoints=names, skeleton=known)
 
 
 def find_class_names(path, folder, config):

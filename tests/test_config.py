@@ -12,9 +12,13 @@ import pytest
 from conftest import DEMO_MODEL, ROOT, ZOO, ZOO_ONLY, model_folder, need_shared, variants
 from google.protobuf import text_format
 
+import create_onnx
+from demo import tiny_centernet
 from demo import tiny_mask_rcnn as tiny
-from tfod.config import ENUMS, FIELDS, MESSAGES, describe_resizer, read_pipeline_config
-from tfod.saved_model import find_pipeline_config, find_saved_model
+from demo.tiny_keypoints import Joints
+from tfod.config import ENUMS, FIELDS, MESSAGES, describe_resizer, read_pipeline_config, read_skeleton
+from tfod.convert import Options, read_model
+from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model
 
 DEMO_TEXT = (DEMO_MODEL / "pipeline.config").read_text()
 MASK_TEXT = tiny.pipeline_config(tiny.Export())
@@ -440,6 +444,49 @@ def test_hostile_text_is_told_at_once(tmp_path, text):
     begun = time.process_time()
     refusal(tmp_path, text)
     assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize(
+    ("edges", "joined"),
+    [
+        ("keypoint_edge { start: 0 end: 4 } keypoint_edge: {\n start: 4\n end: 3 }", ((0, 4), (4, 3))),
+        ("keypoint_edge { end: 1 start: 2 }", ((2, 1),)),
+        ("keypoint_edge < start: 1; end: 2; >", ((1, 2),)),
+        ("keypoint_edge { end: 3 }", ((0, 3),)),  # proto2's 0
+        ("keypoint_edge { start: 0x2, # from\n end: 1 }", ((2, 1),)),
+        ("keypoint_edge: [{ start: 1 end: 2 }, { end: 2 }]", ((1, 2), (0, 2))),
+        ("# keypoint_edge { start: 1 end: 2 }", ()),
+        ('all_metrics: "# { keypoint_edge { start: 5 end: 6 }" keypoint_edge { start: 1 end: 2 }', ((1, 2),)),
+        ("", ()),
+    ],
+)
+def test_lines_between_keypoints(tmp_path, capsys, edges, joined):
+    """As protobuf's text format has them, whatever else of the file is broken."""
+    path = tmp_path / "pipeline.config"
+    path.write_text(DEMO_TEXT + 'eval_config: {\n input_path: "X" s\n' + edges + "\n}")
+    assert read_skeleton(path) == joined
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "edge", ["{ start: one end: 2 }", "{ from: 1 end: 2 }", "{ start: 1 { end: 2 } }", "{ start: 1 end:"]
+)
+def test_a_line_between_keypoints_that_cannot_be_read_is_told_of(tmp_path, capsys, edge):
+    path = tmp_path / "pipeline.config"
+    path.write_text(f"eval_config {{\n keypoint_edge {{ start: 1 end: 2 }}\n keypoint_edge {edge}")
+    assert read_skeleton(path) == ((1, 2),)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: line 3: keypoint_edge {{" in line
+    assert "is left out" in line
+
+
+def test_a_line_to_a_keypoint_that_there_is_not_drops_itself_alone(tmp_path, capsys):
+    tiny_centernet.save_export(tmp_path, tiny_centernet.Export(classes=1, side=64, joints=Joints(class_id=0)))
+    with SavedModel(tmp_path / "saved_model") as saved_model:
+        model = read_model(saved_model, read_pipeline_config(tmp_path / "pipeline.config"))
+    options = create_onnx.with_keypoints(Options(skeleton=((0, 4), (4, 5), (-1, 2), (3, 1))), model, None)
+    assert options.skeleton == ((0, 4), (3, 1))
+    assert "the model has 5; 2 of 4 left out" in capsys.readouterr().err
 
 
 def test_a_refusal_is_one_line_before_tensorflow_starts(tmp_path):

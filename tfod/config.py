@@ -13,7 +13,7 @@ from commandline import UserError, warn
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from images.resizing import keep_aspect_size
-from tfod.config_text import ConfigText, Field, read_text
+from tfod.config_text import CLOSING, OPENING, TOKEN, ConfigText, Field, read_text
 
 # message -> "field:type=default ..."; a type that is no scalar names another message or an enum, * is a repeated field.
 # All of TFOD's fields are here, so that a misspelt one is seen: of those without a type nothing is read.
@@ -57,6 +57,7 @@ SCHEMA = {
     " clip_out_of_frame_keypoints rescoring_threshold gaussian_denom_ratio argmax_postprocessing heatmap_head_params"
     " offset_head_params regress_head_params",
     "KeypointStd": "key:string value",
+    "KeypointEdge": "start:int32=0 end:int32=0",  # of eval_config
     # Of all three meta-architectures.
     "FeatureExtractor": "type:string batch_norm_trainable bgr_ordering bifpn channel_means channel_stds conv_hyperparams"
     " depth_multiplier first_stage_features_stride fpn min_depth num_layers override_base_feature_extractor_hyperparams"
@@ -92,8 +93,6 @@ ENUMS = {
     "ScoreConverter": ("IDENTITY", "SIGMOID", "SOFTMAX"),
     "ResizeMethod": ("BILINEAR", "NEAREST_NEIGHBOR", "BICUBIC", "AREA"),
 }
-KEYPOINT_EDGE = re.compile(r"\bkeypoint_edge\s*:?\s*\{\s*start\s*:\s*(\d{1,4})\s*,?\s*end\s*:\s*(\d{1,4})\s*\}")
-COMMENT = re.compile(r"#.*")
 # Of a camera's pictures, height and width: for the message that asks for --image_size.
 EXAMPLE_SIZE = (1080, 1920)
 # field -> (least, most): what a model can mean. The most is several times what is in use; numbers beyond it are slips of
@@ -378,9 +377,39 @@ def _refuse_post_processing(post, resizer, refuse):
 
 
 def read_skeleton(path):
-    """Pairs of keypoints, from 0, that eval_config's keypoint_edge joins in pictures: a tuple, empty where there are none."""
-    edges = KEYPOINT_EDGE.findall(COMMENT.sub("", read_text(Path(path))))
-    return tuple((int(start), int(end)) for start, end in edges)
+    """Pairs of keypoints, from 0, that eval_config's keypoint_edge joins in pictures: a tuple, empty where there are none.
+
+    Warns of an edge that cannot be read: it is left out.
+    """
+    text, edges = read_text(Path(path)), []
+    for start, end in _spans(text, "keypoint_edge"):
+        edge, contents = MESSAGES["KeypointEdge"](), text[start:end]
+        try:
+            text_format.Merge(contents, edge)
+        except text_format.ParseError:
+            line, contents = text.count("\n", 0, start) + 1, " ".join(contents.split())[:60]
+            warn(
+                f"{path}: line {line}: keypoint_edge {{{contents}}} is left out; it has a start and an end, both numbers"
+            )
+        else:
+            edges.append((edge.start, edge.end))
+    return tuple(edges)
+
+
+def _spans(text, name):
+    """Yields (begin, end) of what stands between the braces of each field of that name, wherever it is; of a list too.
+
+    The field's messages have none within them.
+    """
+    tokens = [token for token in TOKEN.finditer(text) if not token[0].startswith("#")]
+    words = [token[0] for token in tokens]
+    for i in (i for i, word in enumerate(words) if word == name):
+        i += 1 + (words[i + 1 : i + 2] == [":"])
+        while i < len(words) and words[i] in OPENING:
+            end = next((j for j in range(i + 1, len(words)) if words[j] in CLOSING), None)
+            stop = tokens[end].start() if end else len(text)
+            yield tokens[i].end(), stop
+            i = end + 1 if end else len(words)
 
 
 def wrong_config(folder, what):
