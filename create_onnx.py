@@ -37,7 +37,7 @@ from images.decoding import ImageError, load_image
 from runtimes import standard_graph
 from tfod.config import describe_resizer, read_pipeline_config, read_skeleton
 from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
-from tfod.labels import find_labels, keypoint_names, read_labels
+from tfod.labels import COCO_CLASSES, find_labels, keypoint_names, read_labels
 from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model, model_files, naming_model
 
 UNCHECKED = "an engine may leave out the weakest of so many detections; the check, without --no_check, says which"
@@ -272,6 +272,10 @@ def find_class_names(path, folder, config):
     path, names = find_labels([folder.resolve().parent, folder, folder / "assets"], count)
     if path:
         print(f"Class names: {count}, of {path}")
+    elif count == COCO_CLASSES:
+        print(f"Class names: COCO's {count}")
+    else:
+        print("No class names found: put a label_map.pbtxt beside saved_model/, or name one with --labels")
     return path, names
 
 

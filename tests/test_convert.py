@@ -492,6 +492,25 @@ def test_two_stages_compare_what_they_choose_from(exported, capsys):
     assert rows, printed
 
 
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [(5, "No class names found: put a label_map.pbtxt beside saved_model/"), (90, "Class names: COCO's 90\n")],
+)
+def test_a_model_without_names_says_so(tmp_path, capsys, classes, said):
+    """Before anything is converted; where there are names, it says whose."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL, folder)
+    (folder / "labels.txt").unlink()
+    config = read_pipeline_config(folder / "pipeline.config")
+    config.ssd.num_classes = classes
+    assert create_onnx.find_class_names(None, folder / "saved_model", config) == (None, None)
+    assert capsys.readouterr().out.startswith(said)
+    assert create_onnx.find_class_names(
+        DEMO_MODEL / "labels.txt", folder, read_pipeline_config(folder / "pipeline.config")
+    )[1]
+    assert capsys.readouterr().out == ""
+
+
 def test_pictures_of_the_users_own(tmp_path, capsys):
     options = ["--saved_model", str(DEMO_MODEL), "--onnx", str(tmp_path / "m.onnx"), "--check_image"]
     assert create_onnx.main([*options, str(DEMO / "images")]) == 0
