@@ -130,6 +130,30 @@ def test_an_unchecked_file_says_that_much(capsys, tmp_path):
         assert ("an engine may leave out the weakest" in capsys.readouterr().err) == said
 
 
+@pytest.mark.parametrize("key", ["demo", "fpnlite", "limit_2_of_4", pytest.param("total_1000", marks=zoo)])
+def test_the_graph_tells_its_own_limit_of_a_class(key, tmp_path, capsys):
+    """The config's is checked against it: the pictures need not have so many of one class."""
+    folder = model_folder(key)
+    options = ["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")]
+    text = (folder / "pipeline.config").read_text()
+    most, total = (
+        int(re.search(rf"max_{name}: (\d+)", text)[1]) for name in ("detections_per_class", "total_detections")
+    )
+    config = config_with(tmp_path, folder, most // 2, total)
+    assert create_onnx.main([*options, "--pipeline_config", config]) == 1
+    assert (
+        "FAILED: the pipeline.config is not that of the export: its max_detections_per_class is"
+        f" {most // 2}, the graph's {most}; give the export's own\n" in capsys.readouterr().out
+    )
+    assert create_onnx.main([*options, "--pipeline_config", config, "--no_check"]) == 0
+
+
+def test_a_limit_beyond_the_total_changes_nothing(tmp_path):
+    config = config_with(tmp_path, model_folder("demo"), 200, 100)
+    options = ["--saved_model", str(model_folder("demo")), "--onnx", str(tmp_path / "m.onnx")]
+    assert create_onnx.main([*options, "--pipeline_config", config]) == 0
+
+
 @pytest.fixture(scope="module")
 def trained():
     """The demo's network with its weights."""
@@ -151,6 +175,9 @@ def test_combined_suppression(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "PASSED: 480 detections" in printed
     assert " 0 unmatched" in printed
+    config = config_with(tmp_path, tmp_path / "export", 14, 60)
+    assert create_onnx.main([*options, "--pipeline_config", config]) == 1
+    assert "its max_detections_per_class is 14, the graph's 15" in capsys.readouterr().out
 
 
 def test_an_export_that_decodes_is_compared(trained, tmp_path):

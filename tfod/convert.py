@@ -16,7 +16,8 @@ import onnx_utils
 from tfod import centernet, faster_rcnn, ssd
 from tfod.config import describe_resizer, wrong_config
 from tfod.fake_quant import drop_transposes, write_fake_quants
-from tfod.graph import detach_weights, merge_equals, node_name, tensor_name
+from tfod.graph import before_reshaping, detach_weights, merge_equals, node_name, tensor_name
+from tfod.nms import find_nms_nodes
 from tfod.preprocessing import Colours, add_inputs, check_colours, find_preprocessed_images, probe_preprocessing
 from tfod.tensorflow_import import silenced
 from tfod.weighted_sums import write_weighted_sums
@@ -84,6 +85,7 @@ class Model:
     colours: Colours
     parts: object  # Parts of the meta-architecture
     network: Network
+    class_limit: int | None  # of find_class_limit
 
 
 def read_model(saved_model, model_config, image_size=None):
@@ -112,7 +114,42 @@ def read_model(saved_model, model_config, image_size=None):
     parts = architecture.find(frozen, images, config, resizer)
     network = convert_network(frozen, parts.inputs, parts.outputs)
     architecture.check_config(network, parts, config, folder)
-    return Model(kind, config, folder, resizer, colours, parts, network)
+    return Model(kind, config, folder, resizer, colours, parts, network, find_class_limit(frozen))
+
+
+def find_class_limit(frozen):
+    """How many detections of one class the graph's last suppression gives at most: its max_output_size (_per_class of the
+    combined one). None where there is none, or the number is not plain: as a loop (use_static_shapes), say.
+    """
+    nodes = frozen.ancestors(frozen.outputs["detection_boxes"])
+    found = {name for name, op in nodes.items() if op.startswith(("NonMaxSuppression", "CombinedNonMaxSuppression"))}
+    if RAW_OUTPUTS[0] in frozen.outputs:
+        found -= find_nms_nodes(frozen, frozen.outputs[RAW_OUTPUTS[0]])  # the proposals'
+    limits = {_constant_limit(frozen, frozen.inputs(name)[2]) for name in found}
+    return limits.pop() if len(limits) == 1 else None
+
+
+def _constant_limit(frozen, tensor):
+    """The number of a limit that is a constant, or the lesser of one and the number of boxes (TFOD); None else."""
+    tensor = before_reshaping(frozen, tensor)
+    if frozen.op(tensor) != "Minimum":
+        value = frozen.constant(tensor)
+        return None if value is None or value.size != 1 else int(value.item())
+    limit, boxes = frozen.inputs(tensor)
+    return _constant_limit(frozen, limit) if frozen.op(boxes) == "StridedSlice" else None
+
+
+def other_class_limit(model):
+    """(max_detections_per_class of the config, that of the graph) where they differ to any effect; None else."""
+    if model.class_limit is None:
+        return None
+    two_stages = model.kind == "faster_rcnn"
+    post = model.config.second_stage_post_processing if two_stages else model.config.post_processing
+    nms = post.batch_non_max_suppression
+    boxes = model.config.first_stage_max_proposals if two_stages else len(model.parts.anchors)
+    most = min(nms.max_total_detections, boxes)
+    ours, theirs = nms.max_detections_per_class, model.class_limit
+    return None if nms.use_class_agnostic_nms or min(ours, most) == min(theirs, most) else (ours, theirs)
 
 
 def write_model(model, options, raw=False):
