@@ -28,6 +28,8 @@ import onnx_graphsurgeon as gs
 import onnx_utils
 from checks.conversion import (
     BUILT_IN,
+    PHOTOS,
+    TOLERANCE,
     Verdict,
     check_conversion,
     check_override,
@@ -235,12 +237,22 @@ def make(folder, config, options, args, pictures, label_file, step):
         print(f"--first_nms_threshold {first:g} changes the proposals: that threshold itself is not checked")
     passed = all(verdict.word == "PASSED" for verdict in verdicts)
     size = Path(args.onnx).stat().st_size / 1e6
-    following = command("infer.py", "--engine", args.onnx, "--input", "IMAGES", "--output", "results")
-    if not passed:
-        sides = "--engine", args.onnx, "--saved_model", args.saved_model
-        following = command("compare_tf.py", *sides, "--input", "IMAGES", "--output", "comparison")
-    print(f"Wrote {args.onnx} ({size:.1f} MB). Next: {following}")
+    print(f"Wrote {args.onnx} ({size:.1f} MB). Next: {next_command(args, verdicts)}")
     return 0 if passed else 1
+
+
+def next_command(args, verdicts):
+    """What to run next: where the check failed, what shows how: the check's own pictures, weak detections too, and its tolerance."""
+    if any(verdict.other_config for verdict in verdicts):
+        wanted = "--saved_model", args.saved_model, "--pipeline_config", "THE_EXPORTS_OWN", "--onnx", args.onnx
+        return command("create_onnx.py", *wanted)
+    if all(verdict.word == "PASSED" for verdict in verdicts):
+        return command("infer.py", "--engine", args.onnx, "--input", "IMAGES", "--output", "results")
+    sides = "--engine", args.onnx, "--saved_model", args.saved_model
+    failed = any(verdict.word == "FAILED" for verdict in verdicts)
+    pictures = args.check_image or (PHOTOS if failed else "IMAGES")
+    strictly = "--nms_threshold", "0", "--tolerance", f"{TOLERANCE:g}"
+    return command("compare_tf.py", *sides, "--input", pictures, *strictly, "--output", "comparison")
 
 
 def write(model, options, ops, raw=False):
@@ -298,7 +310,7 @@ def check(saved_model, model, written, options, args, pictures):
         return [], UNCHECKED if short else None
     if limits := other_class_limit(model):  # pictures need not have so many of one class
         text = "the pipeline.config is not that of the export: its max_detections_per_class is {}, the graph's {}"
-        return [Verdict("FAILED", f"{text.format(*limits)}; give the export's own")], None
+        return [Verdict("FAILED", f"{text.format(*limits)}; give the export's own", other_config=True)], None
     where = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {args.check_image}" if pictures else BUILT_IN
     reference = written if options == options.by_config else write(model, options.by_config, args.ops)
     verdicts = [

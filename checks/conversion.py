@@ -55,6 +55,7 @@ class Verdict:
 
     word: str  # PASSED, FAILED or NOT CHECKED
     text: str  # a sentence on what was compared, or on what to do
+    other_config: bool = False  # it failed as the pipeline.config is another export's
 
     def __str__(self):
         return f"{self.word}: {self.text}"
@@ -72,7 +73,7 @@ def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUI
         metadata, spec = detector.metadata, detector.input
         found = parity.join([parity.compare(saved_model, detector, x, TOLERANCE) for x in pictures])
     if found.lowest_score < metadata["config_score_threshold"] - THRESHOLD_ROUNDING:
-        return Verdict("FAILED", another_threshold(metadata, found.lowest_score, where))
+        return Verdict("FAILED", another_threshold(metadata, found.lowest_score, where), other_config=True)
     allowed = parity.allowed_unmatched(metadata) * len(pictures)
     reports, compared = [found], f"{found.compared} detections"
     if found.compared + found.unmatched < ENOUGH:

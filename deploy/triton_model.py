@@ -18,7 +18,6 @@ from images.resizing import preprocess
 from runtimes import open_detector
 from runtimes.detector import input_spec, network_inputs, output_names, split_detections
 from runtimes.processes import processor_count
-from tfod.labels import read_labels
 
 MAX_THREADS = 8
 
@@ -84,8 +83,11 @@ def images_of(request):
 
 
 def class_names(path, num_classes):
-    """The names in a labels file, by class; a class without a name is called by its number."""
-    return [name or str(label) for label, name in enumerate(read_labels(path, num_classes))]
+    """The names in the file that export_triton.py wrote, a class a line, as they stand. Raises ValueError for another number."""
+    names = path.read_text(encoding="utf-8").splitlines()
+    if len(names) != num_classes:
+        raise ValueError(f"{path}: {len(names)} lines for {num_classes} classes")
+    return names
 
 
 def open_network(folder, parameters, args):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import onnx
 import pytest
 from conftest import DEMO, DEMO_MODEL, ROOT, model_folder
 
+import compare_tf
 import create_onnx
 import onnx_utils
 from checks import parity
@@ -387,14 +389,20 @@ def test_unsupported_models_are_named_at_once(tmp_path, meta):
     assert len(process.stderr.splitlines()) == 1
 
 
-def test_a_failed_check_exits_1(tmp_path, capsys):
-    """A wrong decoder is caught: box scales other than the config's (which the graph's own decoder has)."""
+def test_a_failed_check_exits_1(tmp_path, capsys, monkeypatch):
+    """A wrong decoder is caught: box scales other than the config's (which the graph's own decoder has). What the last line
+    names shows it too."""
     folder = tmp_path / "model"
     shutil.copytree(DEMO_MODEL, folder)
     text = (folder / "pipeline.config").read_text()
     (folder / "pipeline.config").write_text(text.replace("y_scale: 10.0", "y_scale: 9.0"))
     status = create_onnx.main(["--saved_model", str(folder), "--onnx", str(tmp_path / "m.onnx")])
     assert status == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed
+    words = shlex.split(printed.splitlines()[-1].partition("compare_tf.py ")[2])
+    monkeypatch.chdir(tmp_path)
+    assert compare_tf.main(words) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
@@ -456,10 +464,10 @@ def test_a_config_with_another_threshold_fails(tmp_path, capsys):
         config = with_threshold(DEMO_MODEL, threshold, tmp_path / "p.config")
         assert create_onnx.main([*options, "--pipeline_config", config, *more]) == 1
         said = rf"FAILED: the pipeline\.config is not that of the export: its score_threshold is {threshold}, TensorFlow gives scores from"
-        lowest = re.search(
-            said + rf" (\S+) on in 3 built-in pictures;.* --first_nms_threshold {threshold}\n", capsys.readouterr().out
-        )
+        printed = capsys.readouterr().out
+        lowest = re.search(said + rf" (\S+) on in 3 built-in pictures;.* --first_nms_threshold {threshold}\n", printed)
         assert 0 < float(lowest[1]) < threshold
+        assert " --pipeline_config THE_EXPORTS_OWN --onnx " in printed.splitlines()[-1]
     assert create_onnx.main([*options, "--first_nms_threshold", "0.5"]) == 0
 
 
