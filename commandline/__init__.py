@@ -72,13 +72,22 @@ def _leave(*_):
     os._exit(130)
 
 
-def _stop(_, frame):
-    """A handler of signals: KeyboardInterrupt, but after an import that is going on.
+UNSTOPPED = set()  # code of functions
 
-    In the midst of one, packages of native code make an ImportError of it (onnxruntime), or crash.
+
+def unstopped(function):
+    """A decorator: a stop comes when the function has returned, which it does soon. What it has begun is known to who ends it."""
+    UNSTOPPED.add(function.__code__)
+    return function
+
+
+def _stop(_, frame):
+    """A handler of signals: KeyboardInterrupt, but after an import or an `unstopped` function that is going on.
+
+    In the midst of an import, packages of native code make an ImportError of it (onnxruntime), or crash.
     """
     while frame:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code in UNSTOPPED or frame.f_code.co_filename.startswith("<frozen importlib"):
             signal.setitimer(signal.ITIMER_REAL, 0.05)  # a SIGALRM, which comes here as well
             return
         frame = frame.f_back

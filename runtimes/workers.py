@@ -14,7 +14,7 @@ import shutil
 import time
 from multiprocessing.heap import Arena
 
-from commandline import UserError
+from commandline import UserError, unstopped
 
 import image_batcher
 from images import shared_memory
@@ -84,6 +84,7 @@ class Workers:
             if hasattr(items, "close"):
                 items.close()
 
+    @unstopped  # else a task could run, and write its results, that `finished` does not count
     def _begin(self, function, free, items):
         slot = free.popleft() if free else None
         if slot is not None:

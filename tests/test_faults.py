@@ -106,6 +106,31 @@ def test_sigterm_stops_as_ctrl_c_does(model, tmp_path, whom):
         assert process.returncode == 130 or "the system ended a process" in errors
 
 
+STOPPED_AS_IT_HANDS_OUT = """
+import os, signal
+from concurrent.futures import ProcessPoolExecutor as Pool
+handed = []
+def submit(pool, function, *args, given=Pool.submit):
+    future = given(pool, function, *args)
+    handed.append(function.__name__)
+    if handed.count("_call_each") == 5 and handed[-1] == "_call_each":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return future
+Pool.submit = submit
+"""
+
+
+def test_what_is_being_handed_out_is_counted(model, tmp_path):
+    """A stop between a task's beginning and what counts it: its pictures lie there and are among those that it says."""
+    images, out = many(tmp_path / "in", 3000), tmp_path / "out"
+    options = ["--engine", model, "--input", images, "--output", out]
+    process = start("infer.py", *options, cores=4, before=STOPPED_AS_IT_HANDS_OUT)
+    _, errors = ended(process)
+    done = int(re.search(r"stopped: the results of (\d+) of 3000 images are in", errors)[1])
+    assert len([path for path in check_files(out) if path.suffix == ".jpg"]) == done > 0
+    assert process.returncode == 130
+
+
 # Code that sends a signal from within: when the script imports NumPy, and at two moments of Python's own end, before and
 # after it takes its handlers away.
 IN_IMPORTS = """
