@@ -30,7 +30,7 @@ from checks.conversion import (
     BUILT_IN,
     PHOTOS,
     TOLERANCE,
-    Verdict,
+    check_class_limit,
     check_conversion,
     check_override,
     plugin_may_fall_short,
@@ -39,7 +39,7 @@ from checks.conversion import (
 from images.decoding import ImageError, load_image
 from runtimes import standard_graph
 from tfod.config import describe_resizer, read_pipeline_config, read_skeleton
-from tfod.convert import META_ARCHITECTURES, Options, other_class_limit, read_model, write_model
+from tfod.convert import META_ARCHITECTURES, Options, read_model, write_model
 from tfod.labels import COCO_CLASSES, find_labels, keypoint_names, read_labels
 from tfod.saved_model import SavedModel, find_pipeline_config, find_saved_model, model_files, naming_model
 
@@ -308,9 +308,8 @@ def check(saved_model, model, written, options, args, pictures):
     short = plugin_may_fall_short(written)
     if args.no_check:
         return [], UNCHECKED if short else None
-    if limits := other_class_limit(model):  # pictures need not have so many of one class
-        text = "the pipeline.config is not that of the export: its max_detections_per_class is {}, the graph's {}"
-        return [Verdict("FAILED", f"{text.format(*limits)}; give the export's own", other_config=True)], None
+    if failed := check_class_limit(model):
+        return [failed], None
     where = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} of {args.check_image}" if pictures else BUILT_IN
     reference = written if options == options.by_config else write(model, options.by_config, args.ops)
     verdicts = [

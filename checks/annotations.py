@@ -10,18 +10,16 @@ import contextlib
 import io
 import json
 import math
-import warnings
 from pathlib import Path
 
 from commandline import UserError, warn
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from checks.matching import id_text, match_images
-from images.aspect import LOOKED_AT, stored_orientation, warn_of_turned
+from images.aspect import LOOKED_AT, image_size, stored_orientation, warn_of_turned
 
 TABLES = ("images", "annotations", "categories")
 # A box may reach past the edge by a labeller's carelessness; from this share of the image on it is another format's box.
@@ -34,7 +32,6 @@ LARGEST = 1e5**2
 CROWD, NO_CROWD = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 # What a zip (as CVAT and Roboflow export) and a gzip begin with.
 COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b")
-ORIENTATION = 0x0112  # EXIF's tag; from 5 on the picture is stored lying on its side
 
 
 def open_annotations(path, files, exif_rotate=False):
@@ -383,18 +380,6 @@ def _are_ends(starts, lengths):
     """
     alike = min(starts.std(), lengths.std()) < 0.03
     return not alike and (lengths > starts).all() and np.corrcoef(starts, lengths)[0, 1] > 0.7
-
-
-def image_size(path, exif_rotate=False):
-    """(width, height) of an image file by its header, or None where it has none: what is wrong the loader says."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                turned = exif_rotate and image.getexif().get(ORIENTATION, 1) >= 5
-                return image.size[::-1] if turned else image.size
-    except Exception:  # Pillow's readers raise whatever a broken file leads them into
-        return None
 
 
 def keep_masks(path, truth, image_ids):

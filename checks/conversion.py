@@ -13,7 +13,7 @@ from onnx_utils import PLUGIN_MAX_PAIRS, TENSORRT_MAX_TOP_K, read_metadata
 from runtimes import standard_graph, trt_graph
 from runtimes.detector import detect_image, network_inputs
 from runtimes.ort_detector import OrtDetector
-from tfod.convert import META_ARCHITECTURES
+from tfod.convert import META_ARCHITECTURES, other_class_limit
 
 # The bound on normalised coordinates and scores. Float32 rounding alone reaches 1.2e-3 in a two-stage network
 # (TensorFlow's two sets of CPU kernels differ by as much); a wrong conversion is off by orders of magnitude more.
@@ -73,7 +73,7 @@ def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUI
         metadata, spec = detector.metadata, detector.input
         found = parity.join([parity.compare(saved_model, detector, x, TOLERANCE) for x in pictures])
     if found.lowest_score < metadata["config_score_threshold"] - THRESHOLD_ROUNDING:
-        return Verdict("FAILED", another_threshold(metadata, found.lowest_score, where), other_config=True)
+        return another_threshold(metadata, found.lowest_score, where)
     allowed = parity.allowed_unmatched(metadata) * len(pictures)
     reports, compared = [found], f"{found.compared} detections"
     if found.compared + found.unmatched < ENOUGH:
@@ -103,14 +103,25 @@ def check_conversion(saved_model, path, reference, raw, pictures=None, where=BUI
 
 
 def another_threshold(metadata, lowest, where):
-    """What to say where TensorFlow gives a detection that scores `lowest`, less than the config's threshold: the comparison,
+    """The Verdict where TensorFlow gives a detection that scores `lowest`, less than the config's threshold: the comparison,
     which begins at that, would see none of these."""
     threshold = metadata["config_score_threshold"]
     option = META_ARCHITECTURES[metadata["meta_architecture"]].THRESHOLD_OPTION
-    return (
-        f"the pipeline.config is not that of the export: its score_threshold is {threshold:g}, TensorFlow gives scores from"
-        f" {lowest:.3g} on in {where}; give the export's own, and a threshold of yours with --{option} {threshold:g}"
-    )
+    differs = f"score_threshold is {threshold:g}, TensorFlow gives scores from {lowest:.3g} on in {where}"
+    return another_config(differs, f", and a threshold of yours with --{option} {threshold:g}")
+
+
+def check_class_limit(model):
+    """The Verdict on a config that lets another number of one class through than the graph; None where it does not. The
+    comparison may not tell: pictures need not have so many."""
+    limits = other_class_limit(model)
+    return another_config("max_detections_per_class is {}, the graph's {}".format(*limits)) if limits else None
+
+
+def another_config(differs, more=""):
+    """The Verdict on a pipeline.config that is another export's, and in what it differs."""
+    text = f"the pipeline.config is not that of the export: its {differs}; give the export's own{more}"
+    return Verdict("FAILED", text, other_config=True)
 
 
 def compare_raw(saved_model, model, pictures, metadata, spec):

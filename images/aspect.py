@@ -33,9 +33,9 @@ def choose_fit(metadata, fit, files=(), exif_rotate=False):
         resizer["fit"] = True
         warn(f"--fit: where an image's aspect ratio is not that of {made_for}, results differ from TensorFlow's")
         return
-    others = [(path, size) for path in files if (size := _size(path, exif_rotate)) and not _suits(*size, resizer)]
+    others = [(path, size) for path in files if (size := image_size(path, exif_rotate)) and not _suits(*size, resizer)]
     if others:
-        path, (height, width) = others[0]
+        path, (width, height) = others[0]
         raise UserError(
             f"{len(others)} of {len(files)} images have another aspect ratio than {made_for} (width x height), which the model"
             f" was converted for ({path}: {width} x {height}): convert for theirs, create_onnx.py --image_size"
@@ -43,18 +43,19 @@ def choose_fit(metadata, fit, files=(), exif_rotate=False):
         )
 
 
-def _suits(height, width, resizer):
+def _suits(width, height, resizer):
     size = keep_aspect_size(height, width, resizer["min_dimension"], resizer["max_dimension"])
     return size == (resizer["height"], resizer["width"])
 
 
-def _size(path, exif_rotate):
-    """(height, width) of an image file, from its beginning; None where that cannot be read."""
+def image_size(path, exif_rotate=False):
+    """(width, height) of an image file by its header, or None where it has none: what is wrong the loader says."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            return (width, height) if exif_rotate and is_on_its_side(image) else (height, width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                return image.size[::-1] if exif_rotate and is_on_its_side(image) else image.size
+    except Exception:  # Pillow's readers raise whatever a broken file leads them into
         return None
 
 

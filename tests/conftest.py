@@ -135,6 +135,12 @@ def convert(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def demo_model(convert):
+    """The ONNX file of the demo's model, for any number of images."""
+    return convert("demo", "--batch_size", "dynamic")[0]
+
+
 def made_for_one_size(model, path):
     """Writes a model that pads its images as `path`, told that it was made for images of 64 x 128 alone; returns that."""
     changed = onnx_utils.load(model)

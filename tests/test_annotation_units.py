@@ -8,17 +8,12 @@ import pytest
 from coco_files import SIZES, sound, write
 from conftest import DEMO, need_shared
 from PIL import Image
+from test_annotations_in_scripts import evaluated
 
-import eval_coco
 from checks.annotations import keep_keypoints, keep_masks, load_annotations, open_annotations
 
 TRUTH = DEMO / "instances_shapes.json"
 PICTURES = sorted((DEMO / "images").glob("*.jpg"))
-
-
-@pytest.fixture(scope="module")
-def demo_model(convert):
-    return convert("demo", "--batch_size", "dynamic")[0]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +43,12 @@ def said_of(content, folder, capsys, files=PICTURES):
     return truth, lines
 
 
-def evaluated(model, images, annotations, capsys, *options):
+def average_precision(model, images, annotations, capsys, *options):
     """(AP, what was said) of eval_coco.py."""
-    output = annotations.parent / "out"
-    names = {"--engine": model, "--input": images, "--annotations": annotations, "--output": output}
-    capsys.readouterr()
-    eval_coco.main([*(str(text) for pair in names.items() for text in pair), "--pictures", "0", *options])
-    return json.loads((output / "metrics.json").read_text())["AP"], capsys.readouterr().err
+    metrics, _, said = evaluated(
+        capsys, model, images, annotations, annotations.parent / "out", "--pictures", "0", *options
+    )
+    return metrics["AP"], said
 
 
 def in_shares(_, note, image):
@@ -112,7 +106,7 @@ def test_large_objects_are_not_taken_for_corners(kind, tmp_path, capsys):
 
 def test_boxes_in_shares_are_said_of_a_part_of_the_file(demo_model, tmp_path, capsys):
     path = write(tmp_path / "a.json", changed(lambda i, note, image: i >= 20 and in_shares(i, note, image)))
-    ap, said = evaluated(demo_model, DEMO / "images", path, capsys)
+    ap, said = average_precision(demo_model, DEMO / "images", path, capsys)
     assert ap < 0.8
     assert said.count("\n") == 1
     assert "10 of 30 boxes lie within one pixel; COCO's are in pixels, not in shares of the image" in said
@@ -145,7 +139,7 @@ def test_boxes_beside_or_before_their_image_reach_beyond_it(move, tmp_path, caps
 
 
 def test_percents_are_said(demo_model, tmp_path, capsys):
-    ap, said = evaluated(demo_model, DEMO / "images", write(tmp_path / "a.json", changed(in_percents)), capsys)
+    ap, said = average_precision(demo_model, DEMO / "images", write(tmp_path / "a.json", changed(in_percents)), capsys)
     assert ap < 0.1
     assert said.count("\n") == 1
     assert "all boxes lie within the upper left 100 x 100 pixels of larger images: percents?" in said
@@ -209,7 +203,7 @@ def test_single_areas_that_do_not_fit_are_slips(tmp_path, capsys):
 
 def test_areas_beyond_all_images_do_not_empty_the_numbers(demo_model, tmp_path, capsys):
     path = write(tmp_path / "a.json", changed(lambda _, note, __: note.update(area=1e300)))
-    ap, said = evaluated(demo_model, DEMO / "images", path, capsys)
+    ap, said = average_precision(demo_model, DEMO / "images", path, capsys)
     assert ap == pytest.approx(0.901, abs=2e-3)
     assert "crowds alone" not in said
 
@@ -359,11 +353,11 @@ def turned(tmp_path):
 def test_photos_stored_turned_are_said_where_sizes_do_not_tell(orientation, demo_model, turned, tmp_path, capsys):
     images = turned(orientation)
     path = shutil.copy(TRUTH, tmp_path / "a.json")
-    ap, said = evaluated(demo_model, images, path, capsys)
+    ap, said = average_precision(demo_model, images, path, capsys)
     assert ap < 0.5
     assert said.count("\n") == 1
     assert "8 of the first 8 images are stored turned (EXIF)" in said
-    ap, said = evaluated(demo_model, images, path, capsys, "--exif_rotate")
+    ap, said = average_precision(demo_model, images, path, capsys, "--exif_rotate")
     assert ap > 0.8
     assert said == ""
 

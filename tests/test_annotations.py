@@ -21,13 +21,13 @@ import eval_coco
 from checks import coco
 from checks.annotations import (
     encode_segmentation,
-    image_size,
     keep_masks,
     load_annotations,
     open_annotations,
     run_lengths,
 )
 from checks.matching import id_text, match_categories
+from images.aspect import image_size
 
 LIBRARIES = [(coco.COCO, coco.PycocotoolsEvaluation), coco.LIBRARY]
 

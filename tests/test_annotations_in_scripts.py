@@ -17,11 +17,6 @@ from checks.annotations import (
 )
 
 
-@pytest.fixture(scope="module")
-def demo_model(convert):
-    return convert("demo", "--batch_size", "dynamic")[0]
-
-
 def evaluated(capsys, model, images, annotations, output, *options, status=0):
     """Runs eval_coco.py; returns (metrics, results, what it warned)."""
     options = ["--engine", model, "--input", images, "--annotations", annotations, "--output", output, *options]

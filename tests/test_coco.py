@@ -220,11 +220,6 @@ def evaluate(capsys, *options):
     return capsys.readouterr()
 
 
-@pytest.fixture(scope="module")
-def demo_model(convert):
-    return convert("demo", "--batch_size", "dynamic")[0]
-
-
 def test_the_demo_in_numbers_and_files(demo_model, tmp_path, capsys):
     printed = evaluate(
         capsys, "--engine", demo_model, "--input", DEMO / "images", "--annotations", TRUTH, "--output", tmp_path / "out"

@@ -82,6 +82,9 @@ def test_the_summary_and_its_verdict():
         (0.7, 0.9, 0),
         (0.9, 1.0, 3),
     ]
+    above = detections((*BOX, 0.29, 1)), detections((*BOX, 0.31, 1))
+    bands = compare_tf.summarise([compared(*above)], 0.3, 0.05)["bands"]
+    assert [(band["from"], band["to"], band["matched"]) for band in bands][:2] == [(0.0, 0.3, 1), (0.3, 0.5, 0)]
     assert compare_tf.summarise([compared(theirs, near)], 0.3, 0.005)["verdict"] == "FAILED"
     missed = compare_tf.summarise([compared(theirs, near), compared(theirs, detections())], 0.3, 0.02)
     assert missed["verdict"] == "FAILED"

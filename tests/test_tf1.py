@@ -80,7 +80,8 @@ def test_images_of_another_aspect_are_refused_or_fitted(exported, pictures, tmp_
     _, path = exported("no_padding", "--batch_size", "dynamic")
     args = ["--engine", str(path), "--input", str(pictures), "--output", str(tmp_path / "results")]
     with pytest.raises(
-        UserError, match=r"1 of 3 images have another aspect ratio than 128 x 64.*tall.png: 64 x 128.*--fit"
+        UserError,
+        match=r"1 of 3 images have another aspect ratio than 128 x 64.*tall.png: 64 x 128.*--image_size 128x64 \(height first\), or --fit",
     ):
         infer.main(args)
     assert not list(tmp_path.rglob("*.tsv"))

@@ -63,7 +63,7 @@ def read_labels(path, num_classes):
     repeated = sorted(name for name, count in collections.Counter(filter(None, names)).items() if count > 1)
     if repeated:
         more = f" (and {len(repeated) - 1} more such)" if repeated[1:] else ""
-        warn(f"{path}: {repeated[0]!r} is the name of {names.count(repeated[0])} classes{more}")
+        warn(f"{path}: {repeated[0]!r} is the name of {names.count(repeated[0])} classes{more}; give each its own")
     return names
 
 
@@ -152,7 +152,7 @@ def _label_map_names(path, text, num_classes):
     if nameless == len(names):
         raise UserError(f'--labels {path}: no item has a name; an item is `item {{ id: 1 name: "cat" }}`')
     if nameless:
-        warn(f"{path}: {nameless} of its {len(names)} items are without a name")
+        warn(f"{path}: {nameless} of its {len(names)} items are without a name: they are shown by number")
     if twice:
         warn(f"{path}: items that stand there twice, the same both times: id {', '.join(map(str, twice[:9]))}")
     return [names.get(number) for number in range(1, num_classes + 1)]
